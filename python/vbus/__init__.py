@@ -1,0 +1,1 @@
+"""vbus: a virtual bus for virtio."""

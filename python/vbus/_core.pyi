@@ -1,0 +1,298 @@
+"""The native core: what runs once per descriptor or once per event, and nothing that decides policy.
+
+Offsets and sizes are bytes. Driver addresses are numbers of the driver's address space, translated by `Memory`.
+Everything that reads what the other side wrote raises `vbus.errors.Violation`, with a stable name.
+"""
+
+from collections.abc import Sequence
+from typing import final
+
+type_ReadableBuffer = bytes | bytearray | memoryview
+
+@final
+class Mapping:
+    """Bytes of a file, mapped shared into this process; unmapped when its last user (region, ring, view) is gone."""
+
+    def __new__(cls, fd: int, size: int, offset: int = 0, *, writable: bool = True) -> Mapping:
+        """Map `size` bytes of the file `fd` from `offset` (a multiple of the page size); `fd` may be closed after.
+
+        Raises OSError when the system refuses, ValueError when size is 0 or the file ends before offset + size.
+        """
+    @property
+    def size(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Memory:
+    """A driver's memory: regions by driver address, added and removed while rings use them.
+
+    Translation checks bounds, overflow and protection; a range may run over adjacent regions. A removed region's
+    mapping lives on while a request or a view uses it.
+    """
+
+    def __new__(cls, *, max_regions: int = 64, max_bytes: int = ...) -> Memory: ...
+    def add(self, address: int, mapping: Mapping, offset: int = 0, size: int | None = None, *, writable: bool = True) -> None:
+        """Violation: region-empty, region-wraps, region-overlaps, region-outside-file, region-read-only (writable
+        asked of a read-only mapping), too-many-regions, too-much-memory."""
+    def remove(self, address: int) -> None:
+        """Violation: region-unknown."""
+    def clear(self) -> None: ...
+    def regions(self) -> list[tuple[int, int, bool]]:
+        """(address, size, writable) of each region, by address."""
+    def read(self, address: int, size: int) -> bytes:
+        """Violation: address-outside-memory."""
+    def write(self, address: int, data: type_ReadableBuffer) -> None:
+        """Violation: address-outside-memory, region-read-only."""
+
+@final
+class Doorbell:
+    """An eventfd that the other process shares: rung without ever being stuck in it, whatever that process does."""
+
+    def __new__(cls, fd: int) -> Doorbell:
+        """Takes a duplicate of `fd`."""
+    def ring(self) -> bool:
+        """Add one. False when the bell is full or jammed (then the other side already has more than it can hear)."""
+    def drain(self) -> int:
+        """How many rings since the last drain; 0 when none. Never blocks."""
+    @property
+    def jammed(self) -> bool:
+        """The other side made the eventfd blocking and full, so that a ring had to be broken off. Stays true."""
+    def fileno(self) -> int: ...
+
+@final
+class Signal:
+    """How one source says "look at this queue"; rings call it themselves, after their own suppression."""
+
+    @staticmethod
+    def direct(doorbell: Doorbell, stats: tuple[Mapping, int] | None = None) -> Signal:
+        """One notification, one doorbell. `stats`: where in shared memory the three counters are kept for the other
+        side to see (3 little-endian u64: signalled, sent, rung), as `EventSender` does."""
+    @staticmethod
+    def local(scheduler: Scheduler, key: int) -> Signal:
+        """Marks a key of a scheduler of this process."""
+    def notify(self) -> None: ...
+    @property
+    def counters(self) -> tuple[int, int, int]:
+        """Events signalled, events sent, doorbells rung, since this signal was made."""
+
+@final
+class EventSender:
+    """The producing side of one direction's event rings, one ring a priority."""
+
+    def __new__(
+        cls,
+        area: Mapping,
+        *,
+        slots: int,
+        stats: int,
+        taken: int,
+        sleep: int,
+        max_sources: int,
+        priorities: int,
+        doorbells: Sequence[Doorbell],
+    ) -> EventSender:
+        """Offsets into `area`: `slots` (per priority, max_sources slots of 16 bytes: u32 sequence, source, generation,
+        0), `stats` (per source 32 bytes: u64 signalled, sent, rung, 0), `taken` (u32 per source, the consumer's),
+        `sleep` (per priority one u32 at the start of 64 bytes, the consumer's). max_sources is a power of two.
+        One doorbell a priority. ValueError when the geometry does not fit the area or is misaligned."""
+    def open(self, source: int, generation: int, priority: int) -> Signal:
+        """Start a generation of a source: clears this side's half of the pair. ValueError: out of range."""
+    def close(self, source: int) -> None:
+        """Signals of this source do nothing from now on."""
+    @property
+    def counters(self) -> tuple[int, int, int]:
+        """Signalled, sent, rung: sums over all sources."""
+
+@final
+class EventReceiver:
+    """The consuming side of one direction's event rings; a `Scheduler` drains it."""
+
+    def __new__(
+        cls, area: Mapping, *, slots: int, taken: int, sleep: int, max_sources: int, priorities: int
+    ) -> EventReceiver: ...
+    def open(self, source: int, generation: int, key: int) -> None:
+        """Events of this source and generation mark `key`; clears this side's half of the pair."""
+    def close(self, source: int) -> None: ...
+    @property
+    def taken(self) -> int:
+        """Events taken that had an open source."""
+    @property
+    def dropped(self) -> int:
+        """Events of an old generation or of a closed source."""
+    @property
+    def fault(self) -> Violation | None:  # type: ignore[name-defined]
+        """Why this receiver stopped draining (event-source-out-of-range), if it did."""
+
+@final
+class Scheduler:
+    """Hands ready keys to threads, most urgent first; no two threads ever hold keys of one actor.
+
+    A key becomes ready when it is marked, when its file descriptor is readable, or when an event of its source is
+    taken. `next` waits without the interpreter lock; while any thread waits in it, the event rings are asleep and the
+    doorbells wake it; they are drained again on every call.
+    """
+
+    def __new__(cls) -> Scheduler: ...
+    def actor(self) -> int:
+        """A new actor."""
+    def key(self, actor: int, priority: int = 0) -> int:
+        """A new key of this actor; priority 0 is the most urgent of 8."""
+    def drop_key(self, key: int) -> None:
+        """Forget a key: it is not handed out again. Unknown keys are ignored."""
+    def drop_actor(self, actor: int) -> None:
+        """Forget an actor and all its keys."""
+    def mark(self, key: int) -> None:
+        """Make a key ready, from any thread. Marking a ready key does nothing; a key marked while its own turn runs
+        is ready again after `done`."""
+    def add_fd(self, fd: int, key: int) -> None:
+        """Readable (or hung up) marks `key`; looked at again after the key's turn is done. Several fds may share a key."""
+    def remove_fd(self, fd: int) -> None: ...
+    def add_events(self, receiver: EventReceiver, doorbells: Sequence[Doorbell], fault_key: int) -> None:
+        """Drain `receiver` from now on; its fault marks `fault_key`."""
+    def remove_events(self, receiver: EventReceiver) -> None: ...
+    def next(self, timeout: float | None = None) -> tuple[int, int] | None:
+        """(actor, key), whose turn begins; None when `timeout` seconds passed or the scheduler was closed."""
+    def done(self, actor: int, key: int, *, again: bool = False) -> None:
+        """The turn is over; `again`: the key goes to the end of its priority."""
+    @property
+    def closed(self) -> bool: ...
+    def close(self) -> None:
+        """Every `next`, now and later, gives None."""
+
+@final
+class Request:
+    """A chain of descriptors, read once, checked and translated; its memory stays mapped while this lives."""
+
+    @property
+    def index(self) -> int:
+        """The head's number, as in the used ring."""
+    @property
+    def readable(self) -> int:
+        """Bytes that are left to read."""
+    @property
+    def writable(self) -> int:
+        """Bytes that may still be written."""
+    @property
+    def readable_total(self) -> int: ...
+    @property
+    def writable_total(self) -> int: ...
+    @property
+    def written(self) -> int:
+        """The used length: what `write` wrote, or what was set after writing through views.
+        Setting it below 0 or above the writable total is a ValueError."""
+    @written.setter
+    def written(self, value: int) -> None: ...
+    def read(self, size: int = -1, /) -> bytes:
+        """The next `size` bytes (all that is left by default; fewer when fewer are left)."""
+    def readinto(self, buffer: bytearray | memoryview, /) -> int: ...
+    def write(self, data: type_ReadableBuffer, /) -> int:
+        """Append to the writable part. Violation buffer-too-small when it does not fit; nothing is written then."""
+    def views(self) -> tuple[list[memoryview], list[memoryview]]:
+        """(readable, writable): the driver's own memory, from its beginning, without a copy."""
+    @property
+    def done(self) -> bool:
+        """Already completed, or its queue was stopped."""
+
+@final
+class DeviceQueue:
+    """The device side of a split ring. All methods may be called from any thread."""
+
+    def __new__(cls, max_size: int) -> DeviceQueue:
+        """ValueError unless a power of two, 1 to 32768."""
+    @property
+    def max_size(self) -> int: ...
+    @property
+    def size(self) -> int:
+        """0 while stopped."""
+    @property
+    def running(self) -> bool: ...
+    def start(
+        self,
+        memory: Memory,
+        size: int,
+        desc: int,
+        driver: int,
+        device: int,
+        *,
+        event_idx: bool,
+        indirect: bool,
+        signal: Signal,
+    ) -> None:
+        """Violation: queue-size (0, not a power of two, above max_size), ring-misaligned, ring-outside-memory."""
+    def stop(self) -> None:
+        """No more requests; completing old ones does nothing."""
+    def take(self, limit: int) -> list[Request]:
+        """The next requests in ring order, at most `limit`; [] when there are none or the queue is stopped.
+
+        Notifications are off while the ring is not empty and on again when it is. Violations (index-jump,
+        descriptor-out-of-range, descriptor-loop, chain-too-long, chain-too-large, readable-after-writable,
+        zero-length-descriptor, address-outside-memory, region-read-only, indirect-*, ...): raised after the good
+        requests before it were given (on the next call).
+        """
+    def complete(self, requests: Sequence[Request]) -> None:
+        """Put requests into the used ring, published together, and signal when the driver wants it. Requests that
+        are done already are ignored. Violation: ring-outside-memory."""
+    @property
+    def in_flight(self) -> int:
+        """Taken and not completed."""
+    @property
+    def counters(self) -> tuple[int, int, int]:
+        """Requests completed, bytes readable of them, bytes written of them; kept over stop and start."""
+
+@final
+class DriverQueue:
+    """The driver side of a split ring, in memory of its own. Not for several threads at once."""
+
+    @staticmethod
+    def bytes_needed(size: int) -> int:
+        """Bytes of the arena that a ring of this size takes (with its indirect tables when those are used)."""
+    def __new__(
+        cls,
+        arena: Mapping,
+        offset: int,
+        address: int,
+        size: int,
+        *,
+        event_idx: bool,
+        indirect: bool,
+        signal: Signal | None = None,
+    ) -> DriverQueue:
+        """A ring at `offset` (16-byte aligned) of `arena`, whose first byte has the driver address `address`."""
+    @property
+    def size(self) -> int: ...
+    @property
+    def desc(self) -> int:
+        """Driver address of the descriptor table; `driver` and `device`: of the available and the used ring."""
+    @property
+    def driver(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def free(self) -> int:
+        """How many more requests `add` takes for certain (one descriptor each with indirect)."""
+    def add(self, readable: Sequence[tuple[int, int]], writable: Sequence[tuple[int, int]]) -> int | None:
+        """Queue a request of (driver address, size) buffers, unpublished; its token, None when the ring is full.
+        ValueError: no buffers, or a size of 0 or over 2**32 - 1."""
+    def publish(self) -> None:
+        """Show what was added to the device, and signal when the device wants it."""
+    def reap(self, limit: int) -> list[tuple[int, int]]:
+        """(token, written) of finished requests, at most `limit`. Interrupts are off while there are some and on
+        again when there are none. Violation: used-index-jump, used-id-unknown, used-length."""
+    @property
+    def outstanding(self) -> int: ...
+
+@final
+class LinkRing:
+    """One direction of a link in a shared area: whole messages, one producer, one consumer.
+
+    Layout at `offset`: u32 tail (producer's) at +0, u32 head (consumer's) at +64, `size` bytes of data at +128 (a power
+    of two). Counters run freely. Messages are 8-byte aligned; their length is in bytes 6 and 7 of their header.
+    """
+
+    HEADER: int
+    def __new__(cls, area: Mapping, offset: int, size: int) -> LinkRing: ...
+    def send(self, message: type_ReadableBuffer) -> bool:
+        """False when there is no room now. ValueError: shorter than its header, longer than half the ring, or the
+        length in its header is not its length. Violation: link-index."""
+    def receive(self) -> bytes | None:
+        """The next message, copied out; None when there is none. Violation: link-index, link-message-size."""
