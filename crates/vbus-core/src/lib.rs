@@ -2,6 +2,12 @@
 
 use pyo3::prelude::*;
 
+mod signal;
+mod violation;
+
 /// The native core of vbus; `_core.pyi` beside it is its documentation.
 #[pymodule]
-mod _core {}
+mod _core {
+    #[pymodule_export]
+    use crate::signal::Signal;
+}

@@ -1,1 +1,9 @@
 //! Driver memory, split rings, event rings and link rings: the parts of vbus that run once per descriptor or per event.
+
+pub mod area;
+pub mod doorbell;
+pub mod event;
+pub mod link;
+pub mod signal;
+pub mod sync;
+pub mod violation;

@@ -1,0 +1,26 @@
+//! `vbus.errors.Violation`, raised from native code.
+
+use pyo3::exceptions::PyBaseException;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+use vbus_ring::violation::Violation;
+
+/// The Python class, imported once: the errors are Python, because people read and catch them there.
+fn class(py: Python<'_>) -> PyResult<&Bound<'_, PyType>> {
+    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    CLASS.import(py, "vbus.errors", "Violation")
+}
+
+/// A violation as the Python object, raised or kept.
+pub fn to_object<'py>(py: Python<'py>, violation: &Violation) -> PyResult<Bound<'py, PyAny>> {
+    class(py)?.call1((violation.name(), violation.detail.as_str()))
+}
+
+/// A violation as a Python error.
+pub fn to_error(py: Python<'_>, violation: &Violation) -> PyErr {
+    match to_object(py, violation).and_then(|object| Ok(object.cast_into::<PyBaseException>()?)) {
+        Ok(object) => PyErr::from_value(object.into_any()),
+        Err(error) => error,
+    }
+}
