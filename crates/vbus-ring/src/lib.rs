@@ -4,6 +4,7 @@ pub mod area;
 pub mod doorbell;
 pub mod event;
 pub mod link;
+pub mod schedule;
 pub mod signal;
 pub mod sync;
 pub mod violation;

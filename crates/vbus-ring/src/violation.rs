@@ -74,6 +74,8 @@ pub enum Rule {
     LinkMessageSize,
     /// An event whose source is out of range.
     EventSourceOutOfRange,
+    /// An event ring whose slots were written over before they were taken.
+    EventRingOverrun,
 }
 
 impl Rule {
@@ -112,6 +114,7 @@ impl Rule {
             Self::LinkIndex => "link-index",
             Self::LinkMessageSize => "link-message-size",
             Self::EventSourceOutOfRange => "event-source-out-of-range",
+            Self::EventRingOverrun => "event-ring-overrun",
         }
     }
 }
