@@ -1,0 +1,7 @@
+"""The built-in device models, one file each. They know the bus and never a connector."""
+
+from vbus.devices.blk import Blk
+from vbus.devices.console import Console
+from vbus.devices.rng import Rng
+
+__all__ = ["Blk", "Console", "Rng"]

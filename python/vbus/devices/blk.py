@@ -1,0 +1,286 @@
+"""A disk (virtio 1.3, section 5.2): requests that name a sector, served from a file, a block device or memory.
+
+A request is a header of 16 bytes, data, and one status byte at the very end, laid over descriptors in any way. Data
+moves between the driver's memory and the file in system calls on that memory itself; nothing is copied here. Whatever
+goes wrong with the disk, or is asked of it in vain, is told in the status byte; only a request without room for a
+header or a status is a violation of the driver.
+
+This is the readable reference of the device: one request at a time, in ring order.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vbus import virtio
+from vbus.bus import Device, Queue, Request, attribute
+from vbus.devices.buffers import clear, move, scatter, skip, split_last
+from vbus.errors import UsageError, Violation
+from vbus.units import LARGEST, format_size, parse_size
+from vbus.virtio.blk import RequestStatus, RequestType
+
+HEADER = struct.Struct("<IIQ")
+"""Type, reserved, sector (section 5.2.6)."""
+SECTOR = 512
+"""The protocol's unit of offset and length, whatever the block size."""
+SERIAL_SIZE = 20
+QUEUE_SIZE = 256
+BLOCK_SIZES = (512, 1024, 2048, 4096)
+
+
+class Blk(Device):
+    """A block device (virtio 1.3, section 5.2).
+
+    Either `path` (a file or a block device) or `memory` (a size such as "64 MiB": a disk that is empty at plug and gone
+    at unplug). `serial`: up to 20 ASCII characters, by default the device's name. `block_size`: what the driver should
+    align to. `seg_max`: data segments of a request, 1 to 254.
+
+    A writable file is locked against other users, a read-only one against writers. Growing `capacity` extends a regular
+    file or memory; lowering it hides the end of the disk and keeps its bytes.
+    """
+
+    device_id = virtio.DeviceID.BLOCK
+    features = virtio.blk.FEATURES
+    queues = (Queue("requests", size=QUEUE_SIZE),)
+    Config = virtio.blk.Config
+
+    capacity = attribute(
+        int,
+        config="capacity",
+        set=lambda disk, sectors: disk._resize(sectors),
+        doc="Size in sectors of 512 bytes. Growing it extends a regular file or memory.",
+    )
+    path = attribute(str, get=lambda disk: disk._path, doc="The file or block device; empty for memory.")
+    serial = attribute(str, get=lambda disk: disk._serial or disk.name[:SERIAL_SIZE], doc="What GET_ID answers.")
+    read_only = attribute(bool, get=lambda disk: disk._read_only, doc="Whether writes are refused.")
+    block_size = attribute(int, get=lambda disk: disk.config.blk_size, doc="Bytes that the driver should align to.")
+    reads = attribute(int, get=lambda disk: disk._reads, doc="Read requests that succeeded.")
+    writes = attribute(int, get=lambda disk: disk._writes, doc="Write requests that succeeded.")
+    flushes = attribute(int, get=lambda disk: disk._flushes, doc="Flush requests that succeeded.")
+    refused = attribute(int, get=lambda disk: disk._refused, doc="Requests that asked for something that cannot be.")
+    io_errors = attribute(int, get=lambda disk: disk._io_errors, doc="Requests that failed because the disk failed.")
+
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        *,
+        memory: int | str | None = None,
+        read_only: bool = False,
+        serial: str = "",
+        block_size: int = SECTOR,
+        seg_max: int = QUEUE_SIZE - 2,
+    ) -> None:
+        if (path is None) == (memory is None) or path == "":
+            raise UsageError("blk: give either path (a file or a block device) or memory (a size)")
+        if len(serial) > SERIAL_SIZE or not serial.isascii() or "\0" in serial:
+            raise UsageError(f"blk: serial {serial!r} is not up to {SERIAL_SIZE} ASCII characters")
+        if block_size not in BLOCK_SIZES:
+            raise UsageError(f"blk: block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
+        if not 1 <= seg_max <= QUEUE_SIZE - 2:
+            raise UsageError(f"blk: seg_max {seg_max} is out of range: 1 to {QUEUE_SIZE - 2}")
+        self._path = os.fspath(path) if path is not None else ""
+        self._memory = parse_size(memory, "blk: memory") if memory is not None else 0
+        if memory is not None and (self._memory == 0 or self._memory % block_size):
+            raise UsageError(f"blk: memory {memory!r} is no positive multiple of the block size {block_size}")
+        self._read_only = read_only
+        self._serial = serial
+        self.config.blk_size = block_size
+        self.config.seg_max = seg_max
+        self._fd = -1
+        self._reads = self._writes = self._flushes = self._refused = self._io_errors = 0
+        self._write_flags = 0
+        self._told: set[int] = set()
+        # A resize runs in its caller's thread: it must not meet a descriptor that was closed and given out again.
+        self._resizing = threading.Lock()
+
+    def offered_features(self) -> Iterable[str]:
+        """Which of the class's bits this disk has."""
+        return ("SEG_MAX", "BLK_SIZE", "FLUSH", *(["RO"] if self._read_only else []))
+
+    # What is behind the disk.
+
+    def plugged(self) -> None:
+        """Open the disk. UsageError when it is missing, is no disk, or is in use."""
+        self._fd = self._open_file() if self._path else self._open_memory()
+        size = os.lseek(self._fd, 0, os.SEEK_END)
+        block = self.config.blk_size
+        # The tail of a file beyond its last whole block reads as if zeros followed; a block device has no such tail.
+        blocks = size // block if self._is_block_device() else -(-size // block)
+        self.config.capacity = blocks * block // SECTOR
+
+    def unplugged(self) -> None:
+        """Close the disk, which lets go of its lock; what was written is on its way to the disk as after any close."""
+        with self._resizing:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def _open_memory(self) -> int:
+        fd = os.memfd_create(f"vbus-{self.name}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, self._memory)
+        except OSError as error:
+            os.close(fd)
+            raise UsageError(f"{self.name}: no memory of {format_size(self._memory)}: {error.strerror}") from None
+        return fd
+
+    def _open_file(self) -> int:
+        path = self._path
+        try:
+            mode = os.stat(path).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+                raise UsageError(f"disk {path} is {what}: name a disk image or a block device")
+            fd = os.open(path, (os.O_RDONLY if self._read_only else os.O_RDWR) | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise UsageError(f"disk {path} does not exist: create it first (truncate -s 64M {path})") from None
+        except PermissionError:
+            hint = "check its permissions" if self._read_only else "check its permissions, or set read_only"
+            raise UsageError(f"disk {path} cannot be opened: permission denied; {hint}") from None
+        except OSError as error:
+            raise UsageError(f"disk {path} cannot be opened: {error.strerror}") from None
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if self._read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise UsageError(
+                f"disk {path} is in use by another process or disk: stop that one, or open both with read_only"
+            ) from None
+        except OSError as error:
+            self.log.warning("disk %s cannot be locked (%s): see that nobody else writes to it", path, error.strerror)
+        return fd
+
+    def _is_block_device(self) -> bool:
+        return stat.S_ISBLK(os.fstat(self._fd).st_mode)
+
+    def _resize(self, sectors: int) -> int:
+        """Make the disk `sectors` long, if what is behind it can be; in the thread of whoever sets `capacity`."""
+        block = self.config.blk_size
+        size = sectors * SECTOR
+        if sectors < 0 or size > LARGEST or size % block:
+            raise UsageError(f"{self.name}: {sectors} sectors are no size of a disk with blocks of {block} bytes")
+        with self._resizing:
+            self._make_room(size)
+        return sectors
+
+    def _make_room(self, size: int) -> None:
+        """Extend what is behind the disk when it is shorter than `size` bytes. UsageError when it cannot be."""
+        if self._fd < 0:
+            raise UsageError(f"{self.name}: plug the disk before you resize it")
+        there = os.lseek(self._fd, 0, os.SEEK_END)
+        if size > there:
+            if self._is_block_device():
+                raise UsageError(f"{self.name}: {self._path} has {there // SECTOR} sectors: grow that device first")
+            if self._read_only:
+                raise UsageError(f"{self.name}: the disk is read-only: it cannot grow beyond {there // SECTOR} sectors")
+            try:
+                os.ftruncate(self._fd, size)
+            except OSError as error:
+                raise UsageError(f"{self.name}: cannot grow to {format_size(size)}: {error.strerror}") from None
+
+    # Requests.
+
+    def ready(self) -> None:
+        """A driver that cannot flush is promised that a completed write is on the disk (section 5.2.6.2)."""
+        self._write_flags = 0 if self.has("FLUSH") else os.RWF_DSYNC
+        self._told.clear()
+
+    def handle_batch(self, queue: Queue, requests: Sequence[Request]) -> None:
+        """Answer requests in order; they are given back together. Violation: blk-header-short, blk-no-status."""
+        done = 0
+        try:
+            for request in requests:
+                self.handle(queue, request)
+                done += 1
+        finally:
+            # Those before a bad one are answered, whatever it was.
+            queue.complete(*requests[:done])
+
+    def handle(self, queue: Queue, request: Request) -> None:
+        """Answer one request. Violation: blk-header-short, blk-no-status."""
+        if request.readable_total < HEADER.size:
+            raise Violation("blk-header-short", f"{request.readable_total} readable bytes; a header is {HEADER.size}")
+        if request.writable_total == 0:
+            raise Violation("blk-no-status", "no writable byte for the status")
+        kind, _, sector = HEADER.unpack(request.read(HEADER.size))
+        readable, writable = request.views()
+        from_driver = skip(readable, HEADER.size)
+        to_driver, status = split_last(writable)
+        try:
+            result = self._serve(kind, sector, from_driver, to_driver)
+        except OSError as error:
+            result = RequestStatus.IOERR
+            self._failed(error)
+        if result != RequestStatus.OK:
+            # The used length covers the status byte, so it covers the data before it: say nothing there.
+            clear(to_driver)
+        status[0] = result
+        request.written = request.writable_total
+
+    def _serve(
+        self, kind: int, sector: int, from_driver: list[memoryview], to_driver: list[memoryview]
+    ) -> RequestStatus:
+        """Do what a request asks. OSError when the disk fails."""
+        match kind:
+            case RequestType.IN:
+                return self._read(sector, to_driver)
+            case RequestType.OUT:
+                return self._write(sector, from_driver)
+            case RequestType.FLUSH if self.has("FLUSH"):
+                os.fdatasync(self._fd)
+                self._flushes += 1
+                return RequestStatus.OK
+            case RequestType.GET_ID:
+                return self._identify(to_driver)
+        self._refused += 1
+        return RequestStatus.UNSUPP
+
+    def _read(self, sector: int, buffers: list[memoryview]) -> RequestStatus:
+        if not self._in_range(sector, buffers):
+            return self._refuse()
+        rest = move(os.preadv, self._fd, buffers, sector * SECTOR)
+        clear(rest)  # beyond the end of a file that is shorter than the disk
+        self._reads += 1
+        return RequestStatus.OK
+
+    def _write(self, sector: int, buffers: list[memoryview]) -> RequestStatus:
+        if self._read_only or not self._in_range(sector, buffers):
+            return self._refuse()
+        rest = move(self._pwritev, self._fd, buffers, sector * SECTOR)
+        if rest:
+            raise OSError(errno.EIO, "a write ended short")
+        self._writes += 1
+        return RequestStatus.OK
+
+    def _pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return os.pwritev(fd, buffers, offset, self._write_flags)
+
+    def _identify(self, buffers: list[memoryview]) -> RequestStatus:
+        room = sum(map(len, buffers))
+        if room < SERIAL_SIZE:
+            return self._refuse()
+        scatter(self.serial.encode("ascii").ljust(room, b"\0"), buffers)
+        return RequestStatus.OK
+
+    def _in_range(self, sector: int, buffers: list[memoryview]) -> bool:
+        """Whether whole sectors are asked for that the disk has."""
+        size = sum(map(len, buffers))
+        return size % SECTOR == 0 and sector + size // SECTOR <= self.config.capacity
+
+    def _refuse(self) -> RequestStatus:
+        self._refused += 1
+        return RequestStatus.IOERR
+
+    def _failed(self, error: OSError) -> None:
+        """Count an error of the disk; log it once of each kind for each driver, which could fill the log otherwise."""
+        self._io_errors += 1
+        if error.errno not in self._told:
+            self._told.add(error.errno or 0)
+            self.log.error("%s: %s", self._path or "memory", error.strerror)
