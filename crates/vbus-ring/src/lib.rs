@@ -4,6 +4,8 @@ pub mod area;
 pub mod doorbell;
 pub mod event;
 pub mod link;
+pub mod mem;
+pub mod ring;
 pub mod schedule;
 pub mod signal;
 pub mod sync;

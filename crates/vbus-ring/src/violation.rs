@@ -50,6 +50,8 @@ pub enum Rule {
     ZeroLengthDescriptor,
     /// A head that is made available again before it was used.
     DescriptorInUse,
+    /// More pieces of memory in flight than a queue remembers.
+    TooManyBuffers,
     /// An indirect descriptor where the feature was not negotiated.
     IndirectNotNegotiated,
     /// An indirect descriptor in an indirect table.
@@ -102,6 +104,7 @@ impl Rule {
             Self::ReadableAfterWritable => "readable-after-writable",
             Self::ZeroLengthDescriptor => "zero-length-descriptor",
             Self::DescriptorInUse => "descriptor-in-use",
+            Self::TooManyBuffers => "too-many-buffers",
             Self::IndirectNotNegotiated => "indirect-not-negotiated",
             Self::IndirectNested => "indirect-nested",
             Self::IndirectNext => "indirect-next",

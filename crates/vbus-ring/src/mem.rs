@@ -1,0 +1,482 @@
+//! A driver's memory, as a device reaches it.
+//!
+//! A `Mapping` is a piece of a file, mapped shared. A `Memory` gives mappings driver addresses: it is a table of regions
+//! that connectors change while rings use it. Users work on a snapshot of the table, translate a driver's (address,
+//! length) into `Segments` of mappings, and from then on hold the mappings themselves, so that removing a region never
+//! takes memory away under a user.
+//!
+//! Trust: addresses and lengths come from the driver and are checked here and nowhere else. The bytes behind them belong
+//! to the driver too, and may change at any time: no Rust reference to them is ever formed. Words are accessed by
+//! atomics (`Window`), bulk by volatile slices.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use vm_memory::{VolatileMemory, VolatileSlice};
+
+use crate::violation::{Rule, Violation};
+
+/// Why a file could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// Nothing to map.
+    #[error("a mapping needs at least one byte")]
+    Empty,
+    /// The file is shorter than what is to be mapped: touching the rest would be a bus error.
+    #[error("the file ends at byte {end}, before {offset} + {size}")]
+    PastEnd {
+        /// Bytes of the file.
+        end: u64,
+        /// Where the mapping would begin.
+        offset: u64,
+        /// Bytes it would have.
+        size: u64,
+    },
+    /// The system refused.
+    #[error(transparent)]
+    System(#[from] io::Error),
+}
+
+/// Bytes of a file, mapped shared into this process until the last user is gone.
+///
+/// vm-memory's own mapping keeps a duplicate of the descriptor for as long as it lives. Here the descriptors are a
+/// peer's to spend, so this one needs none once it is made.
+#[derive(Debug)]
+pub struct Mapping {
+    base: NonNull<u8>,
+    size: usize,
+    writable: bool,
+}
+
+// SAFETY: the memory is shared with other processes anyway; all access goes through atomics and volatile slices.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Map `size` bytes of `fd` from `offset`, which is a multiple of the page size. `fd` may be closed after.
+    pub fn new(fd: BorrowedFd<'_>, size: usize, offset: u64, writable: bool) -> Result<Self, MapError> {
+        if size == 0 {
+            return Err(MapError::Empty);
+        }
+        let metadata = File::from(fd.try_clone_to_owned()?).metadata()?;
+        if metadata.is_file() && offset.checked_add(size as u64).is_none_or(|end| end > metadata.len()) {
+            return Err(MapError::PastEnd { end: metadata.len(), offset, size: size as u64 });
+        }
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        // NORESERVE: what the driver does not touch must not count against this process.
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the system's choice changes no memory that anything uses.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), size, protection, flags, fd.as_raw_fd(), offset) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error().into());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
+        Ok(Self { base, size, writable })
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Whether it was mapped for writing. A write to one that was not kills the process, so callers check.
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The first byte, aligned to a page. Valid while `self` lives.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// A part of it; panics when it is not inside, which is a defect of the caller.
+    pub fn slice(&self, offset: usize, size: usize) -> VolatileSlice<'_> {
+        assert!(offset <= self.size && size <= self.size - offset, "a slice outside its mapping");
+        // SAFETY: inside the mapping (checked above), which the slice's lifetime keeps.
+        unsafe { VolatileSlice::new(self.as_ptr().add(offset), size) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `new` mapped, and its last user is gone.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.size) };
+    }
+}
+
+/// A piece of a mapping that holds words which two sides share: single loads and stores, always little-endian.
+///
+/// Offsets are bytes from the start of the window. Those outside it, or off their alignment, panic: rings derive them
+/// from checked sizes.
+#[derive(Clone, Debug)]
+pub struct Window {
+    mapping: Arc<Mapping>,
+    offset: usize,
+    size: usize,
+}
+
+macro_rules! word {
+    ($load:ident, $store:ident, $atomic:ty, $word:ty) => {
+        /// Load a little-endian word.
+        #[inline(always)]
+        pub fn $load(&self, offset: usize, order: Ordering) -> $word {
+            let word = self.word::<$word>(offset);
+            // SAFETY: inside the mapping and aligned (`word` checks both); it lives while `self` does.
+            <$word>::from_le(unsafe { <$atomic>::from_ptr(word) }.load(order))
+        }
+
+        /// Store a little-endian word.
+        #[inline(always)]
+        pub fn $store(&self, offset: usize, value: $word, order: Ordering) {
+            assert!(self.mapping.writable, "a store to a read-only mapping");
+            let word = self.word::<$word>(offset);
+            // SAFETY: as for the load, and the mapping is writable.
+            unsafe { <$atomic>::from_ptr(word) }.store(value.to_le(), order);
+        }
+    };
+}
+
+impl Window {
+    /// A part of a mapping; panics when it is not inside.
+    pub fn new(mapping: Arc<Mapping>, offset: usize, size: usize) -> Self {
+        assert!(offset <= mapping.size && size <= mapping.size - offset, "a window outside its mapping");
+        Self { mapping, offset, size }
+    }
+
+    /// Bytes of the window.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Whether its first byte is aligned to `align` bytes in this process, whatever its driver address is.
+    pub fn is_aligned(&self, align: usize) -> bool {
+        (self.mapping.as_ptr() as usize + self.offset) % align == 0
+    }
+
+    /// Whether `store` may be used.
+    pub fn writable(&self) -> bool {
+        self.mapping.writable
+    }
+
+    #[inline(always)]
+    fn word<T>(&self, offset: usize) -> *mut T {
+        let width = size_of::<T>();
+        assert!(self.size >= width && offset <= self.size - width, "a word outside its window");
+        // SAFETY: inside the window (checked above), which is inside the mapping.
+        let word = unsafe { self.mapping.as_ptr().add(self.offset + offset) }.cast::<T>();
+        assert!(word.is_aligned(), "a misaligned word");
+        word
+    }
+
+    word!(load16, store16, AtomicU16, u16);
+    word!(load32, store32, AtomicU32, u32);
+    word!(load64, store64, AtomicU64, u64);
+}
+
+/// A range of driver memory that is contiguous in one mapping.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// Which of the mappings of its `Segments`.
+    mapping: u32,
+    /// Bytes of the range that come before this segment.
+    start: u64,
+    offset: usize,
+    size: usize,
+}
+
+/// A range of driver memory, or several one after the other, translated: it stays mapped while this lives.
+///
+/// Made of segments in order; the bytes are counted from the first of the first segment.
+#[derive(Clone, Debug, Default)]
+pub struct Segments {
+    segments: Vec<Segment>,
+    /// Each once, not once a segment: usually there is one for all.
+    mappings: Vec<Arc<Mapping>>,
+    total: u64,
+}
+
+impl Segments {
+    /// Bytes of all segments.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// How many pieces.
+    pub fn count(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// The pieces, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&Arc<Mapping>, usize, usize)> {
+        self.segments.iter().map(|segment| (&self.mappings[segment.mapping as usize], segment.offset, segment.size))
+    }
+
+    fn push(&mut self, mapping: &Arc<Mapping>, offset: usize, size: usize) {
+        let index = match self.mappings.iter().rposition(|known| Arc::ptr_eq(known, mapping)) {
+            Some(index) => index,
+            None => {
+                self.mappings.push(mapping.clone());
+                self.mappings.len() - 1
+            }
+        };
+        self.segments.push(Segment { mapping: index as u32, start: self.total, offset, size });
+        self.total += size as u64;
+    }
+
+    /// Copy bytes out, from byte `at` on; panics when there are not as many.
+    pub fn read(&self, at: u64, into: VolatileSlice<'_>) {
+        self.walk(at, into.len(), |piece, done| {
+            let rest = into.offset(done).expect("the walk is as long as the slice");
+            piece.copy_to_volatile_slice(rest.subslice(0, piece.len()).expect("the piece is no longer than the rest"));
+        });
+    }
+
+    /// Copy bytes out such that none is read twice, for what is checked and then used. (A plain copy to private memory
+    /// gives no such promise: a compiler may read the original again instead of the copy.) Panics as `read` does.
+    pub fn read_once(&self, at: u64, into: &mut [u8]) {
+        self.walk(at, into.len(), |piece, done| {
+            for index in 0..piece.len() {
+                let byte = piece.get_ref::<u8>(index).expect("inside the piece");
+                into[done + index] = byte.load();
+            }
+        });
+    }
+
+    /// Copy bytes in, from byte `at` on; panics when there is no room for them. The caller has checked that the segments
+    /// may be written. The source may overlap the segments, as a driver can give one buffer twice.
+    pub fn write(&self, at: u64, from: VolatileSlice<'_>) {
+        self.walk(at, from.len(), |piece, done| {
+            from.subslice(done, piece.len()).expect("the walk is as long as the slice").copy_to_volatile_slice(piece);
+        });
+    }
+
+    /// Call `each` with every piece of `size` bytes from `at`, and how many bytes came before it.
+    fn walk(&self, at: u64, size: usize, mut each: impl FnMut(VolatileSlice<'_>, usize)) {
+        assert!(at <= self.total && size as u64 <= self.total - at, "bytes outside the segments");
+        let mut done = 0;
+        let first = self.segments.partition_point(|segment| segment.start + segment.size as u64 <= at);
+        for segment in &self.segments[first..] {
+            if done == size {
+                return;
+            }
+            let skip = (at + done as u64 - segment.start) as usize;
+            let count = (segment.size - skip).min(size - done);
+            each(self.mappings[segment.mapping as usize].slice(segment.offset + skip, count), done);
+            done += count;
+        }
+    }
+}
+
+/// What a range of driver memory is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The device reads it.
+    Read,
+    /// The device writes it.
+    Write,
+}
+
+/// A piece of a mapping that has a driver address.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// Driver address of its first byte.
+    pub address: u64,
+    /// Bytes, at least one.
+    pub size: u64,
+    /// Whether the device may write.
+    pub writable: bool,
+    mapping: Arc<Mapping>,
+    offset: usize,
+}
+
+impl Region {
+    /// Driver address of its last byte. (The address behind it may not exist.)
+    fn last(&self) -> u64 {
+        self.address + (self.size - 1)
+    }
+}
+
+/// A snapshot of a memory's regions.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// Sorted by address, never overlapping.
+    regions: Vec<Region>,
+    generation: u64,
+}
+
+impl Table {
+    /// Differs from that of every other table of this memory.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// By address.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Append the `size` bytes at `address` to `segments`; adjacent regions count as one. Nothing is appended when it
+    /// fails.
+    ///
+    /// Violation: address-outside-memory, region-read-only.
+    #[inline]
+    pub fn translate(&self, address: u64, size: u64, access: Access, segments: &mut Segments) -> Result<(), Violation> {
+        self.check(address, size, access)?;
+        let (mut at, mut left) = (address, size);
+        for region in &self.regions[self.first(address)..] {
+            let skip = at - region.address;
+            let count = left.min(region.size - skip);
+            segments.push(&region.mapping, region.offset + skip as usize, count as usize);
+            left -= count;
+            if left == 0 {
+                break;
+            }
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// The `size` bytes at `address`, when one mapping holds them in one piece.
+    pub fn window(&self, address: u64, size: u64, access: Access) -> Option<Window> {
+        let region = self.regions.get(self.first(address))?;
+        let skip = address.checked_sub(region.address)?;
+        let fits = skip < region.size && size <= region.size - skip && (access == Access::Read || region.writable);
+        fits.then(|| Window::new(region.mapping.clone(), region.offset + skip as usize, size as usize))
+    }
+
+    /// The first region that does not end before `address`.
+    fn first(&self, address: u64) -> usize {
+        self.regions.partition_point(|region| region.last() < address)
+    }
+
+    fn check(&self, address: u64, size: u64, access: Access) -> Result<(), Violation> {
+        let outside = || Violation::new(Rule::AddressOutsideMemory, format!("{size} bytes at {address:#x}"));
+        if size == 0 {
+            return Ok(());
+        }
+        // Counted to the last byte: the end of a range at the top of the address space is not a number.
+        let last = address.checked_add(size - 1).ok_or_else(outside)?;
+        let mut at = address;
+        for region in &self.regions[self.first(address)..] {
+            if region.address > at {
+                break;
+            }
+            if access == Access::Write && !region.writable {
+                return Err(Violation::new(Rule::RegionReadOnly, format!("{size} bytes at {address:#x}")));
+            }
+            if region.last() >= last {
+                return Ok(());
+            }
+            at = region.last() + 1;
+        }
+        Err(outside())
+    }
+}
+
+/// A driver's memory: regions by driver address.
+#[derive(Debug)]
+pub struct Memory {
+    table: RwLock<Arc<Table>>,
+    max_regions: usize,
+    max_bytes: u64,
+}
+
+impl Memory {
+    /// No regions yet; at most so many, and so many bytes of them.
+    pub fn new(max_regions: usize, max_bytes: u64) -> Self {
+        Self { table: RwLock::default(), max_regions, max_bytes }
+    }
+
+    /// The regions as they are now. Hold it shortly: it keeps all their mappings.
+    #[inline]
+    pub fn snapshot(&self) -> Arc<Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Give `size` bytes of `mapping` from `offset` a driver address.
+    ///
+    /// Violation: region-empty, region-wraps, region-overlaps, region-outside-file, region-read-only, too-many-regions,
+    /// too-much-memory.
+    pub fn add(
+        &self,
+        address: u64,
+        mapping: &Arc<Mapping>,
+        offset: u64,
+        size: u64,
+        writable: bool,
+    ) -> Result<(), Violation> {
+        let violation = |rule, detail: &str| Violation::new(rule, format!("{size} bytes at {address:#x}{detail}"));
+        if size == 0 {
+            return Err(violation(Rule::RegionEmpty, ""));
+        }
+        let Some(last) = address.checked_add(size - 1) else {
+            return Err(violation(Rule::RegionWraps, ""));
+        };
+        if offset.checked_add(size).is_none_or(|end| end > mapping.size as u64) {
+            let detail = format!(", from {offset} of a mapping of {} bytes", mapping.size);
+            return Err(violation(Rule::RegionOutsideFile, &detail));
+        }
+        if writable && !mapping.writable {
+            return Err(violation(Rule::RegionReadOnly, ", writable, of a read-only mapping"));
+        }
+        self.change(|regions| {
+            let place = regions.partition_point(|region| region.last() < address);
+            if let Some(other) = regions.get(place).filter(|other| other.address <= last) {
+                let detail = format!(", where {} bytes are at {:#x}", other.size, other.address);
+                return Err(violation(Rule::RegionOverlaps, &detail));
+            }
+            if regions.len() >= self.max_regions {
+                return Err(violation(Rule::TooManyRegions, &format!(", the limit is {}", self.max_regions)));
+            }
+            let used: u64 = regions.iter().map(|region| region.size).sum();
+            if used.checked_add(size).is_none_or(|sum| sum > self.max_bytes) {
+                return Err(violation(Rule::TooMuchMemory, &format!(", the limit is {}", self.max_bytes)));
+            }
+            let region = Region { address, size, writable, mapping: mapping.clone(), offset: offset as usize };
+            regions.insert(place, region);
+            Ok(())
+        })
+    }
+
+    /// Take away the region that begins at `address`. Its mapping lives on while a request or a view uses it.
+    ///
+    /// Violation: region-unknown.
+    pub fn remove(&self, address: u64) -> Result<(), Violation> {
+        self.change(|regions| match regions.binary_search_by_key(&address, |region| region.address) {
+            Ok(index) => {
+                regions.remove(index);
+                Ok(())
+            }
+            Err(_) => Err(Violation::new(Rule::RegionUnknown, format!("{address:#x}"))),
+        })
+    }
+
+    /// Take away all regions.
+    pub fn clear(&self) {
+        let cleared: Result<(), Violation> = self.change(|regions| {
+            regions.clear();
+            Ok(())
+        });
+        debug_assert!(cleared.is_ok());
+    }
+
+    /// Replace the table by a changed copy, unless the change fails: users of the old one are not disturbed.
+    fn change(&self, change: impl FnOnce(&mut Vec<Region>) -> Result<(), Violation>) -> Result<(), Violation> {
+        let old = {
+            let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+            let mut regions = table.regions.clone();
+            change(&mut regions)?;
+            let new = Arc::new(Table { regions, generation: table.generation + 1 });
+            std::mem::replace(&mut *table, new)
+        };
+        // Outside the lock: the last user of a mapping unmaps it, which can take long.
+        drop(old);
+        Ok(())
+    }
+}

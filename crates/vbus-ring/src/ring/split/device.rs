@@ -1,0 +1,419 @@
+//! The device side of a split ring.
+
+use std::sync::atomic::{fence, Ordering};
+use std::sync::Arc;
+
+use super::{
+    avail_bytes, passes, used_bytes, Desc, DESC_BYTES, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, ENTRIES, INDEX, SUPPRESS,
+    USED_BYTES,
+};
+use crate::mem::{Access, Memory, Segments, Table, Window};
+use crate::ring::{Chain, MAX_SIZE};
+use crate::violation::{Rule, Violation};
+
+/// Pieces of memory that the chains in flight may have together: what a queue can make this process remember. Without
+/// it, a large ring of chains that are each as long as the ring would take gigabytes.
+pub const MAX_BUFFERS: usize = 1 << 20;
+
+/// What a driver says about its ring before it is used.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// Descriptors: a power of two.
+    pub size: u32,
+    /// Driver address of the descriptor table.
+    pub desc: u64,
+    /// Driver address of the available ring.
+    pub driver: u64,
+    /// Driver address of the used ring.
+    pub device: u64,
+    /// VIRTIO_F_EVENT_IDX was negotiated.
+    pub event_idx: bool,
+    /// VIRTIO_F_INDIRECT_DESC was negotiated.
+    pub indirect: bool,
+}
+
+/// The three parts, as they lie in the memory of one generation.
+struct Parts {
+    generation: u64,
+    desc: Window,
+    avail: Window,
+    used: Window,
+}
+
+impl Parts {
+    fn find(table: &Table, setup: &Setup) -> Result<Self, Violation> {
+        let size = setup.size as u16;
+        let event = if setup.event_idx { 2 } else { 0 };
+        // Alignment is checked twice: as the driver sees it, which is the rule (section 2.7), and as it comes to lie in
+        // this process, which atomics need, and which a region at an odd offset of its file spoils.
+        let part = |what, address: u64, bytes: usize, align: usize, word: usize, access| {
+            if address % align as u64 != 0 {
+                let detail = format!("the {what} at {address:#x} must be aligned to {align} bytes");
+                return Err(Violation::new(Rule::RingMisaligned, detail));
+            }
+            let window = table.window(address, bytes as u64, access).ok_or_else(|| {
+                let detail = format!("the {what}, {bytes} bytes at {address:#x}");
+                Violation::new(Rule::RingOutsideMemory, detail)
+            })?;
+            if !window.is_aligned(word) {
+                let detail = format!("the {what} at {address:#x} lies at an odd place of its file");
+                return Err(Violation::new(Rule::RingMisaligned, detail));
+            }
+            Ok(window)
+        };
+        Ok(Self {
+            generation: table.generation(),
+            desc: part("descriptor table", setup.desc, DESC_BYTES * size as usize, 16, 8, Access::Read)?,
+            avail: part("available ring", setup.driver, avail_bytes(size) + event, 2, 2, Access::Read)?,
+            used: part("used ring", setup.device, used_bytes(size) + event, 4, 4, Access::Write)?,
+        })
+    }
+}
+
+/// The device side of a running split ring.
+///
+/// `take` chains, answer them, `complete` them; when it says so, notify the driver. When `take` gives nothing, wait for the
+/// driver's notification. A ring whose driver broke a rule gives nothing any more: make a new one.
+pub struct DeviceRing {
+    memory: Arc<Memory>,
+    setup: Setup,
+    parts: Parts,
+    size: u16,
+    /// Index of the next entry to take.
+    next: u16,
+    /// The available index as last read: entries before it may be taken without reading it again.
+    seen: u16,
+    /// Our own used index; the one in memory is written, never read.
+    used: u16,
+    /// Without EVENT_IDX: what the used ring's flags say.
+    suppressing: bool,
+    /// A bit a head: taken and not completed.
+    taken: Vec<u64>,
+    in_flight: usize,
+    /// Pieces of memory a head has in flight.
+    costs: Vec<u32>,
+    buffers: usize,
+    /// Why this ring gives nothing any more, until it was told.
+    violation: Option<Violation>,
+    broken: bool,
+}
+
+impl DeviceRing {
+    /// Start at index 0, with notifications on.
+    ///
+    /// Violation: queue-size (0, not a power of two, above `max_size`), ring-misaligned, ring-outside-memory.
+    pub fn new(memory: Arc<Memory>, max_size: u32, setup: Setup) -> Result<Self, Violation> {
+        if !setup.size.is_power_of_two() || setup.size > max_size.min(MAX_SIZE) {
+            let detail = format!("{}, must be a power of two up to {max_size}", setup.size);
+            return Err(Violation::new(Rule::QueueSize, detail));
+        }
+        let size = setup.size as u16;
+        let parts = Parts::find(&memory.snapshot(), &setup)?;
+        let mut ring = Self {
+            memory,
+            setup,
+            parts,
+            size,
+            next: 0,
+            seen: 0,
+            used: 0,
+            suppressing: true,
+            taken: vec![0; (size as usize).div_ceil(64)],
+            in_flight: 0,
+            costs: vec![0; size as usize],
+            buffers: 0,
+            violation: None,
+            broken: false,
+        };
+        ring.ask_for_notifications();
+        Ok(ring)
+    }
+
+    /// Descriptors.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Chains taken and not completed.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Append the next chains, at most `limit`, to `chains`.
+    ///
+    /// Notifications are off from the first chain until a call gives none, so whoever got some calls again before it
+    /// waits. A violation comes after the chains before it: with them the call succeeds, and the next one fails. After
+    /// that there are none.
+    pub fn take(&mut self, limit: usize, chains: &mut Vec<Chain>) -> Result<(), Violation> {
+        let before = chains.len();
+        if self.broken || limit == 0 {
+            return self.violation.take().map_or(Ok(()), Err);
+        }
+        match self.take_some(limit, chains) {
+            Ok(()) => Ok(()),
+            Err(violation) => {
+                self.broken = true;
+                if chains.len() == before {
+                    return Err(violation);
+                }
+                self.violation = Some(violation);
+                Ok(())
+            }
+        }
+    }
+
+    fn take_some(&mut self, limit: usize, chains: &mut Vec<Chain>) -> Result<(), Violation> {
+        let table = self.memory.snapshot();
+        self.find_again(&table)?;
+        if !self.look()? {
+            self.ask_for_notifications();
+            // The driver adds an entry and then looks whether we want to hear of it; we have said that we want to, and
+            // now look for entries. Each side's store comes before its load only with a full fence between them: then
+            // one of the two at least sees the other's store, and no wakeup is lost.
+            fence(Ordering::SeqCst);
+            if !self.look()? {
+                return Ok(());
+            }
+        }
+        self.ask_for_silence();
+        let last = chains.len() + limit;
+        while chains.len() < last && self.look()? {
+            // The entry was written before the index that `look` acquired.
+            let place = ENTRIES + 2 * usize::from(self.next & (self.size - 1));
+            let head = self.parts.avail.load16(place, Ordering::Relaxed);
+            let chain = self.chain(&table, head)?;
+            self.begin(&chain)?;
+            self.next = self.next.wrapping_add(1);
+            chains.push(chain);
+        }
+        Ok(())
+    }
+
+    /// Whether there is an entry to take.
+    #[inline]
+    fn look(&mut self) -> Result<bool, Violation> {
+        if self.next != self.seen {
+            return Ok(true);
+        }
+        // Acquire: entries and descriptors that the driver wrote before it moved its index are seen after it.
+        let index = self.parts.avail.load16(INDEX, Ordering::Acquire);
+        let ahead = index.wrapping_sub(self.next);
+        if ahead > self.size {
+            let detail = format!("from {} to {index} in a ring of {}", self.next, self.size);
+            return Err(Violation::new(Rule::IndexJump, detail));
+        }
+        self.seen = index;
+        Ok(ahead != 0)
+    }
+
+    /// Follow the parts when the driver's memory has changed.
+    #[inline]
+    fn find_again(&mut self, table: &Table) -> Result<(), Violation> {
+        if table.generation() != self.parts.generation {
+            self.parts = Parts::find(table, &self.setup)?;
+        }
+        Ok(())
+    }
+
+    fn chain(&self, table: &Table, head: u16) -> Result<Chain, Violation> {
+        let mut chain = Chain::new(head);
+        let mut index = head;
+        for _ in 0..self.size {
+            if index >= self.size {
+                let detail = format!("{index} in a ring of {}", self.size);
+                return Err(Violation::new(Rule::DescriptorOutOfRange, detail));
+            }
+            let desc = self.desc(index);
+            if desc.has(DESC_INDIRECT) {
+                self.indirect(table, &mut chain, &desc)?;
+                return Ok(chain);
+            }
+            self.push(table, &mut chain, &desc)?;
+            if !desc.has(DESC_NEXT) {
+                return Ok(chain);
+            }
+            index = desc.next;
+        }
+        // As many as there are, and one more: some came twice.
+        Err(Violation::new(Rule::DescriptorLoop, format!("in the chain of {head}")))
+    }
+
+    /// The entries of an indirect table (section 2.7.5.3), in place of the descriptor that refers to it.
+    fn indirect(&self, table: &Table, chain: &mut Chain, desc: &Desc) -> Result<(), Violation> {
+        let violation = |rule| {
+            let detail = format!("{} bytes at {:#x}, in the chain of {}", desc.size, desc.address, chain.head());
+            Violation::new(rule, detail)
+        };
+        if !self.setup.indirect {
+            return Err(violation(Rule::IndirectNotNegotiated));
+        }
+        if desc.has(DESC_NEXT) {
+            return Err(violation(Rule::IndirectNext));
+        }
+        if desc.size == 0 || desc.size % DESC_BYTES as u32 != 0 {
+            return Err(violation(Rule::IndirectTableSize));
+        }
+        let count = desc.size / DESC_BYTES as u32;
+        if count > u32::from(self.size) {
+            return Err(violation(Rule::IndirectTableTooLong));
+        }
+        let entries = Entries::find(table, desc)?;
+        let mut index = 0;
+        for _ in 0..count {
+            if index >= count {
+                let detail = format!("{index} in an indirect table of {count}");
+                return Err(Violation::new(Rule::DescriptorOutOfRange, detail));
+            }
+            let desc = entries.desc(index as usize);
+            if desc.has(DESC_INDIRECT) {
+                return Err(Violation::new(Rule::IndirectNested, format!("in the chain of {}", chain.head())));
+            }
+            self.push(table, chain, &desc)?;
+            if !desc.has(DESC_NEXT) {
+                return Ok(());
+            }
+            index = u32::from(desc.next);
+        }
+        let detail = format!("in the indirect table of the chain of {}", chain.head());
+        Err(Violation::new(Rule::DescriptorLoop, detail))
+    }
+
+    #[inline]
+    fn push(&self, table: &Table, chain: &mut Chain, desc: &Desc) -> Result<(), Violation> {
+        chain.push(table, desc.address, desc.size, desc.has(DESC_WRITE))?;
+        if chain.descriptors() > u32::from(self.size) {
+            let detail = format!("in a ring of {}, the chain of {}", self.size, chain.head());
+            return Err(Violation::new(Rule::ChainTooLong, detail));
+        }
+        Ok(())
+    }
+
+    /// Read a descriptor, once.
+    #[inline]
+    fn desc(&self, index: u16) -> Desc {
+        let place = DESC_BYTES * usize::from(index);
+        // Relaxed: ordered by the index, see `look`. Two words, each loaded once: what was checked is what is used.
+        let address = self.parts.desc.load64(place, Ordering::Relaxed);
+        Desc::from_words(address, self.parts.desc.load64(place + 8, Ordering::Relaxed))
+    }
+
+    /// Remember that a chain is in flight.
+    fn begin(&mut self, chain: &Chain) -> Result<(), Violation> {
+        let (word, bit) = bit(chain.head());
+        // Also what bounds the requests in flight: without it a driver could make one chain available for ever.
+        if self.taken[word] & bit != 0 {
+            return Err(Violation::new(Rule::DescriptorInUse, format!("{}", chain.head())));
+        }
+        if self.buffers + chain.cost() > MAX_BUFFERS {
+            return Err(Violation::new(Rule::TooManyBuffers, format!("more than {MAX_BUFFERS} in flight")));
+        }
+        self.taken[word] |= bit;
+        self.in_flight += 1;
+        self.buffers += chain.cost();
+        self.costs[usize::from(chain.head())] = chain.cost() as u32;
+        Ok(())
+    }
+
+    /// Put chains, each a head and the bytes written, into the used ring, and show them all at once. True when the
+    /// driver is to be notified.
+    ///
+    /// Heads that are not in flight are left out. Violation: ring-outside-memory, ring-misaligned (the memory has
+    /// changed); then nothing is completed, now or later.
+    #[must_use = "the driver may be waiting for a notification"]
+    pub fn complete(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) -> Result<bool, Violation> {
+        if let Err(violation) = self.find_again(&self.memory.snapshot()) {
+            self.broken = true;
+            return Err(violation);
+        }
+        let old = self.used;
+        for (head, written) in chains {
+            let (word, bit) = bit(head);
+            if head >= self.size || self.taken[word] & bit == 0 {
+                continue;
+            }
+            self.taken[word] &= !bit;
+            self.in_flight -= 1;
+            self.buffers -= self.costs[usize::from(head)] as usize;
+            let place = ENTRIES + USED_BYTES * usize::from(self.used & (self.size - 1));
+            self.parts.used.store32(place, u32::from(head), Ordering::Relaxed);
+            self.parts.used.store32(place + 4, written, Ordering::Relaxed);
+            self.used = self.used.wrapping_add(1);
+        }
+        if self.used == old {
+            return Ok(false);
+        }
+        // Release: whoever sees the index sees the elements, and what was written into the buffers.
+        self.parts.used.store16(INDEX, self.used, Ordering::Release);
+        // The index must be out before we look whether the driver waits for it; the driver does the reverse. See
+        // `take_some` for why nothing less than a full fence will do.
+        fence(Ordering::SeqCst);
+        Ok(if self.setup.event_idx {
+            let event = self.parts.avail.load16(avail_bytes(self.size), Ordering::Relaxed);
+            passes(event, self.used, old)
+        } else {
+            self.parts.avail.load16(0, Ordering::Relaxed) & SUPPRESS == 0
+        })
+    }
+
+    /// Notifications on, from the next entry on. The caller looks again after a full fence.
+    fn ask_for_notifications(&mut self) {
+        if self.setup.event_idx {
+            self.parts.used.store16(used_bytes(self.size), self.next, Ordering::Relaxed);
+        } else if self.suppressing {
+            self.parts.used.store16(0, 0, Ordering::Relaxed);
+        }
+        self.suppressing = false;
+    }
+
+    /// Notifications off: a hint, that the driver may see late.
+    fn ask_for_silence(&mut self) {
+        // With EVENT_IDX there is nothing to write: the event lies behind the index now, and a driver that passes it
+        // again, 65536 entries later, notifies once too often at worst.
+        if !self.setup.event_idx && !self.suppressing {
+            self.parts.used.store16(0, SUPPRESS, Ordering::Relaxed);
+        }
+        self.suppressing = true;
+    }
+}
+
+fn bit(head: u16) -> (usize, u64) {
+    (usize::from(head / 64), 1 << (head % 64))
+}
+
+/// An indirect table in the driver's memory: aligned or not, in one piece or several.
+enum Entries {
+    Words(Window),
+    Bytes(Segments),
+}
+
+impl Entries {
+    fn find(table: &Table, desc: &Desc) -> Result<Self, Violation> {
+        let size = u64::from(desc.size);
+        match table.window(desc.address, size, Access::Read) {
+            Some(window) if window.is_aligned(8) => Ok(Self::Words(window)),
+            _ => {
+                let mut segments = Segments::default();
+                table.translate(desc.address, size, Access::Read, &mut segments)?;
+                Ok(Self::Bytes(segments))
+            }
+        }
+    }
+
+    /// Read an entry, once.
+    fn desc(&self, index: usize) -> Desc {
+        let place = DESC_BYTES * index;
+        match self {
+            // Relaxed: see `DeviceRing::desc`.
+            Self::Words(window) => Desc::from_words(
+                window.load64(place, Ordering::Relaxed),
+                window.load64(place + 8, Ordering::Relaxed),
+            ),
+            Self::Bytes(segments) => {
+                let mut bytes = [0; DESC_BYTES];
+                segments.read_once(place as u64, &mut bytes);
+                let [low, high] = [0, 8].map(|at| u64::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte])));
+                Desc::from_words(low, high)
+            }
+        }
+    }
+}
