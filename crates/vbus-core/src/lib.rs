@@ -2,12 +2,28 @@
 
 use pyo3::prelude::*;
 
+mod area;
+mod doorbell;
+mod event;
+mod link;
+mod mem;
+mod scheduler;
 mod signal;
 mod violation;
 
 /// The native core of vbus; `_core.pyi` beside it is its documentation.
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::doorbell::Doorbell;
+    #[pymodule_export]
+    use crate::event::{EventReceiver, EventSender};
+    #[pymodule_export]
+    use crate::link::LinkRing;
+    #[pymodule_export]
+    use crate::mem::Mapping;
+    #[pymodule_export]
+    use crate::scheduler::Scheduler;
     #[pymodule_export]
     use crate::signal::Signal;
 }

@@ -17,8 +17,9 @@ use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Orde
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::area::{check_range, Area, LayoutError, RawArea};
+use crate::area::{check_range, LayoutError};
 use crate::event::{Bell, Counters, Shown};
+use crate::mem::Window;
 use crate::signal::Notify;
 
 /// How long a call that cannot block by rights may take before it is broken off, at least; at most twice that.
@@ -162,12 +163,12 @@ impl Bell for Arc<Doorbell> {
 pub struct DirectSignal {
     bell: Arc<Doorbell>,
     counters: Counters,
-    stats: Option<(RawArea, usize)>,
+    stats: Option<(Window, usize)>,
 }
 
 impl DirectSignal {
     /// `stats`: an area and the offset of 24 bytes in it, written by this side only: u64 signalled, sent, rung.
-    pub fn new(bell: Arc<Doorbell>, stats: Option<(RawArea, usize)>) -> Result<Self, LayoutError> {
+    pub fn new(bell: Arc<Doorbell>, stats: Option<(Window, usize)>) -> Result<Self, LayoutError> {
         if let Some((area, offset)) = &stats {
             check_range("stats", area.size(), *offset, 3, 8, 8)?;
         }

@@ -24,9 +24,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::area::RawArea;
 use crate::doorbell::Doorbell;
 use crate::event::{Consumer, Counters, MAX_PRIORITIES};
+use crate::mem::Window;
 use crate::signal::Notify;
 
 /// Events taken from one receiver in one go: a flood of one connection must not hold up the others.
@@ -66,18 +66,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// An event consumer that threads share.
 pub struct Receiver {
-    consumer: Mutex<Consumer<RawArea>>,
+    consumer: Mutex<Consumer<Window>>,
     attached: AtomicBool,
 }
 
 impl Receiver {
     /// Share a consumer.
-    pub fn new(consumer: Consumer<RawArea>) -> Self {
+    pub fn new(consumer: Consumer<Window>) -> Self {
         Self { consumer: Mutex::new(consumer), attached: AtomicBool::new(false) }
     }
 
     /// The consumer, for as long as the guard lives. Not to be held while waiting.
-    pub fn consumer(&self) -> MutexGuard<'_, Consumer<RawArea>> {
+    pub fn consumer(&self) -> MutexGuard<'_, Consumer<Window>> {
         lock(&self.consumer)
     }
 }
