@@ -6,7 +6,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use vbus_ring::mem::Window;
 
-use crate::mem::Mapping;
+use crate::memory::Mapping;
 
 /// The whole of a mapping, which both sides write to.
 pub fn area(mapping: &Mapping) -> PyResult<Window> {

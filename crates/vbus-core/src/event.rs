@@ -10,7 +10,7 @@ use vbus_ring::schedule::Receiver;
 
 use crate::area::{area, value_error};
 use crate::doorbell::{bells, Doorbell};
-use crate::mem::Mapping;
+use crate::memory::Mapping;
 use crate::signal::Signal;
 use crate::violation::to_object;
 

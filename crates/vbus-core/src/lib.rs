@@ -6,7 +6,8 @@ mod area;
 mod doorbell;
 mod event;
 mod link;
-mod mem;
+mod memory;
+mod ring;
 mod scheduler;
 mod signal;
 mod violation;
@@ -21,7 +22,9 @@ mod _core {
     #[pymodule_export]
     use crate::link::LinkRing;
     #[pymodule_export]
-    use crate::mem::Mapping;
+    use crate::memory::{Mapping, Memory};
+    #[pymodule_export]
+    use crate::ring::{DeviceQueue, DriverQueue, Request};
     #[pymodule_export]
     use crate::scheduler::Scheduler;
     #[pymodule_export]

@@ -11,7 +11,7 @@ use vbus_ring::link::{self, LinkError, LinkLayout, LinkReceiver, LinkSender};
 use vbus_ring::mem::Window;
 
 use crate::area::{area, value_error};
-use crate::mem::Mapping;
+use crate::memory::Mapping;
 use crate::violation::to_error;
 
 /// One direction of a link in a shared area: whole messages, one producer, one consumer.

@@ -9,7 +9,7 @@ use vbus_ring::signal::Notify;
 
 use crate::area::{area, value_error};
 use crate::doorbell::Doorbell;
-use crate::mem::Mapping;
+use crate::memory::Mapping;
 use crate::scheduler::Scheduler;
 
 /// How one source says "look at this queue".

@@ -16,7 +16,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use vm_memory::{VolatileMemory, VolatileSlice};
+use vm_memory::VolatileMemory;
+pub use vm_memory::VolatileSlice;
 
 use crate::violation::{Rule, Violation};
 

@@ -404,10 +404,9 @@ impl Entries {
         let place = DESC_BYTES * index;
         match self {
             // Relaxed: see `DeviceRing::desc`.
-            Self::Words(window) => Desc::from_words(
-                window.load64(place, Ordering::Relaxed),
-                window.load64(place + 8, Ordering::Relaxed),
-            ),
+            Self::Words(window) => {
+                Desc::from_words(window.load64(place, Ordering::Relaxed), window.load64(place + 8, Ordering::Relaxed))
+            }
             Self::Bytes(segments) => {
                 let mut bytes = [0; DESC_BYTES];
                 segments.read_once(place as u64, &mut bytes);

@@ -207,7 +207,8 @@ impl DriverRing {
         }
         let head = self.first_free;
         let mut last = head;
-        let buffers = readable.iter().map(|buffer| (buffer, 0)).chain(writable.iter().map(|buffer| (buffer, DESC_WRITE)));
+        let buffers =
+            readable.iter().map(|buffer| (buffer, 0)).chain(writable.iter().map(|buffer| (buffer, DESC_WRITE)));
         for (position, (&(address, size), flags)) in buffers.enumerate() {
             let more = if position + 1 < count { DESC_NEXT } else { 0 };
             let desc = |next| Desc { address, size: size as u32, flags: flags | more, next };

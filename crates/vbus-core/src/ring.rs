@@ -1,0 +1,387 @@
+//! The Python face of the rings: a device's requests, its queues, and a driver's.
+//!
+//! Locks are held shortly, never while Python code or a notification runs, and always taken with the interpreter's lock
+//! held: so no two of them can wait for each other.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::{PyOverflowError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyMemoryView};
+use vbus_ring::ring::split::{DeviceRing, DriverRing, Setup};
+use vbus_ring::ring::{Chain, MAX_SIZE};
+use vbus_ring::signal::Notify;
+use vbus_ring::violation::{Rule, Violation};
+
+use crate::memory::{new_bytes, views, with_bytes, with_bytes_mut, Mapping, Memory};
+use crate::signal::Signal;
+use crate::violation::to_error;
+
+/// (readable, writable) memoryviews.
+type Views<'py> = (Vec<Bound<'py, PyMemoryView>>, Vec<Bound<'py, PyMemoryView>>);
+
+fn value_error(error: impl std::fmt::Display) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+/// What a device queue and its requests know of each other.
+#[derive(Default)]
+struct Shared {
+    running: Mutex<Option<Running>>,
+    /// Counts starts and stops: a request of another run is nobody's any more.
+    run: AtomicU64,
+    completed: AtomicU64,
+    bytes_readable: AtomicU64,
+    bytes_written: AtomicU64,
+}
+
+struct Running {
+    ring: DeviceRing,
+    signal: Arc<dyn Notify>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begin another run, or none.
+    fn replace(&self, running: Option<Running>) {
+        let old = {
+            let mut current = self.lock();
+            self.run.fetch_add(1, Ordering::Relaxed);
+            std::mem::replace(&mut *current, running)
+        };
+        // Outside the lock: it may be the last user of its memory, and unmapping takes time.
+        drop(old);
+    }
+}
+
+/// A chain of descriptors, read once, checked and translated; its memory stays mapped while this lives.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct Request {
+    chain: Chain,
+    queue: Arc<Shared>,
+    run: u64,
+    read: AtomicU64,
+    written: AtomicU64,
+    completed: AtomicBool,
+}
+
+impl Request {
+    fn stopped(&self) -> bool {
+        self.queue.run.load(Ordering::Relaxed) != self.run
+    }
+
+    fn left_to_read(&self) -> u64 {
+        self.chain.readable().total() - self.read.load(Ordering::Relaxed)
+    }
+}
+
+#[pymethods]
+impl Request {
+    #[getter]
+    fn index(&self) -> u16 {
+        self.chain.head()
+    }
+
+    #[getter]
+    fn readable(&self) -> u64 {
+        self.left_to_read()
+    }
+
+    #[getter]
+    fn writable(&self) -> u64 {
+        self.writable_total() - self.written()
+    }
+
+    #[getter]
+    fn readable_total(&self) -> u64 {
+        self.chain.readable().total()
+    }
+
+    #[getter]
+    fn writable_total(&self) -> u64 {
+        self.chain.writable().total()
+    }
+
+    #[getter]
+    fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    #[setter]
+    fn set_written(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        let total = self.writable_total();
+        match value.extract::<u64>() {
+            Ok(value) if value <= total => {
+                self.written.store(value, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(error) if !error.is_instance_of::<PyOverflowError>(py) => Err(error),
+            _ => Err(PyValueError::new_err(format!("written must be 0 to {total}, not {value}"))),
+        }
+    }
+
+    #[pyo3(signature = (size = -1, /))]
+    fn read<'py>(&self, py: Python<'py>, size: i64) -> PyResult<Bound<'py, PyBytes>> {
+        let left = self.left_to_read();
+        let size = u64::try_from(size).map_or(left, |size| size.min(left));
+        let at = self.read.load(Ordering::Relaxed);
+        let bytes = new_bytes(py, size as usize, |bytes| self.chain.readable().read(at, bytes))?;
+        self.read.store(at + size, Ordering::Relaxed);
+        Ok(bytes)
+    }
+
+    #[pyo3(signature = (buffer, /))]
+    fn readinto(&self, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
+        with_bytes_mut(buffer, |bytes| {
+            // Looked at only now: getting at the buffer may have run Python code that read.
+            let at = self.read.load(Ordering::Relaxed);
+            let size = self.left_to_read().min(bytes.len() as u64);
+            let bytes = bytes.subslice(0, size as usize).map_err(value_error)?;
+            self.chain.readable().read(at, bytes);
+            self.read.store(at + size, Ordering::Relaxed);
+            Ok(size as usize)
+        })?
+    }
+
+    #[pyo3(signature = (data, /))]
+    fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
+        with_bytes(data, |bytes| {
+            if self.completed.load(Ordering::Relaxed) {
+                return Err(PyValueError::new_err("the request is completed: its memory is the driver's again"));
+            }
+            let (at, size) = (self.written(), bytes.len() as u64);
+            if size > self.writable_total() - at {
+                let detail = format!("{size} bytes, {} are left in request {}", self.writable(), self.chain.head());
+                return Err(to_error(py, &Violation::new(Rule::BufferTooSmall, detail)));
+            }
+            // A driver that has reset its device may use the memory for something else; the device need not know.
+            if !self.stopped() {
+                self.chain.writable().write(at, bytes);
+            }
+            self.written.store(at + size, Ordering::Relaxed);
+            Ok(size as usize)
+        })?
+    }
+
+    fn views<'py>(&self, py: Python<'py>) -> PyResult<Views<'py>> {
+        Ok((views(py, self.chain.readable(), true)?, views(py, self.chain.writable(), false)?))
+    }
+
+    #[getter]
+    fn done(&self) -> bool {
+        self.completed.load(Ordering::Relaxed) || self.stopped()
+    }
+}
+
+/// The device side of a split ring.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct DeviceQueue {
+    shared: Arc<Shared>,
+    max_size: u32,
+}
+
+#[pymethods]
+impl DeviceQueue {
+    #[new]
+    fn new(max_size: u32) -> PyResult<Self> {
+        if !max_size.is_power_of_two() || max_size > MAX_SIZE {
+            return Err(PyValueError::new_err("a queue's size is a power of two, 1 to 32768"));
+        }
+        Ok(Self { shared: Arc::default(), max_size })
+    }
+
+    #[getter]
+    fn max_size(&self) -> u32 {
+        self.max_size
+    }
+
+    #[getter]
+    fn size(&self) -> u16 {
+        self.shared.lock().as_ref().map_or(0, |running| running.ring.size())
+    }
+
+    #[getter]
+    fn running(&self) -> bool {
+        self.shared.lock().is_some()
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (memory, size, desc, driver, device, *, event_idx, indirect, signal))]
+    fn start(
+        &self,
+        py: Python<'_>,
+        memory: &Memory,
+        size: u32,
+        desc: u64,
+        driver: u64,
+        device: u64,
+        event_idx: bool,
+        indirect: bool,
+        signal: &Signal,
+    ) -> PyResult<()> {
+        self.shared.replace(None);
+        let setup = Setup { size, desc, driver, device, event_idx, indirect };
+        let ring = DeviceRing::new(memory.0.clone(), self.max_size, setup);
+        let ring = ring.map_err(|violation| to_error(py, &violation))?;
+        self.shared.replace(Some(Running { ring, signal: signal.0.clone() }));
+        Ok(())
+    }
+
+    fn stop(&self) {
+        self.shared.replace(None);
+    }
+
+    fn take(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<Request>> {
+        let mut chains = Vec::new();
+        let (result, run) = match self.shared.lock().as_mut() {
+            None => return Ok(Vec::new()),
+            Some(running) => (running.ring.take(limit, &mut chains), self.shared.run.load(Ordering::Relaxed)),
+        };
+        result.map_err(|violation| to_error(py, &violation))?;
+        let request = |chain| Request {
+            chain,
+            queue: self.shared.clone(),
+            run,
+            read: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            completed: AtomicBool::new(false),
+        };
+        Ok(chains.into_iter().map(request).collect())
+    }
+
+    fn complete(&self, py: Python<'_>, requests: Vec<Bound<'_, Request>>) -> PyResult<()> {
+        if requests.iter().any(|request| !Arc::ptr_eq(&request.get().queue, &self.shared)) {
+            return Err(PyValueError::new_err("a request of another queue"));
+        }
+        let signal = self.put(&requests).map_err(|violation| to_error(py, &violation))?;
+        if let Some(signal) = signal {
+            // Without the interpreter's lock: ringing is a system call, and a hostile driver can make it take a moment.
+            py.detach(|| signal.notify());
+        }
+        Ok(())
+    }
+
+    #[getter]
+    fn in_flight(&self) -> usize {
+        self.shared.lock().as_ref().map_or(0, |running| running.ring.in_flight())
+    }
+
+    #[getter]
+    fn counters(&self) -> (u64, u64, u64) {
+        let Shared { completed, bytes_readable, bytes_written, .. } = &*self.shared;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (get(completed), get(bytes_readable), get(bytes_written))
+    }
+}
+
+impl DeviceQueue {
+    /// Put requests into the used ring; what to notify, if anything.
+    fn put(&self, requests: &[Bound<'_, Request>]) -> Result<Option<Arc<dyn Notify>>, Violation> {
+        let mut current = self.shared.lock();
+        let Some(running) = current.as_mut() else {
+            return Ok(None);
+        };
+        let fresh = |request: &&Request| !request.stopped() && !request.completed.swap(true, Ordering::Relaxed);
+        let requests: Vec<&Request> = requests.iter().map(|request| request.get()).filter(fresh).collect();
+        let notify = running.ring.complete(requests.iter().map(|request| {
+            // Never above the chain's total, which has 32 bits.
+            (request.chain.head(), request.written() as u32)
+        }))?;
+        for request in &requests {
+            self.shared.completed.fetch_add(1, Ordering::Relaxed);
+            self.shared.bytes_readable.fetch_add(request.readable_total(), Ordering::Relaxed);
+            self.shared.bytes_written.fetch_add(request.written(), Ordering::Relaxed);
+        }
+        Ok(notify.then(|| running.signal.clone()))
+    }
+}
+
+/// The driver side of a split ring, in memory of its own.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct DriverQueue {
+    ring: Mutex<DriverRing>,
+    signal: Option<Arc<dyn Notify>>,
+}
+
+impl DriverQueue {
+    fn lock(&self) -> MutexGuard<'_, DriverRing> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl DriverQueue {
+    #[staticmethod]
+    fn bytes_needed(size: u32) -> PyResult<usize> {
+        DriverRing::bytes_needed(size).map_err(value_error)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    #[new]
+    #[pyo3(signature = (arena, offset, address, size, *, event_idx, indirect, signal = None))]
+    fn new(
+        arena: &Mapping,
+        offset: usize,
+        address: u64,
+        size: u32,
+        event_idx: bool,
+        indirect: bool,
+        signal: Option<&Signal>,
+    ) -> PyResult<Self> {
+        let ring = DriverRing::new(&arena.0, offset, address, size, event_idx, indirect).map_err(value_error)?;
+        Ok(Self { ring: Mutex::new(ring), signal: signal.map(|signal| signal.0.clone()) })
+    }
+
+    #[getter]
+    fn size(&self) -> u16 {
+        self.lock().size()
+    }
+
+    #[getter]
+    fn desc(&self) -> u64 {
+        self.lock().desc()
+    }
+
+    #[getter]
+    fn driver(&self) -> u64 {
+        self.lock().driver()
+    }
+
+    #[getter]
+    fn device(&self) -> u64 {
+        self.lock().device()
+    }
+
+    #[getter]
+    fn free(&self) -> usize {
+        self.lock().free()
+    }
+
+    fn add(&self, readable: Vec<(u64, u64)>, writable: Vec<(u64, u64)>) -> PyResult<Option<u16>> {
+        self.lock().add(&readable, &writable).map_err(value_error)
+    }
+
+    fn publish(&self, py: Python<'_>) {
+        let notify = self.lock().publish();
+        if let (true, Some(signal)) = (notify, &self.signal) {
+            // Without the interpreter's lock: as for a device's.
+            py.detach(|| signal.notify());
+        }
+    }
+
+    fn reap(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<(u16, u32)>> {
+        let mut finished = Vec::new();
+        let result = self.lock().reap(limit, &mut finished);
+        result.map_err(|violation| to_error(py, &violation))?;
+        Ok(finished)
+    }
+
+    #[getter]
+    fn outstanding(&self) -> usize {
+        self.lock().outstanding()
+    }
+}
