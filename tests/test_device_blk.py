@@ -9,12 +9,11 @@ import io
 import os
 import random
 import shutil
-import struct
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -23,7 +22,7 @@ from vbus.bus import Bus
 from vbus.devices import Blk
 from vbus.errors import DriverError, UsageError
 from vbus.proxy import drivers
-from vbus.virtio.blk import RequestStatus, RequestType
+from vbus.virtio.blk import HEADER, RequestStatus, RequestType
 
 LIMIT = 20
 """Seconds after which a test that waits has failed."""
@@ -35,7 +34,7 @@ OK, IOERR, UNSUPP = (bytes([status]) for status in (RequestStatus.OK, RequestSta
 class WriteThrough(drivers.Blk):
     """A driver that cannot flush."""
 
-    wanted = ("RO", "BLK_SIZE")
+    wanted: ClassVar[tuple[str, ...]] = ("RO", "BLK_SIZE")
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def header(kind: int, sector: int = 0) -> bytes:
-    return struct.pack("<IIQ", kind, 0, sector)
+    return HEADER.pack(kind, 0, sector)
 
 
 def ask(disk: drivers.Blk, readable: Sequence[bytes], writable: int) -> bytes:

@@ -167,7 +167,12 @@ def test_a_reader_that_does_not_read_holds_the_typist_back(attached: Attached, t
     data = os.urandom(2 * MIB)
     sent = threading.Event()
     with connected(device) as client:
-        sender = in_thread(lambda: (client.sendall(data), sent.set()))
+
+        def send_all() -> None:
+            client.sendall(data)
+            sent.set()
+
+        sender = in_thread(send_all)
         assert wait_until(lambda: len(console._data) >= console_driver.UNREAD)
         most = console_driver.UNREAD + console_driver.BUFFERS * console_driver.BUFFER
         assert len(console._data) <= most

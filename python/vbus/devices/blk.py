@@ -14,7 +14,6 @@ import errno
 import fcntl
 import os
 import stat
-import struct
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,13 +23,8 @@ from vbus.bus import Device, Queue, Request, attribute
 from vbus.devices.buffers import clear, move, scatter, skip, split_last
 from vbus.errors import UsageError, Violation
 from vbus.units import LARGEST, format_size, parse_size
-from vbus.virtio.blk import RequestStatus, RequestType
+from vbus.virtio.blk import HEADER, ID_BYTES, SECTOR, RequestStatus, RequestType
 
-HEADER = struct.Struct("<IIQ")
-"""Type, reserved, sector (section 5.2.6)."""
-SECTOR = 512
-"""The protocol's unit of offset and length, whatever the block size."""
-SERIAL_SIZE = 20
 QUEUE_SIZE = 256
 BLOCK_SIZES = (512, 1024, 2048, 4096)
 
@@ -50,6 +44,7 @@ class Blk(Device):
     features = virtio.blk.FEATURES
     queues = (Queue("requests", size=QUEUE_SIZE),)
     Config = virtio.blk.Config
+    config: virtio.blk.Config
 
     capacity = attribute(
         int,
@@ -58,7 +53,7 @@ class Blk(Device):
         doc="Size in sectors of 512 bytes. Growing it extends a regular file or memory.",
     )
     path = attribute(str, get=lambda disk: disk._path, doc="The file or block device; empty for memory.")
-    serial = attribute(str, get=lambda disk: disk._serial or disk.name[:SERIAL_SIZE], doc="What GET_ID answers.")
+    serial = attribute(str, get=lambda disk: disk._serial or disk.name[:ID_BYTES], doc="What GET_ID answers.")
     read_only = attribute(bool, get=lambda disk: disk._read_only, doc="Whether writes are refused.")
     block_size = attribute(int, get=lambda disk: disk.config.blk_size, doc="Bytes that the driver should align to.")
     reads = attribute(int, get=lambda disk: disk._reads, doc="Read requests that succeeded.")
@@ -79,8 +74,8 @@ class Blk(Device):
     ) -> None:
         if (path is None) == (memory is None) or path == "":
             raise UsageError("blk: give either path (a file or a block device) or memory (a size)")
-        if len(serial) > SERIAL_SIZE or not serial.isascii() or "\0" in serial:
-            raise UsageError(f"blk: serial {serial!r} is not up to {SERIAL_SIZE} ASCII characters")
+        if len(serial) > ID_BYTES or not serial.isascii() or "\0" in serial:
+            raise UsageError(f"blk: serial {serial!r} is not up to {ID_BYTES} ASCII characters")
         if block_size not in BLOCK_SIZES:
             raise UsageError(f"blk: block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         if not 1 <= seg_max <= QUEUE_SIZE - 2:
@@ -264,7 +259,7 @@ class Blk(Device):
 
     def _identify(self, buffers: list[memoryview]) -> RequestStatus:
         room = sum(map(len, buffers))
-        if room < SERIAL_SIZE:
+        if room < ID_BYTES:
             return self._refuse()
         scatter(self.serial.encode("ascii").ljust(room, b"\0"), buffers)
         return RequestStatus.OK

@@ -31,6 +31,7 @@ class Console(Device):
     features = virtio.console.FEATURES
     queues = (Queue("receive", pull=True), Queue("transmit", pull=True))
     Config = virtio.console.Config
+    config: virtio.console.Config
     config_writable = ("emerg_wr",)
 
     columns = attribute(int, config="cols", doc="Width of the window, in characters, 0 to 65535.")

@@ -25,6 +25,7 @@ class Rng(Device):
     """
 
     device_id = virtio.DeviceID.ENTROPY
+    features = virtio.entropy.FEATURES
     queues = ("requests",)
 
     source = attribute(str, get=lambda rng: rng._path or "os.urandom", doc="Where the random bytes come from.")

@@ -11,32 +11,27 @@ import contextlib
 import errno
 import io
 import os
-import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
 from vbus import virtio
 from vbus.errors import DriverError
 from vbus.proxy.driver import Driver
 from vbus.proxy.drivers.waiting import gather, in_order, then, wait
 from vbus.proxy.remote import RemoteDevice
-from vbus.virtio.blk import RequestStatus, RequestType
+from vbus.virtio.blk import HEADER, ID_BYTES, SECTOR, RequestStatus, RequestType
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 Buffer = bytes | bytearray | memoryview
 
-HEADER = struct.Struct("<IIQ")
-"""Type, reserved, sector (section 5.2.6)."""
-SECTOR = 512
 MOST = 1 << 20
 """Bytes of data in one request."""
 WINDOW = 8
 """Requests under way for one call of `pread` or `pwrite`."""
-SERIAL_SIZE = 20
 BLOCK_MAX = 64 << 10
 SIZE_MAX = (1 << 63) - SECTOR
 """The largest disk that offsets of files can address; what a device claims beyond it is not used."""
@@ -52,7 +47,7 @@ class Blk(Driver):
 
     device_id = virtio.DeviceID.BLOCK
     features = virtio.blk.FEATURES
-    wanted = ("RO", "BLK_SIZE", "FLUSH")
+    wanted: ClassVar[tuple[str, ...]] = ("RO", "BLK_SIZE", "FLUSH")
     queue_count = 1
     Config = virtio.blk.Config
 
@@ -68,9 +63,8 @@ class Blk(Driver):
 
     def started(self) -> None:
         """Read what the disk is like. DriverError EIO when that cannot be."""
-        config = self.config
         if self.has("BLK_SIZE"):
-            self.block_size = config.blk_size
+            self.block_size = self._read_config().blk_size
         size = self.block_size
         if not SECTOR <= size <= BLOCK_MAX or size & (size - 1):
             raise DriverError(errno.EIO, f"{self.device.name} says that its block size is {size}")
@@ -88,10 +82,13 @@ class Blk(Driver):
         with contextlib.suppress(DriverError):
             self._read_size()
 
+    def _read_config(self) -> virtio.blk.Config:
+        return virtio.blk.Config.from_bytes(self.device.config())
+
     def _read_size(self) -> None:
         # Asked under the lock, so that of two answers the later one stays.
         with self._resized:
-            self._size = min(self.config.capacity * SECTOR, SIZE_MAX)
+            self._size = min(self._read_config().capacity * SECTOR, SIZE_MAX)
             self._resized.notify_all()
 
     def removed(self) -> None:
@@ -116,7 +113,7 @@ class Blk(Driver):
     def serial(self) -> str:
         """What the device calls itself, up to 20 characters."""
         if self._serial is None:
-            answer = wait(self.submit(RequestType.GET_ID, room=SERIAL_SIZE), self.timeout, "a request for the serial")
+            answer = wait(self.submit(RequestType.GET_ID, room=ID_BYTES), self.timeout, "a request for the serial")
             self._serial = answer.split(b"\0", 1)[0].decode("ascii", "replace")
         return self._serial
 
@@ -321,7 +318,7 @@ class DiskFile(io.RawIOBase):
         self._at = base + offset
         return self._at
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
         """Read at the position; 0 at the end of the disk."""
         self._check_open()
         if not self._readable:
@@ -332,7 +329,7 @@ class DiskFile(io.RawIOBase):
         self._at += len(data)
         return len(data)
 
-    def write(self, data: Buffer) -> int:  # type: ignore[override]  # the base takes more kinds of buffers
+    def write(self, data: ReadableBuffer, /) -> int:
         """Write at the position, as far as the disk goes; ENOSPC at its end."""
         self._check_open()
         if not self._writable:

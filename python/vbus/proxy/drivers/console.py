@@ -19,8 +19,8 @@ from vbus.errors import DriverError
 from vbus.proxy.driver import Driver
 from vbus.proxy.drivers.waiting import in_order
 from vbus.proxy.remote import RemoteDevice
+from vbus.virtio.console import RECEIVEQ, TRANSMITQ
 
-RECEIVE, TRANSMIT = 0, 1
 BUFFER = 4096
 """Bytes of a receive buffer."""
 BUFFERS = 16
@@ -75,7 +75,7 @@ class Console(Driver):
         with self._arrived:
             while self._error is None and self._posted < BUFFERS and len(self._data) < max(UNREAD, self._wanted):
                 try:
-                    future = self.queue(RECEIVE).submit([], most)
+                    future = self.queue(RECEIVEQ).submit([], most)
                 except DriverError as error:
                     self._fail(error)
                     return
@@ -107,7 +107,7 @@ class Console(Driver):
             try:
                 while not (count := enough(self._data)):
                     if self._error is not None:
-                        raise DriverError(self._error.errno or errno.EIO, self._error.strerror)
+                        raise DriverError(self._error.errno or errno.EIO, self._error.strerror or "")
                     self._post()
                     left = None if deadline is None else deadline - time.monotonic()
                     if left is not None and left <= 0:
@@ -164,7 +164,7 @@ class Console(Driver):
         view = memoryview(data).cast("B")
         size = min(CHUNK, self.device.max_request or CHUNK)
         with self._writing:
-            chunks = (self.queue(TRANSMIT).submit([view[at : at + size]], 0) for at in range(0, len(view), size))
+            chunks = (self.queue(TRANSMITQ).submit([view[at : at + size]], 0) for at in range(0, len(view), size))
             for _ in in_order(chunks, WINDOW, timeout, "output"):
                 pass
         return len(view)
@@ -186,5 +186,5 @@ class Console(Driver):
         """(columns, lines) of the console now; zeros when the device does not tell."""
         if not self.has("SIZE"):
             return os.terminal_size((0, 0))
-        config = self.config
+        config = self.Config.from_bytes(self.device.config())
         return os.terminal_size((config.cols, config.rows))

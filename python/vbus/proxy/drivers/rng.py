@@ -17,7 +17,7 @@ class Rng(Driver):
     """Reads random bytes."""
 
     device_id = virtio.DeviceID.ENTROPY
-    features = virtio.features.features()
+    features = virtio.entropy.FEATURES
     queue_count = 1
 
     def read(self, size: int) -> bytes:
