@@ -32,12 +32,11 @@
 //! Trust: a producer reads `taken` and `sleep_seq` only; lies there make it send too much or too little into the liar's
 //! own ring. A consumer checks each slot's source and generation after reading them once.
 
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::area::{check_range, Area, LayoutError};
 use crate::signal::Notify;
-use crate::sync::{full_fence, AtomicU32, AtomicU64, Counter, Ordering, Site};
+use crate::sync::{full_fence, AtomicBool, AtomicU32, AtomicU64, Counter, Ordering, Site};
 use crate::violation::{Rule, Violation};
 
 const SLOT_BYTES: usize = 16;
@@ -272,9 +271,10 @@ impl<A: Area, B: Bell> Producer<A, B> {
         let mut opened = self.opened();
         let entry = &mut opened[source as usize];
         entry.close();
-        // Relaxed: the CAS of a claim compares the whole word, and whoever gets the new `Source` from here to another
-        // thread orders this store before its use there.
-        self.states[source as usize].store(state(generation, 0), Ordering::Relaxed);
+        // A swap, though nobody wants the old value: all writes of this word being read-modify-writes, a late claim of
+        // the old generation either comes before this one or fails. Relaxed: whoever hands the new `Source` to another
+        // thread orders this before its use there.
+        self.states[source as usize].swap(state(generation, 0), Ordering::Relaxed);
         let new = Arc::new(Source {
             source,
             generation,
@@ -331,9 +331,9 @@ impl<A: Area, B: Bell> Producer<A, B> {
         full_fence(Site::Published);
         signalled.settle(count);
 
-        // `taken` first, and with Acquire: its value was stored after its slot was read, which was written after `sent`
-        // was raised, so that the `sent` read next cannot be older than this `taken`. An older `sent` beside a newer
-        // `taken` would look like an event outstanding for ever.
+        // `taken` first, and with Acquire: it was stored after its slot was read, which was written after `sent` was
+        // raised, so the `sent` read next is no older than this `taken`, and unequal means outstanding. Acquire also
+        // keeps the writes to a slot below behind the consumer's reads of its last lap (see `tail`).
         let taken = self.area.load32(self.geometry.taken(source.source), Ordering::Acquire);
         let word = &self.states[source.source as usize];
         let sent = word.load(Ordering::Relaxed);
@@ -352,8 +352,9 @@ impl<A: Area, B: Bell> Producer<A, B> {
         self.shown(source, 1).count();
 
         let ring = &self.rings[source.priority];
-        // AcqRel: hands on what every earlier claimer knew. Among the claims of one lap at least one source came twice,
-        // and its second claim saw `taken` of the first: so the consumer is done with the slot that this lap reuses.
+        // AcqRel: hands on what every earlier claimer knew. Since this slot's last lap at least one source came twice,
+        // and its second claim saw `taken` of the first: so the consumer is done with the slot. (loom cannot show this
+        // one, nor the reason of the store to `taken`: it never lets a load see a store that comes later.)
         let position = ring.tail.fetch_add(1, Ordering::AcqRel);
         let slot = self.geometry.slot(source.priority, position);
         self.area.store32(slot + 4, source.source, Ordering::Relaxed);
@@ -619,6 +620,11 @@ impl<A: Area> Consumer<A> {
             // Relaxed: going to sleep, the fence behind it orders it; waking up late costs a doorbell, nothing else.
             self.area.store32(self.geometry.sleep(priority), self.sleep_seq, Ordering::Relaxed);
         }
+    }
+
+    /// As the other side sees it: odd while asleep.
+    pub fn sleep_seq(&self) -> u32 {
+        self.sleep_seq
     }
 
     /// Events taken that had an open source.

@@ -371,7 +371,7 @@ impl Scheduler {
         left: Option<Duration>,
         events: &mut Events,
     ) -> MutexGuard<'a, State> {
-        let quiet = state.receivers.iter().all(|attached| attached.receiver.consumer().sleep());
+        let quiet = state.receivers.iter().all(|attached| attached.faulted || attached.receiver.consumer().sleep());
         if !quiet {
             state.wake_receivers();
             // Let others at the state: a producer that keeps sending what is dropped could keep us here.

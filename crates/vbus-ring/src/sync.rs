@@ -7,10 +7,10 @@
 pub use std::sync::atomic::Ordering;
 
 #[cfg(not(loom))]
-pub use std::sync::atomic::{fence, AtomicU32, AtomicU64};
+pub use std::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64};
 
 #[cfg(loom)]
-pub use loom::sync::atomic::{fence, AtomicU32, AtomicU64};
+pub use loom::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64};
 
 /// Counters for people. They order nothing, so a model leaves them out: always the standard library's.
 pub type Counter = std::sync::atomic::AtomicU64;

@@ -10,7 +10,6 @@
 #![cfg(loom)]
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicUsize;
 
 use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::sync::Arc;
@@ -53,9 +52,15 @@ impl Area for ModelArea {
     fn store64(&self, _offset: usize, _value: u64, _order: Ordering) {}
 }
 
-/// Rings since the consumer last looked, which it only does when it has nothing else to wake it.
-#[derive(Clone, Default)]
-struct ModelBell(std::sync::Arc<AtomicUsize>);
+/// Rings since the consumer last looked, which it only does while asleep.
+#[derive(Clone)]
+struct ModelBell(Arc<AtomicU32>);
+
+impl ModelBell {
+    fn heard(&self) -> bool {
+        self.0.swap(0, Ordering::Relaxed) > 0
+    }
+}
 
 impl Bell for ModelBell {
     fn ring(&self) -> bool {
@@ -86,7 +91,7 @@ impl Model {
     /// One source a priority given, source 0 first.
     fn new(geometry: Geometry, priorities: &[u32]) -> Self {
         let area = ModelArea::new(&geometry, SIZE);
-        let bells: Vec<_> = (0..geometry.priorities).map(|_| ModelBell::default()).collect();
+        let bells: Vec<_> = (0..geometry.priorities).map(|_| ModelBell(Arc::new(AtomicU32::new(0)))).collect();
         let producer = Producer::new(area.clone(), geometry, STATS, bells.clone()).unwrap();
         let mut consumer = Consumer::new(area, geometry).unwrap();
         let open = |(source, priority): (usize, &u32)| {
@@ -121,13 +126,18 @@ impl Model {
         }
     }
 
-    /// Drain and service until there is nothing left, and go to sleep.
+    /// Has any doorbell rung? Asks all of them, as a wait would.
+    fn heard(&self) -> bool {
+        self.bells.iter().fold(false, |heard, bell| bell.heard() || heard)
+    }
+
+    /// Drain and service until there is nothing left, and sleep until no doorbell has rung yet.
     fn run(&mut self) {
         loop {
             let mut keys = Vec::new();
             if self.consumer.drain(8, &mut keys) {
                 self.service(&keys);
-            } else if self.consumer.sleep() {
+            } else if self.consumer.sleep() && !self.heard() {
                 return;
             } else {
                 self.consumer.wake();
@@ -137,7 +147,7 @@ impl Model {
 
     /// All producers are done, and the consumer sleeps: only doorbells can wake it.
     fn finish(&mut self) {
-        while self.bells.iter().any(|bell| bell.0.swap(0, Ordering::Relaxed) > 0) {
+        while self.heard() {
             self.consumer.wake();
             self.run();
         }
@@ -147,9 +157,12 @@ impl Model {
     }
 }
 
-fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+/// How often a thread may be interrupted against its will in one run; where each may happen is explored in full.
+const PREEMPTIONS: usize = 3;
+
+fn explore(model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
+    builder.preemption_bound = Some(PREEMPTIONS);
     builder.check(model);
 }
 
@@ -186,22 +199,22 @@ fn again() {
 
 #[test]
 fn two_producers_of_one_source_lose_nothing() {
-    explore(3, same_source);
+    explore(same_source);
 }
 
 #[test]
 fn two_producers_of_two_sources_lose_nothing() {
-    explore(3, two_sources);
+    explore(two_sources);
 }
 
 #[test]
 fn a_producer_that_signals_again_loses_nothing() {
-    explore(3, again);
+    explore(again);
 }
 
 #[test]
 fn events_of_a_priority_come_out_in_order() {
-    explore(2, || {
+    explore(|| {
         let geometry = Geometry { max_sources: 4, ..GEOMETRY };
         let mut model = Model::new(geometry, &[0, 0, 0]);
         // Source 1 is signalled behind source 0 by one thread; the other one competes for slots.
@@ -218,7 +231,7 @@ fn events_of_a_priority_come_out_in_order() {
 
 #[test]
 fn priorities_have_doorbells_of_their_own() {
-    explore(2, || {
+    explore(|| {
         let geometry = Geometry { priorities: 2, ..GEOMETRY };
         let mut model = Model::new(geometry, &[1, 0]);
         let producers = [model.spawn(&[0]), model.spawn(&[1])];
@@ -232,7 +245,7 @@ fn priorities_have_doorbells_of_their_own() {
 
 #[test]
 fn a_late_signal_of_an_old_generation_costs_the_new_one_nothing() {
-    explore(3, || {
+    explore(|| {
         let mut model = Model::new(GEOMETRY, &[0]);
         let old = model.sources[0].clone();
         let producer = model.producer.clone();
@@ -249,7 +262,7 @@ fn a_late_signal_of_an_old_generation_costs_the_new_one_nothing() {
 
 fn explore_without(site: Site, model: fn()) {
     leave_out(Some(site));
-    explore(3, model);
+    explore(model);
 }
 
 #[test]
