@@ -94,8 +94,8 @@ unsafe fn fill(
     }
     let base = mapping.slice(offset, size).ptr_guard_mut().as_ptr();
     let size = ffi::Py_ssize_t::try_from(size).map_err(|_| PyBufferError::new_err("too large for a view"))?;
-    // SAFETY: `view` is valid by the caller's word; base and size are inside the mapping, which the owner keeps, and the
-    // view takes a reference to the owner.
+    // SAFETY: `view` is valid by the caller's word; base and size are inside the mapping, which the owner keeps, and
+    // the view takes a reference to the owner.
     let result =
         unsafe { ffi::PyBuffer_FillInfo(view, owner.as_ptr(), base.cast(), size, c_int::from(read_only), flags) };
     if result == 0 {

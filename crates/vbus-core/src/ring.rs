@@ -124,7 +124,7 @@ impl Request {
         }
     }
 
-    #[pyo3(signature = (size = -1, /))]
+    #[pyo3(signature = (size = -1, /), text_signature = "($self, size=-1, /)")]
     fn read<'py>(&self, py: Python<'py>, size: i64) -> PyResult<Bound<'py, PyBytes>> {
         let left = self.left_to_read();
         let size = u64::try_from(size).map_or(left, |size| size.min(left));

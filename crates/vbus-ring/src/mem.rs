@@ -1,12 +1,12 @@
 //! A driver's memory, as a device reaches it.
 //!
-//! A `Mapping` is a piece of a file, mapped shared. A `Memory` gives mappings driver addresses: it is a table of regions
-//! that connectors change while rings use it. Users work on a snapshot of the table, translate a driver's (address,
+//! A `Mapping` is a piece of a file, mapped shared. A `Memory` gives mappings driver addresses: it is a table of
+//! regions that connectors change while rings use it. Users work on a snapshot of the table, translate a driver's (address,
 //! length) into `Segments` of mappings, and from then on hold the mappings themselves, so that removing a region never
 //! takes memory away under a user.
 //!
-//! Trust: addresses and lengths come from the driver and are checked here and nowhere else. The bytes behind them belong
-//! to the driver too, and may change at any time: no Rust reference to them is ever formed. Words are accessed by
+//! Trust: addresses and lengths come from the driver and are checked here and nowhere else. The bytes behind them
+//! belong to the driver too, and may change at any time: no Rust reference to them is ever formed. Words are accessed by
 //! atomics (`Window`), bulk by volatile slices.
 
 use std::fs::File;
@@ -249,8 +249,8 @@ impl Segments {
         });
     }
 
-    /// Copy bytes in, from byte `at` on; panics when there is no room for them. The caller has checked that the segments
-    /// may be written. The source may overlap the segments, as a driver can give one buffer twice.
+    /// Copy bytes in, from byte `at` on; panics when there is no room for them. The caller has checked that the
+    /// segments may be written. The source may overlap the segments, as a driver can give one buffer twice.
     pub fn write(&self, at: u64, from: VolatileSlice<'_>) {
         self.walk(at, from.len(), |piece, done| {
             from.subslice(done, piece.len()).expect("the walk is as long as the slice").copy_to_volatile_slice(piece);
@@ -329,6 +329,9 @@ impl Table {
     #[inline]
     pub fn translate(&self, address: u64, size: u64, access: Access, segments: &mut Segments) -> Result<(), Violation> {
         self.check(address, size, access)?;
+        if size == 0 {
+            return Ok(());
+        }
         let (mut at, mut left) = (address, size);
         for region in &self.regions[self.first(address)..] {
             let skip = at - region.address;
@@ -479,5 +482,174 @@ impl Memory {
         // Outside the lock: the last user of a mapping unmaps it, which can take long.
         drop(old);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{AsFd, FromRawFd};
+
+    const PAGE: u64 = 0x1_0000;
+
+    fn file(size: u64) -> File {
+        // SAFETY: the name is a string constant; the descriptor is new and owned by nobody else.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) };
+        file.set_len(size).unwrap();
+        file
+    }
+
+    fn mapping(size: u64, writable: bool) -> Arc<Mapping> {
+        Arc::new(Mapping::new(file(size).as_fd(), size as usize, 0, writable).unwrap())
+    }
+
+    fn name<T>(result: Result<T, Violation>) -> &'static str {
+        result.err().expect("a violation").name()
+    }
+
+    fn translate(memory: &Memory, address: u64, size: u64, access: Access) -> Result<Segments, Violation> {
+        let mut segments = Segments::default();
+        memory.snapshot().translate(address, size, access, &mut segments).map(|()| segments)
+    }
+
+    #[test]
+    fn a_mapping_is_refused_when_the_file_does_not_hold_it() {
+        let file = file(2 * PAGE);
+        let map = |size, offset| Mapping::new(file.as_fd(), size, offset, true);
+        assert!(matches!(map(0, 0), Err(MapError::Empty)));
+        assert!(matches!(map(2 * PAGE as usize + 1, 0), Err(MapError::PastEnd { .. })));
+        assert!(matches!(map(PAGE as usize + 1, PAGE), Err(MapError::PastEnd { .. })));
+        assert!(matches!(map(1, u64::MAX), Err(MapError::PastEnd { .. })));
+        assert!(matches!(map(1, 1), Err(MapError::System(error)) if error.raw_os_error() == Some(libc::EINVAL)));
+        assert_eq!(map(PAGE as usize, PAGE).unwrap().size(), PAGE as usize);
+    }
+
+    #[test]
+    fn regions_are_checked_when_they_are_added() {
+        let memory = Memory::new(3, 4 * PAGE);
+        let file = mapping(2 * PAGE, true);
+        assert_eq!(name(memory.add(0, &file, 0, 0, true)), "region-empty");
+        assert_eq!(name(memory.add(u64::MAX, &file, 0, 2, true)), "region-wraps");
+        assert_eq!(name(memory.add(0, &file, 1, 2 * PAGE, true)), "region-outside-file");
+        assert_eq!(name(memory.add(0, &file, u64::MAX, 2, true)), "region-outside-file");
+        assert_eq!(name(memory.add(0, &mapping(PAGE, false), 0, PAGE, true)), "region-read-only");
+        assert!(memory.snapshot().regions().is_empty());
+
+        memory.add(PAGE, &file, 0, PAGE, true).unwrap();
+        for (address, size) in [(PAGE, PAGE), (PAGE, 1), (1, PAGE), (2 * PAGE - 1, PAGE), (0, 2 * PAGE), (PAGE + 1, 2)]
+        {
+            assert_eq!(name(memory.add(address, &file, 0, size, true)), "region-overlaps", "{address:#x} {size:#x}");
+        }
+        memory.add(0, &file, 0, PAGE, false).unwrap();
+        assert_eq!(name(memory.add(8 * PAGE, &file, 0, 2 * PAGE + 1, false)), "region-outside-file");
+        assert_eq!(name(memory.add(8 * PAGE, &mapping(4 * PAGE, true), 0, 2 * PAGE + 1, true)), "too-much-memory");
+        memory.add(u64::MAX - 15, &file, 0, 16, true).unwrap();
+        assert_eq!(name(memory.add(8 * PAGE, &file, 0, 1, true)), "too-many-regions");
+        let regions: Vec<_> =
+            memory.snapshot().regions().iter().map(|region| (region.address, region.size, region.writable)).collect();
+        assert_eq!(regions, [(0, PAGE, false), (PAGE, PAGE, true), (u64::MAX - 15, 16, true)]);
+
+        assert_eq!(name(memory.remove(1)), "region-unknown");
+        memory.remove(PAGE).unwrap();
+        assert_eq!(name(memory.remove(PAGE)), "region-unknown");
+        memory.add(PAGE, &file, 0, PAGE, true).unwrap();
+        memory.clear();
+        assert!(memory.snapshot().regions().is_empty());
+    }
+
+    #[test]
+    fn a_range_is_inside_memory_or_refused() {
+        let memory = Memory::new(8, 1 << 40);
+        memory.add(PAGE, &mapping(PAGE, true), 0, PAGE, true).unwrap();
+        memory.add(2 * PAGE, &mapping(PAGE, true), 0, PAGE, false).unwrap();
+        memory.add(4 * PAGE, &mapping(PAGE, true), 0, PAGE, true).unwrap();
+        memory.add(u64::MAX - 15, &mapping(PAGE, true), 0, 16, true).unwrap();
+        for (address, size) in [
+            (0, 1),
+            (PAGE - 1, 2),
+            (3 * PAGE, 1),
+            (3 * PAGE - 1, 2),
+            (PAGE, 2 * PAGE + 1),
+            (PAGE, 4 * PAGE),
+            (u64::MAX, 2),
+            (u64::MAX - 15, 17),
+            (0, u64::MAX),
+            (PAGE, u64::MAX),
+        ] {
+            let result = translate(&memory, address, size, Access::Read);
+            assert_eq!(name(result), "address-outside-memory", "{address:#x} {size:#x}");
+        }
+        for (address, size, pieces) in [
+            (PAGE, 1, 1),
+            (2 * PAGE - 1, 1, 1),
+            (2 * PAGE - 1, 2, 2),
+            (PAGE, 2 * PAGE, 2),
+            (3 * PAGE - 1, 1, 1),
+            (u64::MAX - 15, 16, 1),
+            (u64::MAX, 1, 1),
+            (0, 0, 0),
+        ] {
+            let segments = translate(&memory, address, size, Access::Read).unwrap();
+            assert_eq!((segments.count(), segments.total()), (pieces, size), "{address:#x} {size:#x}");
+        }
+        assert_eq!(name(translate(&memory, 3 * PAGE - 1, 1, Access::Write)), "region-read-only");
+        assert_eq!(name(translate(&memory, 2 * PAGE - 1, 2, Access::Write)), "region-read-only");
+        assert_eq!(translate(&memory, 2 * PAGE - 1, 1, Access::Write).unwrap().total(), 1);
+    }
+
+    #[test]
+    fn bytes_run_over_the_border_of_regions_and_of_appended_ranges() {
+        let memory = Memory::new(8, 1 << 40);
+        // Adjacent addresses, out of order in the file.
+        let file = mapping(2 * PAGE, true);
+        memory.add(PAGE, &file, PAGE, PAGE, true).unwrap();
+        memory.add(2 * PAGE, &file, 0, PAGE, true).unwrap();
+        let mut segments = translate(&memory, 2 * PAGE - 3, 6, Access::Write).unwrap();
+        memory.snapshot().translate(PAGE, 4, Access::Write, &mut segments).unwrap();
+        assert_eq!((segments.count(), segments.total(), segments.mappings.len()), (3, 10, 1));
+        let mut bytes = *b"0123456789";
+        segments.write(0, VolatileSlice::from(&mut bytes[..]));
+        let mut at = |offset: u64, size: usize| {
+            file.slice(offset as usize, size).copy_to(&mut bytes[..size]);
+            String::from_utf8(bytes[..size].to_vec()).unwrap()
+        };
+        assert_eq!((at(2 * PAGE - 3, 3), at(0, 3), at(PAGE, 4)), ("012".into(), "345".into(), "6789".into()));
+        for start in 0..10 {
+            for end in start..=10 {
+                let (mut plain, mut once) = (vec![0; end - start], vec![0; end - start]);
+                segments.read(start as u64, VolatileSlice::from(&mut plain[..]));
+                segments.read_once(start as u64, &mut once);
+                assert_eq!(plain, b"0123456789"[start..end]);
+                assert_eq!(once, plain);
+            }
+        }
+    }
+
+    #[test]
+    fn a_mapping_lives_as_long_as_its_last_user() {
+        let memory = Memory::new(8, 1 << 40);
+        let file = mapping(PAGE, true);
+        let weak = Arc::downgrade(&file);
+        memory.add(0, &file, 0, PAGE, true).unwrap();
+        drop(file);
+        let segments = translate(&memory, 0, 8, Access::Write).unwrap();
+        memory.remove(0).unwrap();
+        let mut bytes = *b"still up";
+        segments.write(0, VolatileSlice::from(&mut bytes[..]));
+        assert!(weak.upgrade().is_some());
+        drop(segments);
+        assert!(weak.upgrade().is_none());
+    }
+
+    #[test]
+    fn words_are_little_endian() {
+        let file = mapping(PAGE, true);
+        let window = Window::new(file.clone(), 8, 16);
+        window.store64(0, 0x0102_0304_0506_0708, Ordering::Relaxed);
+        let mut bytes = [0u8; 8];
+        file.slice(8, 8).copy_to(&mut bytes[..]);
+        assert_eq!(bytes, [8, 7, 6, 5, 4, 3, 2, 1]);
+        assert_eq!(window.load32(4, Ordering::Relaxed), 0x0102_0304);
+        assert_eq!(window.load16(2, Ordering::Relaxed), 0x0506);
     }
 }

@@ -72,8 +72,8 @@ impl Parts {
 
 /// The device side of a running split ring.
 ///
-/// `take` chains, answer them, `complete` them; when it says so, notify the driver. When `take` gives nothing, wait for the
-/// driver's notification. A ring whose driver broke a rule gives nothing any more: make a new one.
+/// `take` chains, answer them, `complete` them; when it says so, notify the driver. When `take` gives nothing, wait for
+/// the driver's notification. A ring whose driver broke a rule gives nothing any more: make a new one.
 pub struct DeviceRing {
     memory: Arc<Memory>,
     setup: Setup,

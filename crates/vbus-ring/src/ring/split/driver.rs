@@ -77,8 +77,8 @@ enum State {
 
 /// The driver side of a split ring.
 ///
-/// `add` requests, then `publish` them; when it says so, notify the device. `reap` what the device has used. The buffers
-/// themselves are the caller's, and stay the device's until their request was reaped.
+/// `add` requests, then `publish` them; when it says so, notify the device. `reap` what the device has used. The
+/// buffers themselves are the caller's, and stay the device's until their request was reaped.
 pub struct DriverRing {
     window: Window,
     layout: Layout,
@@ -280,8 +280,8 @@ impl DriverRing {
         let old = std::mem::replace(&mut self.published, self.avail);
         // Release: whoever sees the index sees the entries, the descriptors and what is in the buffers.
         self.window.store16(self.layout.avail + INDEX, self.avail, Ordering::Release);
-        // The index must be out before we look whether the device waits for it, and the device does the reverse: it asks
-        // for notifications, then looks at the index. Only full fences make one of the two see the other's store.
+        // The index must be out before we look whether the device waits for it, and the device does the reverse: it
+        // asks for notifications, then looks at the index. Only full fences make one of the two see the other's store.
         fence(Ordering::SeqCst);
         if self.event_idx {
             let event = self.window.load16(self.layout.used + used_bytes(self.size), Ordering::Relaxed);
@@ -325,8 +325,8 @@ impl DriverRing {
                 finished.push(self.finish()?);
             }
             self.ask_for_interrupts();
-            // As in `publish`, with the sides exchanged: the device writes its index, then looks whether we want to hear
-            // of it; we have said that we do, and now look at its index.
+            // As in `publish`, with the sides exchanged: the device writes its index, then looks whether we want to
+            // hear of it; we have said that we do, and now look at its index.
             fence(Ordering::SeqCst);
             if !self.look()? {
                 return Ok(());

@@ -1,0 +1,519 @@
+//! Both sides of the split ring against each other, through shared memory.
+//!
+//! A model knows what each side must see: every byte, the order, what is free, and whether each publication and each
+//! completion must notify. Random chains and interleavings run against it, over the end of the 16-bit indices too. Then
+//! two threads that sleep whenever there is nothing to do show that no wakeup is lost.
+#![cfg(not(loom))]
+
+mod memory;
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{sync_channel, Receiver, SyncSender, TrySendError};
+use std::sync::Arc;
+use std::time::Duration;
+
+use memory::mapping;
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use vbus_ring::mem::{Mapping, Memory, VolatileSlice};
+use vbus_ring::ring::split::{AddError, DeviceRing, DriverRing, Setup, INDIRECT_ENTRIES};
+use vbus_ring::ring::Chain;
+
+/// The arena, two adjacent regions of data, and where buffers are: each request has a slot of its own, and one of the
+/// slots lies on the border.
+const ARENA: u64 = 0x10_0000;
+const ARENA_OFFSET: usize = 0x40;
+const DATA: u64 = 0x8000_0000;
+const DATA_BYTES: u64 = 0x1_0000;
+const SLOTS: u64 = 63;
+const SLOT_BYTES: u64 = 2048;
+const FIRST_SLOT: u64 = DATA + SLOT_BYTES / 2;
+
+#[derive(Clone, Copy, Debug)]
+struct Features {
+    size: u32,
+    event_idx: bool,
+    indirect: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    /// Sizes of readable and of writable buffers, and the bytes between two buffers.
+    Add(Vec<u64>, Vec<u64>, u64),
+    Publish,
+    Take(usize),
+    /// Which of the requests in flight, one after the other, and how much of each is written.
+    Complete(Vec<(usize, usize)>),
+    Reap(usize),
+}
+
+/// A request, as the model knows it.
+#[derive(Clone, Debug)]
+struct Known {
+    token: u16,
+    slot: u64,
+    descriptors: usize,
+    readable: Vec<(u64, u64)>,
+    writable: Vec<(u64, u64)>,
+    sent: Vec<u8>,
+    received: Vec<u8>,
+}
+
+/// By the text of the specification, over counters that do not wrap.
+fn must_notify(features: Features, asked: Asked, old: u64, new: u64) -> bool {
+    if features.event_idx {
+        // An event that was passed is met again after 65536 entries.
+        (old..new).any(|entry| entry % 65536 == asked.event % 65536)
+    } else {
+        new != old && !asked.silence
+    }
+}
+
+/// What a side last said about the other's index moving.
+#[derive(Clone, Copy, Debug, Default)]
+struct Asked {
+    silence: bool,
+    /// The entry that it waits for, by EVENT_IDX, which silence does not move.
+    event: u64,
+}
+
+struct World {
+    features: Features,
+    memory: Arc<Memory>,
+    driver: DriverRing,
+    device: DeviceRing,
+    fill: u8,
+    free_slots: Vec<u64>,
+    free: usize,
+    added: VecDeque<Known>,
+    published: VecDeque<Known>,
+    taken: Vec<(Known, Chain)>,
+    completed: VecDeque<Known>,
+    /// Counters of entries.
+    published_count: u64,
+    taken_count: u64,
+    completed_count: u64,
+    reaped_count: u64,
+    device_asked: Asked,
+    driver_asked: Asked,
+}
+
+impl World {
+    fn new(features: Features) -> Self {
+        let memory = Arc::new(Memory::new(8, 1 << 30));
+        let bytes = DriverRing::bytes_needed(features.size).unwrap();
+        let arena: Arc<Mapping> = mapping((ARENA_OFFSET + bytes) as u64, true);
+        // What was there before must not matter.
+        let mut noise = vec![0xa5; arena.size()];
+        VolatileSlice::from(&mut noise[..]).copy_to_volatile_slice(arena.slice(0, arena.size()));
+        memory.add(ARENA, &arena, 0, arena.size() as u64, true).unwrap();
+        for region in 0..2 {
+            memory.add(DATA + region * DATA_BYTES, &mapping(DATA_BYTES, true), 0, DATA_BYTES, true).unwrap();
+        }
+        let Features { size, event_idx, indirect } = features;
+        let driver = DriverRing::new(&arena, ARENA_OFFSET, ARENA, size, event_idx, indirect).unwrap();
+        let setup =
+            Setup { size, desc: driver.desc(), driver: driver.driver(), device: driver.device(), event_idx, indirect };
+        let device = DeviceRing::new(memory.clone(), size, setup).unwrap();
+        Self {
+            features,
+            memory,
+            driver,
+            device,
+            fill: 0,
+            free_slots: (0..SLOTS).collect(),
+            free: size as usize,
+            added: VecDeque::new(),
+            published: VecDeque::new(),
+            taken: Vec::new(),
+            completed: VecDeque::new(),
+            published_count: 0,
+            taken_count: 0,
+            completed_count: 0,
+            reaped_count: 0,
+            device_asked: Asked::default(),
+            driver_asked: Asked::default(),
+        }
+    }
+
+    fn noise(&mut self, size: u64) -> Vec<u8> {
+        (0..size)
+            .map(|_| {
+                self.fill = self.fill.wrapping_mul(5).wrapping_add(7);
+                self.fill
+            })
+            .collect()
+    }
+
+    fn segments(&self, address: u64, size: u64) -> vbus_ring::mem::Segments {
+        let mut segments = vbus_ring::mem::Segments::default();
+        let table = self.memory.snapshot();
+        table.translate(address, size, vbus_ring::mem::Access::Write, &mut segments).unwrap();
+        segments
+    }
+
+    fn load(&self, buffers: &[(u64, u64)]) -> Vec<u8> {
+        let mut all = Vec::new();
+        for &(address, size) in buffers {
+            let mut bytes = vec![0; size as usize];
+            self.segments(address, size).read(0, VolatileSlice::from(&mut bytes[..]));
+            all.append(&mut bytes);
+        }
+        all
+    }
+
+    fn store(&self, buffers: &[(u64, u64)], mut bytes: &[u8]) {
+        for &(address, size) in buffers {
+            let (part, rest) = bytes.split_at(size as usize);
+            self.segments(address, size).write(0, VolatileSlice::from(&mut part.to_vec()[..]));
+            bytes = rest;
+        }
+    }
+
+    fn step(&mut self, op: &Op) {
+        match op {
+            Op::Add(readable, writable, gap) => self.add(readable, writable, *gap),
+            Op::Publish => self.publish(),
+            Op::Take(limit) => self.take(*limit),
+            Op::Complete(which) => self.complete(which),
+            Op::Reap(limit) => self.reap(*limit),
+        }
+        assert_eq!(self.driver.free(), self.free);
+        assert_eq!(self.driver.outstanding() as u64, self.published_count - self.reaped_count);
+        assert_eq!(self.device.in_flight(), self.taken.len());
+    }
+
+    fn add(&mut self, readable: &[u64], writable: &[u64], gap: u64) {
+        let Some(slot) = self.free_slots.pop() else {
+            return;
+        };
+        let mut at = FIRST_SLOT + slot * SLOT_BYTES;
+        let mut place = |size: &u64| {
+            let address = at;
+            at += size + gap;
+            (address, *size)
+        };
+        let readable: Vec<_> = readable.iter().map(&mut place).collect();
+        let writable: Vec<_> = writable.iter().map(&mut place).collect();
+        let count = readable.len() + writable.len();
+        let total = |buffers: &[(u64, u64)]| buffers.iter().map(|&(_, size)| size).sum();
+        let (sent, before) = (self.noise(total(&readable)), self.noise(total(&writable)));
+        self.store(&readable, &sent);
+        self.store(&writable, &before);
+
+        let size = self.features.size as usize;
+        let in_table = self.features.indirect && count > 1 && count <= INDIRECT_ENTRIES.min(size);
+        let descriptors = if in_table { 1 } else { count };
+        match self.driver.add(&readable, &writable) {
+            Err(error) => {
+                assert_eq!(error, AddError::TooManyBuffers { count, size: size as u16 });
+                assert!(count > size);
+                self.free_slots.push(slot);
+            }
+            Ok(None) => {
+                assert!(descriptors > self.free, "{descriptors} of {} were refused", self.free);
+                self.free_slots.push(slot);
+            }
+            Ok(Some(token)) => {
+                assert!(count <= size && descriptors <= self.free);
+                self.free -= descriptors;
+                self.added.push_back(Known { token, slot, descriptors, readable, writable, sent, received: before });
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let old = self.published_count;
+        self.published_count += self.added.len() as u64;
+        self.published.append(&mut self.added);
+        let want = must_notify(self.features, self.device_asked, old, self.published_count);
+        assert_eq!(self.driver.publish(), want, "publishing {old} to {}", self.published_count);
+    }
+
+    fn take(&mut self, limit: usize) {
+        let mut chains = Vec::new();
+        self.device.take(limit, &mut chains).unwrap();
+        assert_eq!(chains.len(), limit.min(self.published.len()));
+        if !chains.is_empty() {
+            self.device_asked.silence = true;
+        } else if limit > 0 {
+            self.device_asked = Asked { silence: false, event: self.taken_count };
+        }
+        self.taken_count += chains.len() as u64;
+        for chain in chains {
+            let known = self.published.pop_front().unwrap();
+            assert_eq!(chain.head(), known.token);
+            assert_eq!(chain.writable().total(), known.received.len() as u64);
+            let mut bytes = vec![0; chain.readable().total() as usize];
+            chain.readable().read(0, VolatileSlice::from(&mut bytes[..]));
+            assert_eq!(bytes, known.sent);
+            self.taken.push((known, chain));
+        }
+    }
+
+    fn complete(&mut self, which: &[(usize, usize)]) {
+        let mut used = Vec::new();
+        for (which, written) in which {
+            if self.taken.is_empty() {
+                break;
+            }
+            let (mut known, chain) = self.taken.swap_remove(which % self.taken.len());
+            let written = written % (known.received.len() + 1);
+            let mut bytes = self.noise(written as u64);
+            chain.writable().write(0, VolatileSlice::from(&mut bytes[..]));
+            known.received[..written].copy_from_slice(&bytes);
+            used.push((known.token, written as u32));
+            self.completed.push_back(known);
+        }
+        let old = self.completed_count;
+        self.completed_count += used.len() as u64;
+        let want = must_notify(self.features, self.driver_asked, old, self.completed_count);
+        assert_eq!(self.device.complete(used).unwrap(), want, "completing {old} to {}", self.completed_count);
+    }
+
+    fn reap(&mut self, limit: usize) {
+        let mut finished = Vec::new();
+        self.driver.reap(limit, &mut finished).unwrap();
+        assert_eq!(finished.len(), limit.min(self.completed.len()));
+        self.reaped_count += finished.len() as u64;
+        let left = self.completed.len() - finished.len();
+        if limit > 0 && left > 0 {
+            self.driver_asked.silence = true;
+        } else if limit > 0 {
+            self.driver_asked = Asked { silence: false, event: self.reaped_count };
+        }
+        for (token, written) in finished {
+            let known = self.completed.pop_front().unwrap();
+            assert_eq!(token, known.token);
+            assert!(written as usize <= known.received.len());
+            assert_eq!(self.load(&known.writable), known.received);
+            assert_eq!(self.load(&known.readable), known.sent);
+            self.free += known.descriptors;
+            self.free_slots.push(known.slot);
+        }
+    }
+
+    /// Small requests back and forth, to bring the indices near their end.
+    fn hurry(&mut self, requests: u64) {
+        let target = self.reaped_count + requests;
+        let all = vec![(0, 0); 64];
+        while self.reaped_count < target {
+            for _ in 0..self.features.size.min(16) {
+                self.step(&Op::Add(vec![1], vec![], 0));
+            }
+            for op in [Op::Publish, Op::Take(64), Op::Complete(all.clone()), Op::Reap(64)] {
+                self.step(&op);
+            }
+        }
+    }
+}
+
+fn features() -> impl Strategy<Value = Features> {
+    (0..7u32, any::<bool>(), any::<bool>()).prop_map(|(power, event_idx, indirect)| Features {
+        size: 1 << power,
+        event_idx,
+        indirect,
+    })
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let sizes = |most| vec(1..64u64, 0..=most);
+    let add = (sizes(6), sizes(6), 0..3u64)
+        .prop_filter("no buffers", |(readable, writable, _)| readable.len() + writable.len() > 0)
+        .prop_map(|(readable, writable, gap)| Op::Add(readable, writable, gap * 7));
+    let numbers = (0..1000usize, 0..1000usize);
+    prop_oneof![
+        6 => add,
+        3 => Just(Op::Publish),
+        3 => prop_oneof![Just(0usize), 1..4usize, Just(100)].prop_map(Op::Take),
+        3 => vec(numbers, 0..6).prop_map(Op::Complete),
+        3 => prop_oneof![Just(0usize), 1..4usize, Just(100)].prop_map(Op::Reap),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn both_sides_agree(features in features(), ops in vec(op(), 1..200)) {
+        let mut world = World::new(features);
+        ops.iter().for_each(|op| world.step(op));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn both_sides_agree_over_the_end_of_the_indices(
+        features in features(),
+        before in 1..100u64,
+        ops in vec(op(), 400..600),
+    ) {
+        let mut world = World::new(features);
+        world.hurry(65536 - before);
+        ops.iter().for_each(|op| world.step(op));
+        world.hurry(200);
+        prop_assert!(world.reaped_count > 65536);
+    }
+}
+
+#[test]
+fn the_largest_ring_is_filled_and_emptied_over_the_end_of_the_indices() {
+    for event_idx in [false, true] {
+        let memory = Arc::new(Memory::new(1, 1 << 30));
+        let bytes = DriverRing::bytes_needed(32768).unwrap();
+        let arena = mapping(bytes as u64 + 64, true);
+        memory.add(ARENA, &arena, 0, arena.size() as u64, true).unwrap();
+        let mut driver = DriverRing::new(&arena, 0, ARENA, 32768, event_idx, false).unwrap();
+        let setup = Setup {
+            size: 32768,
+            desc: driver.desc(),
+            driver: driver.driver(),
+            device: driver.device(),
+            event_idx,
+            indirect: false,
+        };
+        let mut device = DeviceRing::new(memory, 32768, setup).unwrap();
+        let buffer = [(ARENA + bytes as u64, 64)];
+        for _ in 0..5 {
+            for _ in 0..32768 {
+                assert!(driver.add(&buffer, &[]).unwrap().is_some());
+            }
+            assert_eq!(driver.add(&buffer, &[]).unwrap(), None);
+            assert!(driver.publish());
+            let mut chains = Vec::new();
+            device.take(usize::MAX, &mut chains).unwrap();
+            assert_eq!(chains.len(), 32768);
+            device.take(1, &mut Vec::new()).unwrap();
+            assert!(device.complete(chains.iter().map(|chain| (chain.head(), 0))).unwrap());
+            let mut finished = Vec::new();
+            driver.reap(usize::MAX, &mut finished).unwrap();
+            assert_eq!(finished.len(), 32768);
+        }
+    }
+}
+
+#[test]
+fn wrong_buffers_are_refused() {
+    let mut world = World::new(Features { size: 4, event_idx: false, indirect: false });
+    let over = 1 << 32;
+    assert_eq!(world.driver.add(&[], &[]), Err(AddError::NoBuffers));
+    assert_eq!(world.driver.add(&[(DATA, 0)], &[]), Err(AddError::BufferSize(0)));
+    assert_eq!(world.driver.add(&[], &[(DATA, over)]), Err(AddError::BufferSize(over)));
+    assert_eq!(world.driver.add(&[(DATA, over - 1)], &[(DATA, 1)]), Err(AddError::RequestSize));
+    let five = [(DATA, 1); 5];
+    assert_eq!(world.driver.add(&five, &[]), Err(AddError::TooManyBuffers { count: 5, size: 4 }));
+    assert_eq!(world.driver.free(), 4);
+    assert!(!world.driver.publish(), "nothing was added");
+}
+
+#[test]
+fn a_ring_needs_its_place() {
+    let arena = mapping(0x1_0000, true);
+    let ring = |offset, address, size| DriverRing::new(&arena, offset, address, size, true, true).map(|_| ());
+    let needed = DriverRing::bytes_needed(16).unwrap();
+    assert_eq!(ring(0x1_0000 - needed.next_multiple_of(16), ARENA, 16), Ok(()));
+    for (offset, address, size) in [
+        (0x1_0000 - needed + 16, ARENA, 16),
+        (8, ARENA, 16),
+        (usize::MAX - 15, ARENA, 16),
+        (0, ARENA + 8, 16),
+        (0, u64::MAX - 15, 16),
+        (0, ARENA, 0),
+        (0, ARENA, 12),
+        (0, ARENA, 65536),
+        (0, ARENA, 32768),
+    ] {
+        assert!(ring(offset, address, size).is_err(), "{offset} {address:#x} {size}");
+    }
+    assert!(DriverRing::new(&mapping(0x1_0000, false), 0, ARENA, 16, true, true).is_err(), "read-only");
+    for size in [0, 3, 65536] {
+        assert!(DriverRing::bytes_needed(size).is_err());
+    }
+}
+
+/// A doorbell of one place: what rings twice before it is heard is heard once.
+fn bell() -> (impl Fn(), impl Fn()) {
+    let (send, receive): (SyncSender<()>, Receiver<()>) = sync_channel(1);
+    let ring = move || match send.try_send(()) {
+        Ok(()) | Err(TrySendError::Full(())) | Err(TrySendError::Disconnected(())) => (),
+    };
+    // Far beyond what any machine needs: it turns a lost wakeup into a failure instead of a test that never ends.
+    let wait = move || receive.recv_timeout(Duration::from_secs(60)).expect("a wakeup was lost");
+    (ring, wait)
+}
+
+#[test]
+fn no_wakeup_is_lost_between_two_sides_that_sleep() {
+    const REQUESTS: u64 = 150_000;
+    for size in [2, 4, 64] {
+        for event_idx in [false, true] {
+            let World { mut driver, mut device, memory, .. } =
+                World::new(Features { size, event_idx, indirect: size == 4 });
+            let (ring_device, wait_device) = bell();
+            let (ring_driver, wait_driver) = bell();
+            let table = memory.snapshot();
+            let number = |address: u64| {
+                let mut segments = vbus_ring::mem::Segments::default();
+                table.translate(address, 8, vbus_ring::mem::Access::Write, &mut segments).unwrap();
+                segments
+            };
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    let mut served = 0;
+                    let mut chains = Vec::new();
+                    while served < REQUESTS {
+                        device.take(3, &mut chains).unwrap();
+                        if chains.is_empty() {
+                            wait_device();
+                            continue;
+                        }
+                        for chain in chains.drain(..) {
+                            let mut bytes = [0; 8];
+                            chain.readable().read(0, VolatileSlice::from(&mut bytes[..]));
+                            let mut answer = (u64::from_le_bytes(bytes) * 3).to_le_bytes();
+                            chain.writable().write(0, VolatileSlice::from(&mut answer[..]));
+                            served += 1;
+                            if device.complete([(chain.head(), 8)]).unwrap() {
+                                ring_driver();
+                            }
+                        }
+                    }
+                });
+                let (mut sent, mut reaped) = (0u64, 0u64);
+                let mut asked = vec![0; size as usize];
+                let mut finished = Vec::new();
+                while reaped < REQUESTS {
+                    // In turns many and one at a time: the device falls asleep in between.
+                    for _ in 0..1 + sent % 3 {
+                        if sent == REQUESTS || driver.free() < 2 {
+                            break;
+                        }
+                        let place = DATA + 16 * (sent % 2048);
+                        number(place).write(0, VolatileSlice::from(&mut sent.to_le_bytes()[..]));
+                        let token = driver.add(&[(place, 8)], &[(place + 8, 8)]).unwrap().unwrap();
+                        asked[usize::from(token)] = sent;
+                        sent += 1;
+                    }
+                    if driver.publish() {
+                        ring_device();
+                    }
+                    driver.reap(2, &mut finished).unwrap();
+                    if finished.is_empty() && (sent == REQUESTS || driver.free() < 2) {
+                        wait_driver();
+                    }
+                    for (token, written) in finished.drain(..) {
+                        assert_eq!(written, 8);
+                        let mut bytes = [0; 8];
+                        let sent = asked[usize::from(token)];
+                        number(DATA + 16 * (sent % 2048) + 8).read(0, VolatileSlice::from(&mut bytes[..]));
+                        assert_eq!(u64::from_le_bytes(bytes), sent * 3);
+                        reaped += 1;
+                    }
+                }
+            });
+        }
+    }
+}
