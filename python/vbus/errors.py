@@ -45,5 +45,8 @@ class DriverError(Error, OSError):
     ETIMEDOUT: no answer in time. ECONNRESET: the bus is gone. EMSGSIZE: larger than the device or the link takes.
     """
 
+    errno: int
+    strerror: str
+
     def __init__(self, errno: int, message: str = "") -> None:
         super().__init__(errno, message or os.strerror(errno))

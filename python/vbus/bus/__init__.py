@@ -1,0 +1,34 @@
+"""The bus model and the device-model framework: what no environment should have to invent again.
+
+`Bus` holds devices in slots; `Device`, `Queue` and `attribute` are what a device author writes; `Connector` and
+`Attachment` are what a connector author fulfils. Nothing here knows any device or any connector.
+"""
+
+from vbus.bus.bus import Bus, check_name
+from vbus.bus.connector import Connector
+from vbus.bus.device import Device, attribute, attributes_of
+from vbus.bus.members import Credentials, Members, peer_credentials
+from vbus.bus.pool import Actor, Pool, shared_pool
+from vbus.bus.queue import Queue, Request
+from vbus.bus.slot import Attachment, InUseError, RefusedError, Slot
+
+__all__ = [
+    "Actor",
+    "Attachment",
+    "Bus",
+    "Connector",
+    "Credentials",
+    "Device",
+    "InUseError",
+    "Members",
+    "Pool",
+    "Queue",
+    "RefusedError",
+    "Request",
+    "Slot",
+    "attribute",
+    "attributes_of",
+    "check_name",
+    "peer_credentials",
+    "shared_pool",
+]

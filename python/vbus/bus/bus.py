@@ -1,0 +1,403 @@
+"""The bus: devices with addresses, names and identities that outlast their numbers; connectors that bring drivers.
+
+A bus joins the parts and decides nothing that belongs to them: slots hold the virtio state, connectors carry it, the
+pool runs the devices. What the bus itself owns is who is here: names, numbers (not given again while anybody holds
+them), sources of events, membership.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import logging
+import re
+import signal
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, TypeVar
+from uuid import NAMESPACE_OID, UUID, uuid5
+
+from vbus.bus.connector import Connector
+from vbus.bus.device import Device, attributes_of
+from vbus.bus.members import Members
+from vbus.bus.pool import shared_pool
+from vbus.bus.runner import BusLoop
+from vbus.bus.slot import Slot
+from vbus.errors import NoSuchNameError, UsageError
+from vbus.virtio import Status, device_type_name, features
+
+log = logging.getLogger("vbus.bus")
+D = TypeVar("D", bound=Device)
+C = TypeVar("C", bound=Connector)
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+MAX_DEVICES = 0xFFFF
+STOP_SECONDS = 5.0
+"""How long a stop waits for handlers before it leaves a device behind."""
+
+
+def check_name(what: str, name: str) -> str:
+    """The name, when it is one. UsageError otherwise."""
+    if not NAME.fullmatch(name):
+        raise UsageError(f"{what} {name!r}: a name is 1 to 63 of a-z 0-9 . _ - and begins with a letter or a digit")
+    return name
+
+
+class Bus:
+    """An instance that holds devices, with members that may use them.
+
+    `max_sources` (a power of two) is how many queues all devices together may have: the size of every event ring.
+    Entering a bus serves, leaving stops.
+    """
+
+    def __init__(
+        self, name: str, *, uuid: UUID | str | None = None, members: Iterable[str] = (), max_sources: int = 1024
+    ) -> None:
+        self.name = check_name("bus", name)
+        self.uuid = _uuid(uuid) if uuid is not None else uuid5(NAMESPACE_OID, f"vbus:{name}")
+        self.members = Members(members)
+        if max_sources < 1 or max_sources & (max_sources - 1) or max_sources > 1 << 16:
+            raise UsageError(f"max_sources {max_sources} is not a power of two up to {1 << 16}")
+        self.max_sources = max_sources
+        self.pool = shared_pool()
+        self.loop = BusLoop()
+        self.connectors: dict[str, Connector] = {}
+        self._slots: dict[str, Slot] = {}
+        self._numbers: dict[int, Slot] = {}
+        self._last_number = 0
+        self._sources: list[tuple[int, int]] = []
+        self._held_sources: dict[int, tuple[int, int]] = {}
+        self._lock = threading.RLock()
+        self._running = False
+        self._stop_wanted = threading.Event()
+
+    # Devices.
+
+    def plug(
+        self,
+        device: D,
+        name: str | None = None,
+        *,
+        uuid: UUID | str | None = None,
+        priority: int = 4,
+        mask: Iterable[str] = (),
+        type_name: str | None = None,
+    ) -> D:
+        """Give the device a place on the bus and offer it to every driver; returns the device.
+
+        `priority` is 0 (the most urgent) to 7. `mask` names feature bits that drivers shall not see. UsageError: a
+        name that is taken or is none, a feature that the device has not, no room for its queues.
+        """
+        kind = type_name or device_type_name(device.device_id)
+        if not 0 <= priority <= 7:
+            raise UsageError(f"priority {priority}: 0 (the most urgent) to 7")
+        with self._lock:
+            name = check_name("device", name if name is not None else self._free_name(kind))
+            if name in self._slots:
+                raise UsageError(f"bus {self.name} has a device {name!r} already: choose another name")
+            if device._slot is not None:
+                raise UsageError(f"this {type(device).__name__} is plugged already, as {device._slot.name!r}")
+            try:
+                masked = (device.features | features.TRANSPORT).mask(mask)
+            except ValueError as error:
+                raise UsageError(f"device {name}: features.mask: {error}") from None
+            identity = _uuid(uuid) if uuid is not None else uuid5(self.uuid, name)
+            number = self._free_number()
+            self._start_pool()
+            slot = Slot(self, device, number, name, identity, type_name=kind, priority=priority, mask=masked)
+            slot.first_source = self._take_sources(number, len(slot.queues), name)
+            device._slot = slot
+            for queue in slot.queues:
+                queue.bind(slot)
+            self._slots[name] = slot
+            self._numbers[number] = slot
+        try:
+            slot.plug(STOP_SECONDS)
+        except BaseException:
+            self._forget(slot)
+            slot.remove(STOP_SECONDS)
+            device._slot = None
+            raise
+        for connector in list(self.connectors.values()):
+            if connector.carries(slot):
+                connector.plugged(slot)
+        return device
+
+    def unplug(self, name: str | Device, *, surprise: bool = False, timeout: float = STOP_SECONDS) -> bool:
+        """Take a device off the bus. Requests under way may end first, unless it is by surprise.
+
+        Whatever the driver still waits for fails there with ENODEV. False when the device hung and was left behind.
+        """
+        slot = self.slot(name.name if isinstance(name, Device) else name)
+        if not surprise:
+            slot.drain(timeout)
+        self._forget(slot)
+        slot.halt()
+        for connector in list(self.connectors.values()):
+            if connector.carries(slot):
+                connector.unplugged(slot)
+        ended = slot.remove(timeout)
+        slot.device._slot = None
+        return ended
+
+    def _forget(self, slot: Slot) -> None:
+        with self._lock:
+            self._slots.pop(slot.name, None)
+            self._numbers.pop(slot.number, None)
+
+    def slots(self) -> list[Slot]:
+        """The places that hold a device, by address."""
+        with self._lock:
+            return sorted(self._slots.values(), key=lambda slot: slot.number)
+
+    def slot(self, name: str) -> Slot:
+        """The place of this name. NoSuchNameError."""
+        with self._lock:
+            try:
+                return self._slots[name]
+            except KeyError:
+                raise NoSuchNameError(_no_such("device", name, self._slots, f"bus {self.name}")) from None
+
+    def slot_at(self, number: int) -> Slot | None:
+        """The place of this address, if a device is there."""
+        return self._numbers.get(number)
+
+    def get(self, name: str, cls: type[D]) -> D:
+        """The device of this name, which must be of this class. NoSuchNameError, UsageError."""
+        device = self.slot(name).device
+        if not isinstance(device, cls):
+            raise UsageError(f"device {name!r} is a {type(device).__name__}, not a {cls.__name__}")
+        return device
+
+    def _free_name(self, kind: str) -> str:
+        base = re.sub(r"[^a-z0-9._-]", "-", kind.lower())
+        return next(name for n in range(MAX_DEVICES) if (name := f"{base}{n}") not in self._slots)
+
+    def _free_number(self) -> int:
+        """The next number that nobody holds: neither a device nor a driver that has not let go of an old one."""
+        for step in range(1, MAX_DEVICES + 1):
+            number = (self._last_number + step - 1) % MAX_DEVICES + 1
+            if number not in self._numbers and not self._held(number):
+                self._last_number = number
+                self._held_sources.pop(number, None)
+                return number
+        raise UsageError(f"bus {self.name} has no free address: {MAX_DEVICES} devices are the most")
+
+    def _held(self, number: int) -> bool:
+        return any(connector.holds(number) for connector in self.connectors.values())
+
+    def _take_sources(self, number: int, count: int, name: str) -> int:
+        """The first of `count` event sources in a row; those of a number that somebody holds stay taken."""
+        for held in [n for n in self._held_sources if n not in self._numbers and not self._held(n)]:
+            del self._held_sources[held]
+        first = 0
+        for start, length in sorted(self._held_sources.values()):
+            if start - first >= count:
+                break
+            first = max(first, start + length)
+        if first + count > self.max_sources:
+            raise UsageError(
+                f"device {name}: the bus has {self.max_sources} event sources, all in use: give it more max_sources"
+            )
+        self._held_sources[number] = (first, count)
+        return first
+
+    # Connectors.
+
+    def connect(self, connector: C, name: str | None = None) -> C:
+        """Let drivers come through this connector; returns it. UsageError when its address cannot be had."""
+        with self._lock:
+            if name is None:
+                name = next(
+                    candidate
+                    for n in range(MAX_DEVICES)
+                    if (candidate := connector.type_name + (str(n) if n else "")) not in self.connectors
+                )
+            check_name("connector", name)
+            if name in self.connectors:
+                raise UsageError(f"bus {self.name} has a connector {name!r} already: choose another name")
+            connector.bind(self, name)
+            self.connectors[name] = connector
+        if self._running:
+            connector.start()
+        return connector
+
+    def disconnect(self, name: str) -> None:
+        """Part from a connector and its drivers. NoSuchNameError."""
+        with self._lock:
+            connector = self.connectors.pop(name, None)
+        if connector is None:
+            raise NoSuchNameError(_no_such("connector", name, self.connectors, f"bus {self.name}"))
+        connector.stop()
+
+    # Life.
+
+    def _start_pool(self) -> None:
+        """Serve from the first device on: its own descriptors want turns before any driver comes."""
+        if not self._pool_held:
+            self.pool.acquire()
+            self._pool_held = True
+
+    _pool_held = False
+
+    def start(self) -> None:
+        """Serve: accept drivers on every connector."""
+        with self._lock:
+            if self._running:
+                return
+            self._start_pool()
+            self._running = True
+            self._stop_wanted.clear()
+            connectors = list(self.connectors.values())
+        for connector in connectors:
+            connector.start()
+
+    def stop(self, timeout: float = STOP_SECONDS) -> list[str]:
+        """Stop serving and take every device off; returns the names of those that hung for `timeout` seconds."""
+        with self._lock:
+            self._running = False
+            self._stop_wanted.set()
+            connectors, self.connectors = list(self.connectors.values()), {}
+        for connector in connectors:
+            connector.stop()
+        hung = [slot.name for slot in self.slots() if not self.unplug(slot.name, surprise=True, timeout=timeout)]
+        self.loop.close(timeout if not hung else 0.1)
+        if self._pool_held:
+            self._pool_held = False
+            self.pool.release()
+        return hung
+
+    def run(self) -> None:
+        """Serve until SIGINT or SIGTERM; says where, so that the next command can be typed. In the main thread."""
+        self.start()
+        for connector in self.connectors.values():
+            print(f"bus {self.name}: {connector.address}", flush=True)
+        old = {number: signal.signal(number, lambda *_: self._stop_wanted.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            # A wait without a limit would keep the interpreter from running the handlers on some systems.
+            while not self._stop_wanted.wait(3600):
+                pass
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def __enter__(self) -> Bus:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> Bus:
+        self.loop.use(asyncio.get_running_loop())
+        await asyncio.to_thread(self.start)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.stop)
+
+    # What an operator sees.
+
+    def attributes(self, name: str) -> dict[str, Any]:
+        """The attributes of a device and their values."""
+        device = self.slot(name).device
+        return {key: getattr(device, key) for key in attributes_of(device)}
+
+    def set(self, name: str, attribute: str, text: str) -> Any:
+        """Set an attribute to what an operator typed; returns its value. NoSuchNameError, UsageError."""
+        device = self.slot(name).device
+        known = attributes_of(device)
+        if attribute not in known:
+            raise NoSuchNameError(_no_such("attribute", attribute, known, f"device {name}"))
+        setattr(device, attribute, known[attribute].parse(text))
+        return getattr(device, attribute)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One row a device: what `vbus ls` lists."""
+        return [self._row(slot) for slot in self.slots()]
+
+    def _row(self, slot: Slot) -> dict[str, Any]:
+        names = slot.device.features | features.TRANSPORT
+        owner = slot.owner
+        return {
+            "bus": self.name,
+            "address": slot.number,
+            "name": slot.name,
+            "uuid": str(slot.uuid),
+            "type": slot.type_name,
+            "device_id": int(slot.device.device_id),
+            "status": Status(slot.status).names,
+            "features": {
+                "available": names.names_of(slot.available),
+                "exposed": names.names_of(slot.exposed),
+                "negotiated": names.names_of(slot.negotiated),
+            },
+            "connectors": [c.name for c in self.connectors.values() if c.carries(slot)],
+            "connector": owner.connector_name if owner is not None else None,
+            "owner": owner.label if owner is not None else None,
+            "priority": slot.priority,
+            "queues": [
+                {"index": q.index, "name": q.name, "size": q.core.size, "running": q.core.running, "priority": slot.priority}
+                for q in slot.queues
+            ],
+            "violations": dict(slot.violations),
+        }
+
+    def show(self, name: str) -> dict[str, Any]:
+        """Everything about one device."""
+        slot = self.slot(name)
+        generation, config = slot.read_config(0, slot.config_size)
+        return self._row(slot) | {
+            "class": f"{type(slot.device).__module__}:{type(slot.device).__qualname__}",
+            "attributes": self.attributes(name),
+            "config": {"generation": generation, "bytes": config.hex(), "fields": slot.device.config.to_dict()},
+            "reasons": [{"time": when, "reason": reason} for when, reason in slot.reasons],
+            "stat": [self._stat_row(slot, index) for index in range(len(slot.queues))],
+        }
+
+    def stat(self) -> list[dict[str, Any]]:
+        """One row a queue: what `vbus stat` counts."""
+        return [self._stat_row(slot, index) for slot in self.slots() for index in range(len(slot.queues))]
+
+    def _stat_row(self, slot: Slot, index: int) -> dict[str, Any]:
+        queue = slot.queues[index]
+        requests, bytes_read, bytes_written = queue.core.counters
+        to_device, to_driver = slot.signal_counters(queue)
+        keys = ("signalled", "sent", "rung")
+        return {
+            "bus": self.name,
+            "device": slot.name,
+            "queue": queue.name,
+            "index": index,
+            "requests": requests,
+            "bytes_read": bytes_read,
+            "bytes_written": bytes_written,
+            "to_device": dict(zip(keys, to_device, strict=True)),
+            "to_driver": dict(zip(keys, to_driver, strict=True)),
+        }
+
+    def describe_connectors(self) -> list[dict[str, Any]]:
+        """One row a connector: its address, its drivers, and why those went that are gone."""
+        return [
+            {"bus": self.name, "name": name, "type": connector.type_name, **connector.describe()}
+            for name, connector in list(self.connectors.items())
+        ]
+
+
+def _uuid(text: UUID | str) -> UUID:
+    with contextlib.suppress(ValueError):
+        return text if isinstance(text, UUID) else UUID(text)
+    raise UsageError(f"uuid {text!r}: write it as 8-4-4-4-12 hexadecimal digits")
+
+
+def _no_such(what: str, name: str, known: Iterable[str], where: str) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(names)) or 'none'}"
+    return f"{where} has no {what} {name!r}: {hint}"

@@ -1,0 +1,256 @@
+"""What a device model is made of: a class with an id, queues, features, config space, attributes and a handler.
+
+A device knows requests and nothing below them: not the ring they came off, not the connector that carried them. It is
+an actor: its handlers, hooks and reset never overlap, so a model needs no lock. What the outside world may do to a
+device at any moment (set an attribute, read its config space) is guarded here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
+
+from vbus.bus.queue import Queue, Request
+from vbus.errors import NoSuchNameError, UsageError
+from vbus.virtio import Config as ConfigSpace
+from vbus.virtio import FeatureSet
+from vbus.virtio import features as feature_set
+
+if TYPE_CHECKING:
+    from vbus.bus.bus import Bus
+    from vbus.bus.slot import Slot
+
+T = TypeVar("T")
+
+
+class attribute(Generic[T]):  # noqa: N801 - it is used as `property` is
+    """A value of a device that an operator sees, and may set from any thread while drivers are attached.
+
+    `config` names the field of config space that shows it to the driver: setting the attribute then raises the
+    config-change event. `set` runs in the setter's thread before the change shows; it gives the value to store, or
+    raises `UsageError`. `get` computes a read-only attribute. Without `config` or `get` the value is kept in the device.
+    """
+
+    def __init__(
+        self,
+        kind: type[T],
+        *,
+        config: str | None = None,
+        get: Callable[[Any], T] | None = None,
+        set: Callable[[Any, T], T] | None = None,  # noqa: A002 - the word of the design
+        default: T | None = None,
+        writable: bool | None = None,
+        doc: str = "",
+    ) -> None:
+        self.kind = kind
+        self.config = config
+        self.getter = get
+        self.setter = set
+        self.default = default
+        self.writable = writable if writable is not None else get is None
+        self.__doc__ = doc
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, device: None, owner: type) -> attribute[T]: ...
+    @overload
+    def __get__(self, device: Device, owner: type) -> T: ...
+    def __get__(self, device: Device | None, owner: type) -> T | attribute[T]:
+        if device is None:
+            return self
+        if self.getter is not None:
+            return self.getter(device)
+        if self.config is not None:
+            return cast(T, getattr(device.config, self.config))
+        return cast(T, device._values.get(self.name, self.default))
+
+    def __set__(self, device: Device, value: T) -> None:
+        if not self.writable:
+            raise UsageError(f"{device.name}: {self.name} cannot be set")
+        if self.setter is not None:
+            value = self.setter(device, value)
+        with device._lock:
+            if self.config is not None:
+                try:
+                    setattr(device.config, self.config, value)
+                except ValueError as error:
+                    raise UsageError(f"{device.name}: {self.name}: {error}") from None
+            else:
+                device._values[self.name] = value
+        if self.config is not None:
+            device.config_changed()
+
+    def parse(self, text: str) -> T:
+        """The value that an operator typed. UsageError when it is not one."""
+        try:
+            if self.kind is bool:
+                return cast(T, {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[text.lower()])
+            if self.kind is int:
+                return cast(T, int(text, 0))
+            return cast(Callable[[str], T], self.kind)(text)
+        except (ValueError, KeyError):
+            wanted = {bool: "on or off", int: "a whole number"}.get(self.kind, f"a {self.kind.__name__}")
+            raise UsageError(f"{self.name}: {text!r} is not {wanted}") from None
+
+
+class Device:
+    """A device model. Subclasses set the class variables and write `handle`, `handle_batch` or `async def handle`."""
+
+    device_id: ClassVar[int]
+    """Section 5 of the specification: `DeviceID`, or a number of one's own."""
+    vendor_id: ClassVar[int] = 0x1AF4
+    features: ClassVar[FeatureSet] = feature_set.features()
+    """The named feature bits of this device class."""
+    queues: ClassVar[Sequence[str | Queue]] = ()
+    Config: ClassVar[type[ConfigSpace]] = ConfigSpace
+    config_writable: ClassVar[Sequence[str]] = ()
+    """Fields of config space that a driver may write; writes elsewhere are refused."""
+    concurrency: ClassVar[int] = 64
+    """How many requests an `async` device has under way at most; the rest wait in the ring."""
+
+    config: ConfigSpace
+    _queues: list[Queue]
+    _slot: Slot | None
+    _lock: threading.RLock
+    _values: dict[str, Any]
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
+        """Make what every device has, so that a model's `__init__` owes nothing to this class."""
+        if not hasattr(cls, "device_id"):
+            raise UsageError(f"{cls.__name__} has no device_id: set it to a vbus.DeviceID or a number of your own")
+        device = super().__new__(cls)
+        declared = [queue if isinstance(queue, Queue) else Queue(queue) for queue in cls.queues]
+        device._queues = [queue.live(index) for index, queue in enumerate(declared)]
+        device.config = cls.Config()
+        device._slot = None
+        device._lock = threading.RLock()
+        device._values = {}
+        return device
+
+    def offered_features(self) -> Iterable[str]:
+        """Names of the feature bits that this very device offers; all of its class unless overridden."""
+        return self.features.names
+
+    # The handlers: a class overrides one of the two.
+
+    def handle(self, queue: Queue, request: Request) -> Any:
+        """Answer one request; it completes when this returns. May be `async`."""
+        raise NotImplementedError(f"{type(self).__name__} has no handle for its queue {queue.name}")
+
+    def handle_batch(self, queue: Queue, requests: Sequence[Request]) -> Any:
+        """Answer several requests, which complete together when this returns."""
+        for request in requests:
+            self.handle(queue, request)
+
+    # Hooks. All run on the device's actor and never overlap with each other or with a handler.
+
+    def plugged(self) -> None:
+        """The device is on a bus: open what it serves."""
+
+    def unplugged(self) -> None:
+        """The device left its bus: close what `plugged` opened, even if that failed half-way."""
+
+    def ready(self) -> None:
+        """A driver set DRIVER_OK: `negotiated` holds what it took."""
+
+    def reset(self) -> None:
+        """The driver reset the device. Its queues are stopped already."""
+
+    def available(self, queue: Queue) -> None:
+        """A pull queue has new buffers."""
+
+    def config_written(self, fields: frozenset[str]) -> None:
+        """The driver wrote these fields of config space."""
+
+    async def run(self) -> None:
+        """A task beside the handlers, from plug to unplug; a device that overrides it is an `async` device."""
+
+    # What a model may use.
+
+    def queue(self, name: str) -> Queue:
+        """The live queue of this name."""
+        for queue in self._queues:
+            if queue.name == name:
+                return queue
+        raise NoSuchNameError(f"{type(self).__name__} has no queue {name!r}: it has {', '.join(q.name for q in self._queues)}")
+
+    @property
+    def slot(self) -> Slot:
+        """The place on a bus where this device is. UsageError when it is on none."""
+        if self._slot is None:
+            raise UsageError(f"this {type(self).__name__} is not plugged into a bus")
+        return self._slot
+
+    @property
+    def bus(self) -> Bus:
+        """The bus that the device is plugged into."""
+        return self.slot.bus
+
+    @property
+    def name(self) -> str:
+        """The name on its bus; the class's name while it is on none."""
+        return self._slot.name if self._slot is not None else type(self).__name__.lower()
+
+    @property
+    def log(self) -> logging.Logger:
+        """Where a device says what its operator should know."""
+        return logging.getLogger(f"vbus.device.{self.name}")
+
+    @property
+    def negotiated(self) -> int:
+        """The feature bits that the driver took; 0 before it did."""
+        return self._slot.negotiated if self._slot is not None else 0
+
+    def has(self, feature: str) -> bool:
+        """Whether the driver took the feature of this name. NoSuchNameError for a name that this class has not."""
+        return bool(self.negotiated & self.features.mask([feature]))
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call back on the actor whenever `fd` is readable or hung up, until `unwatch`."""
+        slot = self.slot
+        slot.actor.watch(fd, lambda: slot.runner.call(callback))
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching; nothing happens when `fd` was not watched."""
+        if self._slot is not None:
+            self._slot.actor.unwatch(fd)
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Call back on the actor soon. From any thread."""
+        slot = self.slot
+        slot.actor.post(lambda: slot.runner.call(callback))
+
+    def config_changed(self) -> None:
+        """Tell the driver that config space changed (section 2.5); attributes with `config` do so by themselves."""
+        if self._slot is not None:
+            self._slot.config_changed()
+
+
+def attributes_of(device: Device | type[Device]) -> dict[str, attribute[Any]]:
+    """The attributes of a device's class, in the order of their definition, bases first."""
+    cls = device if isinstance(device, type) else type(device)
+    found: dict[str, attribute[Any]] = {}
+    for base in reversed(cls.__mro__):
+        found.update({name: value for name, value in vars(base).items() if isinstance(value, attribute)})
+    return found
+
+
+def is_async(device: Device) -> bool:
+    """Whether any of the device's own code is a coroutine, so that all of it runs on an event loop."""
+    cls = type(device)
+    return (
+        inspect.iscoroutinefunction(cls.handle)
+        or inspect.iscoroutinefunction(cls.handle_batch)
+        or cls.run is not Device.run
+    )
+
+
+def handles_batches(device: Device) -> bool:
+    """Whether the class answers several requests at once."""
+    return type(device).handle_batch is not Device.handle_batch

@@ -1,0 +1,107 @@
+"""A queue as a device sees it: a place where requests come from, whatever carries them.
+
+A device class declares its queues; every device gets live ones of its own. A *handled* queue gives each request to the
+device's `handle`; on a *pull* queue the driver's buffers wait until the device has something to say. The ring itself
+decides whether to notify (section 2.7 of the specification); nothing here does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from vbus import _core
+from vbus.errors import UsageError, Violation
+
+if TYPE_CHECKING:
+    from vbus.bus.slot import Slot
+
+Request = _core.Request
+
+MAX_QUEUE_SIZE = 32768
+
+
+class Queue:
+    """One virtqueue: declared in a class (`Queue("events", pull=True)`), live in a device.
+
+    `size` is the largest number of descriptors that a driver may ask for, a power of two up to 32768.
+    """
+
+    def __init__(self, name: str, *, pull: bool = False, size: int = 256) -> None:
+        if size < 1 or size > MAX_QUEUE_SIZE or size & (size - 1):
+            raise UsageError(f"queue {name!r}: size {size} is not a power of two up to {MAX_QUEUE_SIZE}")
+        self.name = name
+        self.pull = pull
+        self.max_size = size
+        self.index = -1
+        self.core = _core.DeviceQueue(size)
+        self._slot: Slot | None = None
+        self._getters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Queue {self.index} {self.name}>"
+
+    def live(self, index: int) -> Queue:
+        """A fresh queue of the same declaration, for one device."""
+        queue = Queue(self.name, pull=self.pull, size=self.max_size)
+        queue.index = index
+        return queue
+
+    def bind(self, slot: Slot | None) -> None:
+        """Tell the queue which place on a bus its violations belong to."""
+        self._slot = slot
+
+    def take(self) -> Request | None:
+        """The next buffer of a pull queue, or None when the driver has given none.
+
+        A violation of the ring stops the queue and gives None: the device need not know.
+        """
+        taken = self.take_batch(1)
+        return taken[0] if taken else None
+
+    def take_batch(self, limit: int) -> list[Request]:
+        """Up to `limit` buffers, in ring order."""
+        try:
+            return self.core.take(limit)
+        except Violation as violation:
+            if self._slot is not None:
+                self._slot.violated(violation, self)
+            return []
+
+    async def get(self) -> Request:
+        """The next buffer of a pull queue, as soon as there is one."""
+        while (request := self.take()) is None:
+            loop = asyncio.get_running_loop()
+            waiter: asyncio.Future[None] = loop.create_future()
+            with self._lock:
+                self._getters.append((loop, waiter))
+            # The driver may have added a buffer between the look above and the registration.
+            if (request := self.take()) is not None:
+                waiter.cancel()
+                return request
+            await waiter
+        return request
+
+    def wake(self) -> None:
+        """The driver has added buffers: let every `get` look again."""
+        with self._lock:
+            getters, self._getters = self._getters, deque()
+        for loop, waiter in getters:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_finish, waiter)
+
+    def complete(self, *requests: Request) -> None:
+        """Give requests back to the driver, published together (merged receive buffers show all at once)."""
+        try:
+            self.core.complete(requests)
+        except Violation as violation:
+            if self._slot is not None:
+                self._slot.violated(violation, self)
+
+
+def _finish(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

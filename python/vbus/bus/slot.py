@@ -1,0 +1,429 @@
+"""A slot: the place on a bus where a device is, and the device's virtio state towards its driver.
+
+A connector turns whatever its environment says into the verbs of this class (info, features, config, status, queues)
+and never sees the device; the device never sees the connector. Everything here is checked as if the driver were
+hostile: what it sends wrong becomes a refusal or a violation of this slot alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from vbus import _core
+from vbus.bus.device import Device, is_async
+from vbus.bus.pool import Actor
+from vbus.bus.queue import Queue
+from vbus.bus.runner import AsyncRunner, SyncRunner
+from vbus.errors import Error, Violation
+from vbus.virtio import Status, features
+
+if TYPE_CHECKING:
+    from vbus.bus.bus import Bus
+
+log = logging.getLogger("vbus.bus")
+
+RING_FEATURES = (features.VERSION_1, features.RING_INDIRECT_DESC, features.RING_EVENT_IDX)
+"""Bits that the rings offer for every device (section 6)."""
+
+HISTORY = 16
+"""How many reasons a slot or a connector remembers."""
+
+
+SignalCounters = tuple[tuple[int, int, int], tuple[int, int, int]]
+"""(signalled, sent, rung) towards the device, and towards the driver."""
+
+
+class InUseError(Error):
+    """Another driver has the device: the first to leave status 0 has it until it resets it or goes."""
+
+
+class RefusedError(Error):
+    """The driver asked for something that this device's state or shape does not allow."""
+
+
+class Attachment(ABC):
+    """A driver's side as a slot sees it: made by a connector for each peer."""
+
+    label: str
+    """Who this is, for people: connector, process, user."""
+    connector_name: str
+    memory: _core.Memory
+    """Where the driver's buffers are."""
+
+    @abstractmethod
+    def signal(self, slot: Slot, queue: Queue) -> _core.Signal:
+        """How used buffers of this queue are announced."""
+
+    @abstractmethod
+    def config_changed(self, slot: Slot) -> None:
+        """Announce that config space or status changed (section 2.5, 2.1.2). Never blocks."""
+
+    @abstractmethod
+    def slot_reset(self, slot: Slot) -> None:
+        """The slot was reset: forget its signals. Called with the slot's queues stopped."""
+
+    @abstractmethod
+    def counters(self, slot: Slot, queue: Queue) -> SignalCounters:
+        """(signalled, sent, rung) towards the device, as far as it can be known here, and towards the driver."""
+
+
+class Slot:
+    """A device's address, name and virtio state on one bus."""
+
+    def __init__(
+        self, bus: Bus, device: Device, number: int, name: str, uuid: UUID, *, type_name: str, priority: int, mask: int
+    ) -> None:
+        self.bus = bus
+        self.device = device
+        self.number = number
+        self.name = name
+        self.uuid = uuid
+        self.type_name = type_name
+        self.priority = priority
+        self.queues = device._queues
+        self.first_source = 0
+        self.status = Status(0)
+        self.negotiated = 0
+        self.mask = mask
+        self.generation = 1
+        self.config_generation = 0
+        self.owner: Attachment | None = None
+        self.present = True
+        self.draining = False
+        self.violations: Counter[str] = Counter()
+        self.reasons: deque[tuple[float, str]] = deque(maxlen=HISTORY)
+        self._told: set[str] = set()
+        self._places: dict[int, tuple[int, int, int, int]] = {}
+        self._lock = threading.RLock()
+        self.available = sum(1 << bit for bit in RING_FEATURES) | device.features.mask(device.offered_features())
+        self.actor = Actor(bus.pool, f"device {name}")
+        self.runner = AsyncRunner(self, bus.loop.get()) if is_async(device) else SyncRunner(self)
+        self._keys = [self.actor.key(self._turn_of(queue), priority) for queue in self.queues]
+        self._bells: dict[int, _core.Doorbell] = {}
+        self._past: list[SignalCounters] = [((0, 0, 0), (0, 0, 0)) for _ in self.queues]
+
+    def __repr__(self) -> str:
+        return f"<Slot {self.number} {self.name}>"
+
+    # Turns.
+
+    def _turn_of(self, queue: Queue) -> Callable[[], bool]:
+        def turn() -> bool:
+            bell = self._bells.get(queue.index)
+            if bell is not None:
+                bell.drain()
+            return queue.core.running and not self.draining and self.runner.turn(queue)
+
+        return turn
+
+    def key(self, queue: Queue) -> int:
+        """The scheduler's key whose turn serves this queue: what a connector's notification marks."""
+        return self._keys[queue.index]
+
+    def mark(self, queue: Queue) -> None:
+        """Give the queue a turn."""
+        self.actor.mark(self._keys[queue.index])
+
+    def attach_doorbell(self, queue: Queue, bell: _core.Doorbell) -> None:
+        """Serve the queue whenever `bell` rings (direct notification)."""
+        self.detach_doorbell(queue)
+        self._bells[queue.index] = bell
+        self.actor.pool.scheduler.add_fd(bell.fileno(), self.key(queue))
+
+    def detach_doorbell(self, queue: Queue) -> None:
+        """Stop listening to the queue's doorbell."""
+        bell = self._bells.pop(queue.index, None)
+        if bell is not None:
+            self.actor.pool.scheduler.remove_fd(bell.fileno())
+
+    # Features (section 2.2).
+
+    @property
+    def exposed(self) -> int:
+        """What a driver is offered: what is available, less what the operator masks."""
+        return self.available & ~self.mask
+
+    def set_driver_features(self, attachment: Attachment, bits: int) -> None:
+        """The driver's choice; FEATURES_OK says later whether it stands. RefusedError once it does."""
+        with self._lock:
+            self._check_owner(attachment)
+            if self.status & Status.FEATURES_OK:
+                raise RefusedError("the features are negotiated; reset the device first")
+            self.negotiated = bits
+
+    # Config space (section 2.5).
+
+    def read_config(self, offset: int, length: int) -> tuple[int, bytes]:
+        """(generation, bytes): fewer bytes than asked for at the end of config space."""
+        with self.device._lock:
+            return self.config_generation, self.device.config.to_bytes()[offset : offset + length]
+
+    @property
+    def config_size(self) -> int:
+        """Bytes of config space."""
+        return self.device.config.size
+
+    def write_config(self, attachment: Attachment, generation: int, offset: int, data: bytes, reply: Callable[[bool], None]) -> None:
+        """Write config space in a turn of the device, which then hears of it; `reply` tells whether it was taken."""
+        with self._lock:
+            self._check_owner(attachment)
+
+        def write() -> None:
+            device = self.device
+            with device._lock:
+                taken = generation == self.config_generation and self._may_write(offset, len(data))
+                fields = device.config.write(offset, data) if taken else frozenset()
+            if fields:
+                self.runner.hook(device.config_written, frozenset(fields))
+            reply(taken)
+
+        self.actor.post(write)
+
+    def _may_write(self, offset: int, length: int) -> bool:
+        config = self.device.config
+        for field in self.device.config_writable:
+            start = config.offset_of(field)
+            if start <= offset and offset + length <= start + config.size_of(field):
+                return length > 0
+        return False
+
+    def config_changed(self) -> None:
+        """Count up the generation and tell the driver that has the device. From any thread."""
+        with self._lock:
+            self.config_generation = (self.config_generation + 1) & 0xFFFF_FFFF
+            owner = self.owner
+        if owner is not None and self.status & Status.DRIVER_OK:
+            owner.config_changed(self)
+
+    # Status (section 2.1).
+
+    def _check_owner(self, attachment: Attachment) -> None:
+        if self.owner is not None and self.owner is not attachment:
+            raise InUseError(f"{self.name} is in use by {self.owner.label}")
+        if self.owner is None:
+            raise RefusedError(f"{self.name} has not been claimed: set its status first")
+
+    def set_status(self, attachment: Attachment, value: int, reply: Callable[[int], None]) -> None:
+        """Take a driver's status write; `reply` gets the status that came of it, perhaps from another thread.
+
+        Zero resets: the reply comes when nothing of the device is under way any more. Anything else claims the device
+        for this driver. InUseError when another has it.
+        """
+        with self._lock:
+            if self.owner is not None and self.owner is not attachment:
+                if value == 0:
+                    reply(int(self.status))
+                    return
+                raise InUseError(f"{self.name} is in use by {self.owner.label}")
+            if value and not self.present:
+                raise RefusedError(f"{self.name} is being removed")
+            if value:
+                self.owner = attachment
+        if value == 0:
+            self.actor.post(lambda: self._change_status(None, reply))
+        else:
+            self.actor.post(lambda: self._change_status(Status(value & 0xFF), reply))
+
+    def _change_status(self, wanted: Status | None, reply: Callable[[int], None]) -> None:
+        if wanted is None:
+            self._reset()
+        else:
+            self._raise_status(wanted)
+        reply(int(self.status))
+
+    def _raise_status(self, wanted: Status) -> None:
+        """Add status bits, in a turn of the device; bits that would lie are left out (section 3.1)."""
+        new = wanted & ~self.status & ~Status.DEVICE_NEEDS_RESET
+        if new & Status.FEATURES_OK and not self._features_stand():
+            new &= ~(Status.FEATURES_OK | Status.DRIVER_OK)
+        if new & Status.DRIVER_OK and not (self.status | new) & Status.FEATURES_OK:
+            new &= ~Status.DRIVER_OK
+        self.status |= new
+        if new & Status.DRIVER_OK:
+            self._start()
+
+    def _features_stand(self) -> bool:
+        return not self.negotiated & ~self.exposed and bool(self.negotiated >> features.VERSION_1 & 1)
+
+    def _start(self) -> None:
+        """Start the queues that the driver has set up, then let the device know, then look at them once."""
+        owner = self.owner
+        if owner is None:
+            return
+        for index, (size, desc, driver, device) in self._places.items():
+            queue = self.queues[index]
+            try:
+                queue.core.start(
+                    owner.memory,
+                    size,
+                    desc,
+                    driver,
+                    device,
+                    event_idx=bool(self.negotiated >> features.RING_EVENT_IDX & 1),
+                    indirect=bool(self.negotiated >> features.RING_INDIRECT_DESC & 1),
+                    signal=owner.signal(self, queue),
+                )
+            except Violation as violation:
+                self.violated(violation, queue)
+        self.runner.hook(self.device.ready)
+        # A driver may have kicked before DRIVER_OK took effect; that kick must not be lost.
+        for index in self._places:
+            self.mark(self.queues[index])
+
+    def reset(self, timeout: float) -> None:
+        """Reset from this side. TimeoutError when the device is stuck for `timeout` seconds."""
+        self.actor.call(self._reset, timeout)
+
+    def _reset(self) -> None:
+        self._stop_queues()
+        self.runner.cancel()
+        with self._lock:
+            owner, self.owner = self.owner, None
+            was = self.status
+            self.status = Status(0)
+            self.negotiated = 0
+            self._places.clear()
+            self._told.clear()
+            self.generation = (self.generation + 1) & 0xFFFF_FFFF
+        if owner is not None:
+            self._part(owner)
+        if was:
+            self.runner.hook(self.device.reset)
+
+    def _part(self, owner: Attachment) -> None:
+        """Keep what the driver's signals counted, then let its connector forget them."""
+        for queue in self.queues:
+            self._past[queue.index] = _sum(self._past[queue.index], owner.counters(self, queue))
+        owner.slot_reset(self)
+
+    def signal_counters(self, queue: Queue) -> SignalCounters:
+        """(signalled, sent, rung) towards the device and towards its drivers, since it was plugged."""
+        owner = self.owner
+        past = self._past[queue.index]
+        return past if owner is None else _sum(past, owner.counters(self, queue))
+
+    def _stop_queues(self) -> None:
+        for queue in self.queues:
+            queue.core.stop()
+            self.detach_doorbell(queue)
+
+    def detach(self, attachment: Attachment) -> None:
+        """The driver's side is gone: when it had the device, the device is reset and free."""
+        with self._lock:
+            if self.owner is not attachment:
+                return
+        # At once, so that a hung handler cannot go on writing into memory that nobody owns; the rest in a turn.
+        self._stop_queues()
+        self.actor.post(lambda: self._reset() if self.owner is attachment else None)
+
+    # Queues (section 2.6).
+
+    def queue_at(self, index: int) -> Queue:
+        """The queue of this index; RefusedError when there is none."""
+        if not 0 <= index < len(self.queues):
+            raise RefusedError(f"{self.name} has {len(self.queues)} queues, none is {index}")
+        return self.queues[index]
+
+    def queue_place(self, index: int) -> tuple[int, int, int, int]:
+        """(size, desc, driver, device) as the driver set them; zeros before."""
+        self.queue_at(index)
+        return self._places.get(index, (0, 0, 0, 0))
+
+    def set_queue(self, attachment: Attachment, index: int, size: int, desc: int, driver: int, device: int) -> None:
+        """Where a ring is, in driver addresses; checked when DRIVER_OK starts it."""
+        with self._lock:
+            self._check_owner(attachment)
+            queue = self.queue_at(index)
+            if self.status & Status.DRIVER_OK:
+                raise RefusedError(f"{self.name}: queue {index} cannot be set up after DRIVER_OK")
+            if size > queue.max_size:
+                raise RefusedError(f"{self.name}: queue {index} takes up to {queue.max_size}, not {size}")
+            self._places[index] = (size, desc, driver, device)
+
+    # When something breaks (section 2.1.2).
+
+    def violated(self, violation: Violation, queue: Queue | None = None) -> None:
+        """The driver broke a rule: count it, say it once, and need a reset. From any thread."""
+        where = f"queue {queue.name}: " if queue is not None else ""
+        self._need_reset(violation.name, f"{where}{violation}", queue)
+
+    def failed(self, error: Exception, queue: Queue | None = None) -> None:
+        """The device model itself raised: the same for the driver, and a traceback in the log for its author."""
+        trace = "".join(traceback.format_exception(error))
+        logging.getLogger(f"vbus.device.{self.name}").error("%s raised\n%s", type(self.device).__name__, trace)
+        self._need_reset("device-error", f"{type(error).__name__}: {error}", queue)
+
+    def _need_reset(self, name: str, reason: str, queue: Queue | None) -> None:
+        if queue is not None:
+            queue.core.stop()
+        with self._lock:
+            self.violations[name] += 1
+            self.reasons.append((time.time(), reason))
+            first = name not in self._told
+            self._told.add(name)
+            tell = bool(self.status & Status.DRIVER_OK) and not self.status & Status.DEVICE_NEEDS_RESET
+            if self.status:
+                self.status |= Status.DEVICE_NEEDS_RESET
+            owner = self.owner
+        if first:
+            log.warning("%s/%s: %s (%s)", self.bus.name, self.name, reason, owner.label if owner else "no driver")
+        if tell and owner is not None:
+            owner.config_changed(self)
+
+    # Coming and going.
+
+    def plug(self, timeout: float) -> None:
+        """Let the device open what it serves; what it raises is raised here."""
+        self.actor.call(self.runner.plugged, timeout)
+
+    def idle(self) -> bool:
+        """Whether no request is under way."""
+        return all(queue.core.in_flight == 0 for queue in self.queues if not queue.pull)
+
+    def drain(self, timeout: float) -> bool:
+        """Take no more requests, and wait for those under way; False when `timeout` seconds were not enough."""
+        self.draining = True
+        deadline = time.monotonic() + timeout
+        while not self.idle() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return self.idle()
+
+    def halt(self) -> None:
+        """Stop serving at once, before the driver hears of it: from then on it may reuse its buffers."""
+        self.present = False
+        self._stop_queues()
+
+    def remove(self, timeout: float) -> bool:
+        """Stop the device for good; False when it hangs longer than `timeout` seconds (it is left behind then)."""
+        self.halt()
+        ended = True
+        try:
+            self.actor.call(self._leave, timeout)
+        except TimeoutError:
+            ended = False
+            log.error("%s/%s hangs: it was left behind", self.bus.name, self.name)
+            with self._lock:
+                owner, self.owner = self.owner, None
+            if owner is not None:
+                self._part(owner)
+        self.actor.close()
+        return ended
+
+    def _leave(self) -> None:
+        self._reset()
+        self.runner.stop()
+        self.runner.hook(self.device.unplugged)
+
+
+def _sum(a: SignalCounters, b: SignalCounters) -> SignalCounters:
+    (a1, a2, a3), (a4, a5, a6) = a
+    (b1, b2, b3), (b4, b5, b6) = b
+    return (a1 + b1, a2 + b2, a3 + b3), (a4 + b4, a5 + b5, a6 + b6)

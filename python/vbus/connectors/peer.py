@@ -1,0 +1,298 @@
+"""A peer: one driver's side that speaks virtio-msg, whatever carries the messages.
+
+It turns messages into the verbs of slots and their refusals into answers. What differs between environments (how bytes
+leave, where memory is, how a queue is signalled) is left to the connector's own kind of peer. A peer is an actor: its
+messages are handled one at a time, in order.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from vbus import _core, msg
+from vbus.bus import Actor, Attachment, Bus, InUseError, RefusedError, Slot
+from vbus.errors import Violation
+from vbus.virtio import Status, features
+
+if TYPE_CHECKING:
+    from vbus.connectors.peer_host import PeerHost
+
+log = logging.getLogger("vbus.connector")
+
+REVISION = 1
+FEATURE_BLOCKS = 4
+"""128 feature bits, in blocks of 32."""
+MAX_CONFIG_READ = 4096
+
+
+class MessagePeer(Attachment):
+    """The device's side of one link."""
+
+    memory_kind: int
+    signal_kind: int
+    max_message: int
+    max_request = 0
+
+    def __init__(self, host: PeerHost, bus: Bus, label: str) -> None:
+        self.host = host
+        self.bus = bus
+        self.label = label
+        self.connector_name = host.name
+        self.memory = _core.Memory()
+        self.actor = Actor(bus.pool, f"peer {label}")
+        self.since = time.time()
+        self.parted = False
+        self.greeted = False
+        self.held: set[int] = set()
+        """Device numbers that this driver has been told of and has not let go."""
+        self._dirty: set[int] = set()
+        self._lock = threading.Lock()
+
+    # What a connector's own peer adds.
+
+    @abstractmethod
+    def transmit(self, message: bytes) -> None:
+        """Send one message. Never blocks; Violation when the other side does not read."""
+
+    @abstractmethod
+    def has_room(self) -> bool:
+        """Whether messages go out at once, or wait for the other side."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the link holds; called once, in the peer's turn, with its slots detached."""
+
+    def open_sources(self, slot: Slot) -> None:
+        """The driver asked for the event sources of a slot that it has: listen to them."""
+
+    def bodied(self, frame: msg.Frame) -> bool:
+        """Handle a message that only this kind of link knows; False when it is none."""
+        return False
+
+    # Sending.
+
+    def send(self, body: msg.Body, dev_num: int = 0, token: int = 0) -> None:
+        """Send one message; a driver that does not read is parted from."""
+        if self.parted:
+            return
+        try:
+            self.transmit(msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token)))
+        except Violation as violation:
+            self.part(str(violation))
+        except OSError as error:
+            self.part(f"the link broke: {error.strerror}")
+
+    def refuse(self, frame: msg.Frame, number: int, text: str) -> None:
+        """Answer a request that cannot be granted."""
+        self.send(msg.Error(number, msg.message_id(frame.body), text), frame.dev_num, frame.token)
+
+    # Receiving.
+
+    def received(self, data: bytes) -> None:
+        """Handle one message, in the peer's turn."""
+        frame = msg.decode(data)
+        if isinstance(frame, msg.Malformed):
+            self.part(f"malformed-message: {frame}")
+            return
+        try:
+            self._dispatch(frame)
+        except InUseError as error:
+            self.refuse(frame, errno.EBUSY, str(error))
+        except RefusedError as error:
+            self.refuse(frame, errno.EINVAL, str(error))
+        except Violation as violation:
+            self.part(str(violation))
+
+    def _dispatch(self, frame: msg.Frame) -> None:
+        token = frame.token
+        body = frame.body
+        match body:
+            case msg.Hello():
+                self._hello(token)
+            case msg.Ping(data=data):
+                self.send(msg.PingResponse(data), token=token)
+            case _ if not self.greeted:
+                self.part("the first message was not HELLO")
+            case msg.GetDevices(offset=offset, count=count):
+                self._get_devices(offset, count, token)
+            case msg.Release():
+                self.held.discard(frame.dev_num)
+                self.send(msg.ReleaseResponse(), frame.dev_num, token)
+            case _ if self.bodied(frame):
+                pass
+            case _:
+                slot = self.bus.slot_at(frame.dev_num)
+                if slot is None or not self.host.carries(slot):
+                    self.refuse(frame, errno.ENODEV, f"there is no device {frame.dev_num}")
+                else:
+                    self._dispatch_to(slot, frame)
+
+    def _dispatch_to(self, slot: Slot, frame: msg.Frame) -> None:
+        number, token = slot.number, frame.token
+
+        def answer(body: msg.Body) -> None:
+            self.send(body, number, token)
+
+        match frame.body:
+            case msg.GetDeviceInfo():
+                self.held.add(number)
+                answer(
+                    msg.GetDeviceInfoResponse(
+                        device_id=int(slot.device.device_id),
+                        vendor_id=slot.device.vendor_id,
+                        num_feature_bits=32 * FEATURE_BLOCKS,
+                        config_size=slot.config_size,
+                        max_virtqueues=len(slot.queues),
+                        admin_vq_start=0,
+                        admin_vq_count=0,
+                    )
+                )
+            case msg.Name():
+                answer(msg.NameResponse(slot.uuid, slot.name))
+            case msg.GetDeviceFeatures(block_index=first, num_blocks=count):
+                count = min(count, FEATURE_BLOCKS)
+                blocks = (features.to_blocks(slot.exposed) + [0] * FEATURE_BLOCKS)[first : first + count]
+                answer(msg.GetDeviceFeaturesResponse(first, len(blocks), tuple(blocks)))
+            case msg.SetDriverFeatures(block_index=first, features=blocks):
+                if first + len(blocks) > FEATURE_BLOCKS:
+                    raise RefusedError(f"{slot.name} has {FEATURE_BLOCKS} blocks of features")
+                mask = ((1 << 32 * len(blocks)) - 1) << 32 * first
+                bits = slot.negotiated & ~mask | features.from_blocks(blocks) << 32 * first
+                slot.set_driver_features(self, bits)
+                answer(msg.SetDriverFeaturesResponse())
+            case msg.GetConfig(offset=offset, length=length):
+                generation, data = slot.read_config(offset, min(length, MAX_CONFIG_READ))
+                answer(msg.GetConfigResponse(generation, offset, len(data), data))
+            case msg.SetConfig(generation=generation, offset=offset, data=data):
+
+                def written(taken: bool) -> None:
+                    answer(msg.SetConfigResponse(slot.config_generation, offset, len(data) if taken else 0))
+
+                slot.write_config(self, generation, offset, bytes(data), written)
+            case msg.GetDeviceStatus():
+                status = slot.status if slot.owner is self else Status(0)
+                answer(msg.GetDeviceStatusResponse(int(status)))
+            case msg.SetDeviceStatus(status=status):
+                if slot.owner is not None and slot.owner is not self and status == 0:
+                    # Another driver's device is in its own status 0 as far as this driver can know.
+                    answer(msg.SetDeviceStatusResponse(0))
+                else:
+                    slot.set_status(self, status, lambda value: answer(msg.SetDeviceStatusResponse(value)))
+            case msg.GetVqueue(index=index):
+                queue = slot.queue_at(index)
+                size, desc, driver, device = slot.queue_place(index)
+                answer(msg.GetVqueueResponse(index, queue.max_size, size, desc, driver, device))
+            case msg.SetVqueue(index=index, size=size, desc=desc, driver=driver, device=device):
+                self.set_queue(slot, index, size, desc, driver, device)
+                answer(msg.SetVqueueResponse())
+            case msg.ResetVqueue():
+                self.refuse(frame, errno.EOPNOTSUPP, "RING_RESET is not offered")
+            case msg.GetShm(index=index):
+                answer(msg.GetShmResponse(index, 0, 0))
+            case msg.Sources():
+                if slot.owner is not self:
+                    raise RefusedError(f"{slot.name} has not been claimed: set its status first")
+                self.open_sources(slot)
+                priorities = bytes([slot.priority] * len(slot.queues))
+                answer(msg.SourcesResponse(slot.first_source, slot.generation, priorities))
+            case _:
+                self.refuse(frame, errno.EOPNOTSUPP, f"{type(frame.body).__name__} is not for this side of the link")
+
+    def set_queue(self, slot: Slot, index: int, size: int, desc: int, driver: int, device: int) -> None:
+        """The driver says where a ring is."""
+        slot.set_queue(self, index, size, desc, driver, device)
+
+    def _hello(self, token: int) -> None:
+        self.greeted = True
+        self.send(
+            msg.HelloResponse(
+                revision=REVISION,
+                max_msg_size=self.max_message,
+                memory_kind=self.memory_kind,
+                signal_kind=self.signal_kind,
+                priorities=8,
+                shards=1,
+                max_sources=self.bus.max_sources,
+                max_request=self.max_request,
+                uuid=self.bus.uuid,
+                name=self.bus.name,
+            ),
+            token=token,
+        )
+
+    def _get_devices(self, offset: int, count: int, token: int) -> None:
+        """A bitmap of the numbers from `offset` on that hold a device which this driver may see."""
+        count = min(count, 8 * (self.max_message - 64), 1 << 15)
+        numbers = [slot.number for slot in self.bus.slots() if self.host.carries(slot)]
+        bitmap = bytearray(-(-count // 8))
+        for number in numbers:
+            if offset <= number < offset + count:
+                bitmap[(number - offset) // 8] |= 1 << (number - offset) % 8
+                self.held.add(number)
+        later = [number for number in numbers if number >= offset + count]
+        self.send(msg.GetDevicesResponse(offset, count, min(later, default=0), bytes(bitmap)), token=token)
+
+    # What slots and the bus say.
+
+    def plugged(self, slot: Slot) -> None:
+        """Offer a device that arrived."""
+        if self.greeted:
+            self.held.add(slot.number)
+            self.send(msg.EventDevice(slot.number, 1))
+
+    def unplugged(self, slot: Slot) -> None:
+        """Say that a device is gone."""
+        if self.greeted:
+            self.send(msg.EventDevice(slot.number, 2))
+
+    def config_changed(self, slot: Slot) -> None:
+        """Remember that a device changed; the driver hears of it once, however often it did meanwhile."""
+        with self._lock:
+            first = not self._dirty
+            self._dirty.add(slot.number)
+        if first:
+            self.actor.post(self.flush_events)
+
+    def flush_events(self) -> None:
+        """Send the config changes that wait, as long as the link has room. In the peer's turn."""
+        while not self.parted and self.has_room():
+            with self._lock:
+                if not self._dirty:
+                    return
+                number = self._dirty.pop()
+            slot = self.bus.slot_at(number)
+            if slot is not None and slot.owner is self:
+                self.send(msg.EventConfig(int(slot.status), slot.config_generation, 0, 0, b""), number)
+
+    def slot_reset(self, slot: Slot) -> None:
+        """Forget the slot's signals."""
+
+    # The end.
+
+    def part(self, reason: str) -> None:
+        """Part from this driver: its devices are reset, everything is given back, the reason is kept."""
+        with self._lock:
+            if self.parted:
+                return
+            self.parted = True
+        self.host.peer_parted(self, reason)
+        for slot in self.bus.slots():
+            slot.detach(self)
+        self.actor.post(self._close)
+
+    def _close(self) -> None:
+        self.close()
+        self.memory.clear()
+        self.actor.close()
+
+    def describe(self) -> dict[str, Any]:
+        """The peer's row in a listing."""
+        slots = [slot.name for slot in self.bus.slots() if slot.owner is self]
+        return {"peer": self.label, "since": self.since, "devices": slots}
+
+

@@ -1,0 +1,198 @@
+"""What connectors with a listening socket share: accepting peers, knowing them, and remembering why they went."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+import threading
+import time
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vbus.bus import Actor, Bus, Connector, Credentials, Slot, peer_credentials
+from vbus.connectors.peer import MessagePeer
+from vbus.errors import UsageError
+
+log = logging.getLogger("vbus.connector")
+
+MAX_PEERS = 64
+"""Drivers behind one connector at a time."""
+HISTORY = 16
+MAX_SOCKET_PATH = 107
+"""Bytes of a Unix socket's path (unix(7))."""
+
+
+class PeerHost(Connector):
+    """A connector whose drivers come through a listening socket."""
+
+    def __init__(self, *, devices: Iterable[str] | None = None) -> None:
+        super().__init__(devices=devices)
+        self.peers: list[MessagePeer] = []
+        self._departed: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+        self._listener: socket.socket | None = None
+        self._path: Path | None = None
+        self._actor: Actor | None = None
+        self._peers_lock = threading.Lock()
+
+    @abstractmethod
+    def listen(self, bus: Bus, name: str) -> socket.socket:
+        """A bound socket. UsageError."""
+
+    @abstractmethod
+    def greet(self, sock: socket.socket, bus: Bus, label: str) -> MessagePeer:
+        """Make a peer of an admitted connection. OSError."""
+
+    @abstractmethod
+    def refuse(self, sock: socket.socket, reason: str) -> None:
+        """Say no, in the way of the connector; the socket is closed afterwards."""
+
+    def admits(self, bus: Bus, who: Credentials | None) -> bool:
+        """Whether this peer may connect."""
+        return who is not None and bus.members.admits(who)
+
+    def bind(self, bus: Bus, name: str) -> None:
+        """Bind the socket; it refuses connections until `start`."""
+        self._listener = self.listen(bus, name)
+        self._listener.setblocking(False)
+        self.bus, self.name = bus, name
+
+    def start(self) -> None:
+        """Accept drivers."""
+        assert self._listener is not None
+        assert self.bus is not None
+        if self._actor is None:
+            self._actor = Actor(self.bus.pool, f"connector {self.name}")
+            self._listener.listen(64)
+            self._actor.watch(self._listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        bus, listener = self.bus, self._listener
+        if bus is None or listener is None:
+            return
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # Out of descriptors, most likely: whoever waits stays in the backlog. Do not spin on it.
+            log.error("%s/%s: cannot accept: %s", bus.name, self.name, error.strerror)
+            time.sleep(0.05)
+            return
+        with contextlib.ExitStack() as stack:
+            stack.callback(sock.close)
+            try:
+                who = peer_credentials(sock)
+                label = f"{self.name}: {who if who is not None else 'unknown'}"
+                if not self.admits(bus, who):
+                    self._refuse(sock, label, "is not a member of this bus")
+                elif len(self.peers) >= MAX_PEERS:
+                    self._refuse(sock, label, f"has no place: {MAX_PEERS} drivers are connected")
+                else:
+                    peer = self.greet(sock, bus, label)
+                    stack.pop_all()
+                    with self._peers_lock:
+                        self.peers.append(peer)
+            except OSError as error:
+                self._note(f"{self.name}", f"could not be greeted: {error}")
+
+    def _refuse(self, sock: socket.socket, label: str, reason: str) -> None:
+        self._note(label, reason)
+        with contextlib.suppress(OSError):
+            self.refuse(sock, f"{label} {reason}")
+
+    def _note(self, label: str, reason: str) -> None:
+        assert self.bus is not None
+        log.info("%s/%s %s", self.bus.name, label, reason)
+        self._departed.append({"peer": label, "reason": reason, "time": time.time()})
+
+    def peer_parted(self, peer: MessagePeer, reason: str) -> None:
+        """Keep why a peer went."""
+        with self._peers_lock:
+            if peer in self.peers:
+                self.peers.remove(peer)
+        self._note(peer.label, reason)
+
+    def plugged(self, slot: Slot) -> None:
+        """Offer the device to every peer."""
+        for peer in list(self.peers):
+            peer.plugged(slot)
+
+    def unplugged(self, slot: Slot) -> None:
+        """Tell every peer that the device is gone."""
+        for peer in list(self.peers):
+            peer.unplugged(slot)
+
+    def holds(self, number: int) -> bool:
+        """Whether a driver has not let go of this number."""
+        return any(number in peer.held for peer in list(self.peers))
+
+    def stop(self) -> None:
+        """Part from all peers and give the socket back."""
+        if self._actor is not None:
+            self._actor.close()
+            self._actor = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            self._path = None
+        closing = list(self.peers)
+        for peer in closing:
+            peer.part("the bus stopped")
+        deadline = time.monotonic() + 2
+        while any(not peer.actor.closed for peer in closing) and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    def describe(self) -> dict[str, Any]:
+        """The connector's row in a listing."""
+        return super().describe() | {
+            "peers": [peer.describe() for peer in list(self.peers)],
+            "departed": list(self._departed),
+        }
+
+    def unix_listener(self, path: Path, kind: socket.SocketKind) -> socket.socket:
+        """A bound Unix socket at `path`; one that nobody listens on any more is replaced. UsageError."""
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            raise UsageError(f"socket path {str(path)!r} has over {MAX_SOCKET_PATH} bytes: choose a shorter one")
+        sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
+        try:
+            if path.exists() or path.is_symlink():
+                if not stat.S_ISSOCK(path.lstat().st_mode):
+                    raise UsageError(f"socket path {str(path)!r} is there already and is no socket: choose another")
+                if _is_alive(path):
+                    raise UsageError(f"socket {str(path)!r} is in use by another process: choose another, or end that one")
+                path.unlink()
+            sock.bind(str(path))
+            # Anybody may knock: who is let in is decided by the credentials of the peer, which cannot be forged.
+            path.chmod(0o666)
+        except OSError as error:
+            sock.close()
+            raise UsageError(f"socket {str(path)!r}: {error.strerror}") from None
+        except BaseException:
+            sock.close()
+            raise
+        self._path = path
+        return sock
+
+
+def _is_alive(path: Path) -> bool:
+    """Whether some process listens at this socket, of whichever kind."""
+    for kind in (socket.SOCK_SEQPACKET, socket.SOCK_STREAM):
+        with socket.socket(socket.AF_UNIX, kind) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError as error:
+                if error.errno in (errno.ECONNREFUSED, errno.ENOENT):
+                    return False
+                continue
+            return True
+    return True

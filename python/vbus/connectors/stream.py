@@ -1,0 +1,357 @@
+"""The `stream` connector: drivers at the far end of a byte stream, with no memory in common.
+
+Link and signal are the stream itself; memory is copied. A driver's requests arrive as messages, each with the bytes
+that the device may read. Behind the connector is a private ring, driven from here, in an arena of its own, so that
+every device runs behind it as it does behind any other ring; what the device has written goes back with the completion.
+No address and no index of a ring ever crosses the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vbus import _core, address, msg
+from vbus.bus import Bus, Credentials, Queue, Slot
+from vbus.bus.slot import SignalCounters
+from vbus.connectors.peer import MessagePeer
+from vbus.connectors.peer_host import PeerHost
+from vbus.errors import UsageError, Violation
+from vbus.msg.wire import WireWriter, tune
+from vbus.shmem.arena import Arena
+from vbus.virtio import features
+
+MAX_MESSAGE = 65528
+FRAGMENT = MAX_MESSAGE - 64
+"""Bytes of a request or a completion that travel in one message."""
+MAX_REQUEST = 4 << 20
+READ_SIZE = 1 << 18
+MAX_QUEUED_EVENTS = 1 << 16
+MEMORY_COPIED = 2
+SIGNAL_IN_BAND = 2
+REAP = 64
+
+
+class Stream(PeerHost):
+    """Lets drivers reach the bus over TCP or a Unix stream socket.
+
+    `listen` is `tcp:HOST:PORT` (port 0: any, see `address`) or `unix:PATH`. Plain TCP stays on the loopback interface,
+    where the kernel tells whose the other end is, unless `insecure` lets anybody in. UsageError.
+    """
+
+    type_name: ClassVar[str] = "stream"
+
+    def __init__(self, listen: str, *, devices: Iterable[str] | None = None, insecure: bool = False) -> None:
+        super().__init__(devices=devices)
+        self._where = address.parse(listen)
+        self._insecure = insecure
+        if self._where.kind == "process":
+            raise UsageError(f"listen {listen!r}: a stream listens on tcp:HOST:PORT or unix:PATH")
+        if self._where.kind == "tcp" and not self._where.is_loopback and not insecure:
+            raise UsageError(
+                f"listen {listen!r}: plain TCP would let anybody in; listen on 127.0.0.1, or set insecure = true"
+            )
+
+    @property
+    def address(self) -> str:
+        """`tcp:HOST:PORT` with the port that was bound, or `unix:PATH`."""
+        return str(self._where)
+
+    def listen(self, bus: Bus, name: str) -> socket.socket:
+        """Bind the socket."""
+        where = self._where
+        if where.kind == "unix":
+            return self.unix_listener(where.path, socket.SOCK_STREAM)
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)[0]
+            sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
+        except OSError as error:
+            raise UsageError(f"listen {where}: {error.strerror}") from None
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(place)
+        except OSError as error:
+            sock.close()
+            raise UsageError(f"listen {where}: {error.strerror}; choose another port, or 0 for any") from None
+        self._where = address.Address("tcp", host=where.host, port=sock.getsockname()[1])
+        return sock
+
+    def admits(self, bus: Bus, who: Credentials | None) -> bool:
+        """Members, and over insecure TCP whoever comes."""
+        return super().admits(bus, who) or (self._insecure and self._where.kind == "tcp")
+
+    def greet(self, sock: socket.socket, bus: Bus, label: str) -> StreamPeer:
+        """The driver speaks first; there is nothing to send."""
+        return StreamPeer(self, bus, label, sock)
+
+    def refuse(self, sock: socket.socket, reason: str) -> None:
+        """Say why, as an answer to the HELLO that is on its way."""
+        sock.setblocking(False)
+        sock.send(msg.encode(msg.Frame(body=msg.Error(13, msg.message_id(msg.Hello), reason), dev_num=0, token=0)))
+
+
+@dataclass(slots=True)
+class Transfer:
+    """A request on its way through: where its bytes are in the arena, and how many have come."""
+
+    id: int
+    start: int
+    readable: int
+    writable: int
+    received: int = 0
+
+
+class Bridge:
+    """One queue of a remote driver: requests of the stream in, a private ring towards the device out."""
+
+    def __init__(self, peer: StreamPeer, slot: Slot, queue: Queue, size: int) -> None:
+        self.peer = peer
+        self.number, self.index = slot.number, queue.index
+        self.size = size
+        ring_size = 1 << max(size - 1, 0).bit_length()
+        self._arena = peer.arena
+        place = self._arena.take(_core.DriverQueue.bytes_needed(ring_size))
+        if place is None:
+            raise Violation("too-much-memory", f"no room for a queue of {size} in the arena of this driver")
+        self._place = place
+        self.ring = _core.DriverQueue(
+            self._arena.mapping,
+            place,
+            self._arena.address + place,
+            ring_size,
+            event_idx=bool(slot.negotiated >> features.RING_EVENT_IDX & 1),
+            indirect=bool(slot.negotiated >> features.RING_INDIRECT_DESC & 1),
+            signal=_core.Signal.local(peer.bus.pool.scheduler, slot.key(queue)),
+        )
+        self.key = peer.actor.key(self.reap, slot.priority)
+        self.requests = 0
+        self.completions = 0
+        self._arriving: dict[int, Transfer] = {}
+        self._under_way: dict[int, Transfer] = {}
+        self._ids: set[int] = set()
+        self.closed = False
+
+    def begin(self, request: msg.Request) -> bool:
+        """Take a request, or the first part of one; False when the arena has no room now. Violation."""
+        total = request.readable_total + request.writable_total
+        if request.id in self._ids:
+            raise Violation("request-id-twice", f"request {request.id} is outstanding already")
+        if len(self._ids) >= self.size:
+            raise Violation("too-many-requests", f"queue {self.index} takes {self.size} at a time")
+        if not 0 < total <= MAX_REQUEST:
+            raise Violation("request-size", f"{total} bytes; 1 to {MAX_REQUEST} are taken")
+        if len(request.data) > request.readable_total:
+            raise Violation("request-size", f"{len(request.data)} bytes of {request.readable_total}")
+        start = self._arena.take(total)
+        if start is None:
+            return False
+        self._ids.add(request.id)
+        transfer = Transfer(request.id, start, request.readable_total, request.writable_total)
+        self._arriving[request.id] = transfer
+        self.requests += 1
+        self._arrived(transfer, request.data)
+        return True
+
+    def more(self, data: msg.Data) -> None:
+        """Take a further part of a request. Violation."""
+        transfer = self._arriving.get(data.id)
+        if transfer is None or data.direction != 0:
+            raise Violation("data-unasked", f"a part of request {data.id}, which waits for none")
+        if data.offset != transfer.received or data.offset + len(data.data) > transfer.readable:
+            raise Violation("data-offset", f"bytes {data.offset} + {len(data.data)} of {transfer.readable}")
+        self._arrived(transfer, data.data)
+
+    def _arrived(self, transfer: Transfer, data: bytes | memoryview) -> None:
+        at = transfer.start + transfer.received
+        self._arena.view[at : at + len(data)] = data
+        transfer.received += len(data)
+        if transfer.received < transfer.readable:
+            return
+        del self._arriving[transfer.id]
+        base = self._arena.address + transfer.start
+        token = self.ring.add(
+            [(base, transfer.readable)] if transfer.readable else [],
+            [(base + transfer.readable, transfer.writable)] if transfer.writable else [],
+        )
+        if token is None:
+            raise Violation("too-many-requests", f"queue {self.index} is full")
+        self._under_way[token] = transfer
+        self.ring.publish()
+
+    def reap(self) -> bool:
+        """Send what the device has finished; bytes that it did not write stay here. In the peer's turn."""
+        if self.closed:
+            return False
+        used = self.ring.reap(REAP)
+        for token, written in used:
+            transfer = self._under_way.pop(token)
+            self._ids.discard(transfer.id)
+            begin = transfer.start + transfer.readable
+            data = bytes(self._arena.view[begin : begin + written])
+            self._arena.give_back(transfer.start)
+            self.completions += 1
+            sent = 0
+            while written - sent > FRAGMENT:
+                part = msg.Data(self.index, transfer.id, 1, sent, data[sent : sent + FRAGMENT])
+                self.peer.send(part, self.number)
+                sent += FRAGMENT
+            self.peer.send(msg.Complete(self.index, transfer.id, written, data[sent:]), self.number)
+        if used:
+            self.peer.resume()
+        return len(used) == REAP
+
+    def close(self) -> None:
+        """Give the arena's memory back. The ring is stopped already; in the peer's turn."""
+        if self.closed:
+            return
+        self.closed = True
+        self.peer.actor.drop_key(self.key)
+        for transfer in (*self._arriving.values(), *self._under_way.values()):
+            self._arena.give_back(transfer.start)
+        self._arena.give_back(self._place)
+        self.peer.resume()
+
+
+class StreamPeer(MessagePeer):
+    """One driver's side at the far end of a stream."""
+
+    memory_kind = MEMORY_COPIED
+    signal_kind = SIGNAL_IN_BAND
+    max_message = MAX_MESSAGE
+    max_request = MAX_REQUEST
+
+    def __init__(self, host: Stream, bus: Bus, label: str, sock: socket.socket) -> None:
+        super().__init__(host, bus, label)
+        tune(sock)
+        self._sock = sock
+        self.arena = Arena()
+        self.memory.add(self.arena.address, self.arena.mapping)
+        self._splitter = msg.Splitter(MAX_MESSAGE)
+        self._inbox: deque[bytes] = deque()
+        self._stalled = False
+        self._bridges: dict[tuple[int, int], Bridge] = {}
+        self._writer = WireWriter(sock, bus.name, lambda why: self.part(f"the stream broke: {why}"))
+        self.actor.watch(sock.fileno(), self._readable)
+
+    def transmit(self, message: bytes) -> None:
+        """Queue for the writer."""
+        if not self._writer.send(message) and not self.parted:
+            raise Violation("link-not-read", "the driver does not read what it asked for")
+
+    def has_room(self) -> bool:
+        """Whether little waits for the driver."""
+        return self._writer.queued < MAX_QUEUED_EVENTS
+
+    def _readable(self) -> None:
+        if self.parted or self._stalled:
+            return
+        try:
+            data = self._sock.recv(READ_SIZE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.part(f"the stream broke: {error.strerror}")
+            return
+        if not data:
+            self.part("the driver closed the stream")
+            return
+        for piece in self._splitter.feed(data):
+            if isinstance(piece, msg.Malformed):
+                self.part(f"malformed-message: {piece}")
+                return
+            self._inbox.append(piece)
+        self._work_off()
+        self.flush_events()
+
+    def _work_off(self) -> None:
+        while self._inbox and not self.parted:
+            message = self._inbox.popleft()
+            self.received(message)
+            if self._stalled:
+                # No room for this request now. Its driver's stream waits, in order; nobody else's does.
+                self._inbox.appendleft(message)
+                self.actor.unwatch(self._sock.fileno())
+                return
+
+    def resume(self) -> None:
+        """The arena has room again: go on where it had none."""
+        if self._stalled and not self.parted:
+            self._stalled = False
+            self.actor.post(self._go_on)
+
+    def _go_on(self) -> None:
+        if self.parted or self._stalled:
+            return
+        self._work_off()
+        if not self._stalled:
+            self.actor.watch(self._sock.fileno(), self._readable)
+
+    def bodied(self, frame: msg.Frame) -> bool:
+        """The data path."""
+        match frame.body:
+            case msg.Request() as request:
+                bridge = self._bridge(frame.dev_num, request.vq_index)
+                if bridge is not None:
+                    self._stalled = not bridge.begin(request)
+            case msg.Data() as data:
+                bridge = self._bridge(frame.dev_num, data.vq_index)
+                if bridge is not None:
+                    bridge.more(data)
+            case msg.Cancel():
+                # What a device has begun cannot be taken back; a driver that lost interest ignores the completion.
+                pass
+            case _:
+                return False
+        return True
+
+    def _bridge(self, number: int, index: int) -> Bridge | None:
+        """The bridge of a queue. None when the device is gone or was reset, while its requests were on their way."""
+        return self._bridges.get((number, index))
+
+    def set_queue(self, slot: Slot, index: int, size: int, desc: int, driver: int, device: int) -> None:
+        """Make the private ring, whose place is what the slot is told."""
+        queue = slot.queue_at(index)
+        if (slot.number, index) in self._bridges:
+            raise Violation("queue-twice", f"queue {index} of device {slot.number} is set up already")
+        if not 0 < size <= queue.max_size or desc or driver or device:
+            raise Violation("queue-size", f"size {size} of {queue.max_size}, with addresses {desc}, {driver}, {device}")
+        bridge = Bridge(self, slot, queue, size)
+        try:
+            super().set_queue(slot, index, bridge.ring.size, bridge.ring.desc, bridge.ring.driver, bridge.ring.device)
+        except BaseException:
+            bridge.close()
+            raise
+        self._bridges[slot.number, index] = bridge
+
+    def signal(self, slot: Slot, queue: Queue) -> _core.Signal:
+        """A turn of the peer, which sends the completions."""
+        return _core.Signal.local(self.bus.pool.scheduler, self._bridges[slot.number, queue.index].key)
+
+    def slot_reset(self, slot: Slot) -> None:
+        """Close the slot's bridges, in the peer's turn: this is the device's."""
+        closing = [self._bridges.pop(key) for key in list(self._bridges) if key[0] == slot.number]
+        for bridge in closing:
+            self.actor.post(bridge.close)
+
+    def counters(self, slot: Slot, queue: Queue) -> SignalCounters:
+        """In band, every message is an event, sent, and a doorbell."""
+        bridge = self._bridges.get((slot.number, queue.index))
+        if bridge is None:
+            return (0, 0, 0), (0, 0, 0)
+        return (bridge.requests,) * 3, (bridge.completions,) * 3
+
+    def close(self) -> None:
+        """End the writer, close the socket, give the arena back."""
+        self.actor.unwatch(self._sock.fileno())
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._sock.close()
+        for bridge in list(self._bridges.values()):
+            bridge.close()
+        self._bridges.clear()
+        self._inbox.clear()
+        self.arena.close()

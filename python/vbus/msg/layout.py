@@ -1,0 +1,103 @@
+"""How a message's body is laid out: a list of fields that pack and unpack themselves, little-endian.
+
+A layout is fixed fields, then at most one tail (bytes, 32-bit words, UUID and name). Reading is strict: a body that is
+longer or shorter than its fields say is no message.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+MAX_NAME = 63
+
+
+class BadBodyError(ValueError):
+    """A body that does not fit its layout; the codec turns it into a value."""
+
+
+class Layout:
+    """Fixed fields by a struct format, then a tail."""
+
+    def __init__(self, fmt: str, tail: Tail | None = None) -> None:
+        self.fixed = struct.Struct("<" + fmt)
+        self.tail = tail
+
+    def pack(self, values: tuple[Any, ...]) -> bytes:
+        """The body's bytes. struct.error, ValueError for values that do not fit."""
+        if self.tail is None:
+            return self.fixed.pack(*values)
+        fixed, rest = values[: -self.tail.count], values[-self.tail.count :]
+        return self.fixed.pack(*fixed) + self.tail.pack(rest)
+
+    def unpack(self, body: memoryview) -> tuple[Any, ...]:
+        """The values. BadBodyError."""
+        size = self.fixed.size
+        if len(body) < size:
+            raise BadBodyError(f"{len(body)} bytes, at least {size} are needed")
+        fixed = self.fixed.unpack_from(body)
+        if self.tail is None:
+            if len(body) != size:
+                raise BadBodyError(f"{len(body)} bytes, {size} are needed")
+            return fixed
+        return fixed + self.tail.unpack(body[size:])
+
+
+class Tail:
+    """What follows the fixed fields: `count` values, packed and unpacked together."""
+
+    def __init__(
+        self,
+        count: int,
+        pack: Callable[[tuple[Any, ...]], bytes],
+        unpack: Callable[[memoryview], tuple[Any, ...]],
+    ) -> None:
+        self.count = count
+        self.pack = pack
+        self.unpack = unpack
+
+
+def _words(body: memoryview) -> tuple[tuple[int, ...]]:
+    if len(body) % 4:
+        raise BadBodyError(f"{len(body)} bytes are no 32-bit words")
+    return (struct.unpack(f"<{len(body) // 4}I", body),)
+
+
+def _text(body: memoryview) -> tuple[str]:
+    try:
+        return (bytes(body).decode(),)
+    except UnicodeDecodeError:
+        raise BadBodyError("the text is not UTF-8") from None
+
+
+def _pack_name(name: str) -> bytes:
+    data = name.encode()
+    if len(data) > MAX_NAME:
+        raise ValueError(f"a name of {len(data)} bytes; {MAX_NAME} are the most")
+    return bytes([len(data)]) + data
+
+
+def _name(body: memoryview) -> tuple[str]:
+    if not len(body) or body[0] > MAX_NAME or len(body) != 1 + body[0]:
+        raise BadBodyError("the name's length is not its length")
+    return _text(body[1:])
+
+
+def _identity(body: memoryview) -> tuple[UUID, str]:
+    if len(body) < 17:
+        raise BadBodyError(f"{len(body)} bytes have no place for a UUID and a name")
+    return (UUID(bytes=bytes(body[:16])), *_name(body[16:]))
+
+
+DATA = Tail(1, lambda values: bytes(values[0]), lambda body: (bytes(body),))
+"""The rest as bytes."""
+WORDS = Tail(1, lambda values: struct.pack(f"<{len(values[0])}I", *values[0]), _words)
+"""The rest as 32-bit words."""
+TEXT = Tail(1, lambda values: values[0].encode(), _text)
+"""The rest as UTF-8."""
+NAME = Tail(1, lambda values: _pack_name(values[0]), _name)
+"""A length byte and a name of up to 63 bytes."""
+IDENTITY = Tail(2, lambda values: values[0].bytes + _pack_name(values[1]), _identity)
+"""A UUID of 16 bytes, a length byte and a name."""

@@ -1,0 +1,151 @@
+"""What a guest connector is: the driver side's end of one environment.
+
+It carries messages, tells of their answers by token, and sets queues up; the remote bus above it knows nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vbus import msg
+from vbus.errors import DriverError, Violation
+from vbus.proxy.loop import Loop
+from vbus.proxy.queue import RemoteQueue
+from vbus.shmem.arena import Arena
+
+if TYPE_CHECKING:
+    from vbus.proxy.remote import Remote, RemoteDevice
+
+R = TypeVar("R")
+
+
+class GuestConnector(ABC):
+    """A connected link to a bus. `remote` is told of events and of the end."""
+
+    def __init__(self, loop: Loop, timeout: float) -> None:
+        self.loop = loop
+        self.timeout = timeout
+        self.remote: Remote | None = None
+        self.arena = Arena()
+        self.arena_lock = threading.Lock()
+        self.max_request = 0
+        self._tokens = itertools.cycle(range(1, 0x10000))
+        self._calls: dict[int, Future[Any]] = {}
+        self._call_lock = threading.Lock()
+        self.lost: DriverError | None = None
+
+    # Messages.
+
+    @abstractmethod
+    def transmit(self, message: bytes) -> None:
+        """Put one message on the link. Never blocks for the other side; OSError or Violation when it cannot."""
+
+    def send(self, body: msg.Body, dev_num: int = 0, token: int = 0) -> None:
+        """Send one message that wants no answer."""
+        self.transmit(msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token)))
+
+    def call(self, body: msg.Body, answer: type[R], dev_num: int = 0, timeout: float | None = None) -> R:
+        """Ask, and wait for the answer. DriverError: what the bus refused, ETIMEDOUT, ECONNRESET, EPROTO."""
+        if self.loop.is_here:
+            raise RuntimeError("this thread answers the bus and must not wait for it; use a hook")
+        future: Future[Any] = Future()
+        with self._call_lock:
+            if self.lost is not None:
+                raise DriverError(self.lost.errno or errno.ECONNRESET, self.lost.strerror)
+            token = next(t for t in self._tokens if t not in self._calls)
+            self._calls[token] = future
+        limit = self.timeout if timeout is None else timeout
+        try:
+            self.send(body, dev_num, token)
+            result = future.result(limit)
+        except FutureTimeoutError:
+            raise DriverError(
+                errno.ETIMEDOUT, f"no answer to {type(body).__name__} of device {dev_num} within {limit} s"
+            ) from None
+        except Violation as violation:
+            raise DriverError(errno.EPROTO, str(violation)) from None
+        finally:
+            with self._call_lock:
+                self._calls.pop(token, None)
+        if not isinstance(result, answer):
+            raise DriverError(errno.EPROTO, f"{type(result).__name__} came as the answer to {type(body).__name__}")
+        return result
+
+    def received(self, data: bytes) -> None:
+        """Handle one message of the bus, on the loop's thread. Violation: malformed-message."""
+        frame = msg.decode(data)
+        if isinstance(frame, msg.Malformed):
+            raise Violation("malformed-message", str(frame))
+        body = frame.body
+        if isinstance(body, msg.Error):
+            self._answer(frame.token, error=DriverError(body.errno, body.text))
+        elif isinstance(body, msg.EventDevice):
+            if self.remote is not None:
+                self.remote.device_event(body.dev_num, body.state)
+        elif isinstance(body, msg.EventConfig):
+            if self.remote is not None:
+                self.remote.config_event(frame.dev_num, body)
+        elif not self.data_received(frame):
+            self._answer(frame.token, result=body)
+
+    def data_received(self, frame: msg.Frame) -> bool:
+        """Handle a message of the data path, where the link has one; False when it is none."""
+        return False
+
+    def _answer(self, token: int, *, result: Any = None, error: DriverError | None = None) -> None:
+        with self._call_lock:
+            future = self._calls.pop(token, None)
+        # An answer that nobody waits for any more: the call timed out.
+        if future is None:
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def end(self, error: DriverError) -> None:
+        """The link is gone: every call and every request ends with `error`."""
+        with self._call_lock:
+            if self.lost is not None:
+                return
+            self.lost = error
+            calls = list(self._calls.values())
+            self._calls.clear()
+        for call in calls:
+            with contextlib.suppress(Exception):
+                call.set_exception(DriverError(error.errno or errno.ECONNRESET, error.strerror))
+        if self.remote is not None:
+            self.remote.link_lost(error)
+
+    @abstractmethod
+    def accept(self, hello: msg.HelloResponse) -> None:
+        """The bus has introduced itself: keep to its limits, and show it what it must see. DriverError."""
+
+    # Queues.
+
+    @abstractmethod
+    def prepare(self, device: RemoteDevice) -> None:
+        """After FEATURES_OK, before any queue of this device is set up."""
+
+    @abstractmethod
+    def open_queue(self, device: RemoteDevice, index: int, size: int) -> RemoteQueue:
+        """Make a ring and tell the bus about it. DriverError."""
+
+    @abstractmethod
+    def close_queues(self, device: RemoteDevice) -> None:
+        """The device was reset, or is gone: forget its rings and give their memory back."""
+
+    def counters(self, device: RemoteDevice, index: int) -> tuple[int, int, int]:
+        """Events signalled, events sent, doorbells rung towards the device."""
+        return (0, 0, 0)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Part from the bus and give everything back."""

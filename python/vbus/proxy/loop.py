@@ -1,0 +1,79 @@
+"""The driver side's threads: one that answers the bus, one that runs what may wait for it.
+
+Everything that arrives (link messages, events, completions) is handled by the first, which therefore never waits for
+the bus. Hooks of drivers and callbacks of users may ask the bus questions: they run on the second, in order.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from vbus import _core
+
+log = logging.getLogger("vbus.proxy")
+
+
+class Loop:
+    """A scheduler with one thread for turns and one for hooks."""
+
+    def __init__(self, name: str) -> None:
+        self.scheduler = _core.Scheduler()
+        self._callbacks: dict[int, Callable[[], bool]] = {}
+        self._actor = self.scheduler.actor()
+        self._hooks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._turns, name=f"vbus-{name}", daemon=True),
+            threading.Thread(target=self._run_hooks, name=f"vbus-{name}-hooks", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def key(self, callback: Callable[[], bool], priority: int = 4) -> int:
+        """A key whose turns call back; True wants another turn."""
+        key = self.scheduler.key(self._actor, priority)
+        self._callbacks[key] = callback
+        return key
+
+    def drop_key(self, key: int) -> None:
+        """Forget a key."""
+        self.scheduler.drop_key(key)
+        self._callbacks.pop(key, None)
+
+    def hook(self, callback: Callable[[], None]) -> None:
+        """Run what may wait for the bus."""
+        self._hooks.put(callback)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller is the thread that answers the bus, which must not wait for it."""
+        return threading.current_thread() is self._threads[0]
+
+    def _turns(self) -> None:
+        while (turn := self.scheduler.next()) is not None:
+            actor, key = turn
+            again = False
+            try:
+                callback = self._callbacks.get(key)
+                again = callback() if callback is not None else False
+            except Exception:
+                log.exception("a turn of the driver side failed")
+            finally:
+                self.scheduler.done(actor, key, again=again)
+
+    def _run_hooks(self) -> None:
+        while (callback := self._hooks.get()) is not None:
+            try:
+                callback()
+            except Exception:
+                log.exception("a hook of a driver failed")
+
+    def close(self) -> None:
+        """End both threads."""
+        self.scheduler.close()
+        self._hooks.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=5)

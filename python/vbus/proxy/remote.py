@@ -1,0 +1,361 @@
+"""The bus as the driver side sees it: devices that come and go, each ready for one driver.
+
+`attach` connects and discovers. What the bus announces afterwards (devices, config changes, a device that needs a
+reset) arrives on the loop's thread, which only keeps the books; whoever wants to ask the bus in return is called from
+the hooks' thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TypeVar
+from uuid import UUID
+
+from vbus import msg
+from vbus.errors import DriverError, NoSuchNameError, UsageError
+from vbus.proxy.connector import GuestConnector
+from vbus.proxy.driver import Driver
+from vbus.proxy.queue import RemoteQueue
+from vbus.virtio import Status, features
+
+D = TypeVar("D", bound=Driver)
+Event = tuple[str, "RemoteDevice"]
+
+QUEUE_SIZE = 128
+"""Descriptors of a ring when the driver does not say."""
+OWN_FEATURES = 1 << features.VERSION_1 | 1 << features.RING_INDIRECT_DESC | 1 << features.RING_EVENT_IDX
+"""What our rings understand beside a driver's own features."""
+CONFIG_TRIES = 8
+
+
+class RemoteDevice:
+    """A device behind the bus, from the driver's side."""
+
+    def __init__(self, remote: Remote, address: int, info: msg.GetDeviceInfoResponse, name: str, uuid: UUID) -> None:
+        self.remote = remote
+        self.address = address
+        self.device_id = info.device_id
+        self.vendor_id = info.vendor_id
+        self.name = name
+        self.uuid = uuid
+        self.config_size = info.config_size
+        self.num_feature_bits = info.num_feature_bits
+        self.max_queues = info.max_virtqueues
+        self.negotiated = 0
+        self.present = True
+        self.needs_reset = False
+        self.queues: list[RemoteQueue] = []
+        self.driver: Driver | None = None
+
+    def __repr__(self) -> str:
+        return f"<RemoteDevice {self.address} {self.name}>"
+
+    @property
+    def max_request(self) -> int:
+        """Bytes that the link takes in one request, readable and writable together; 0 when it has no limit."""
+        return self.remote.connector.max_request
+
+    # What a driver asks of the device (section 2 of the specification).
+
+    @property
+    def offered(self) -> int:
+        """The feature bits that the device offers now."""
+        blocks = -(-self.num_feature_bits // 32)
+        answer = self._call(msg.GetDeviceFeatures(0, blocks), msg.GetDeviceFeaturesResponse)
+        return features.from_blocks(answer.features)
+
+    @property
+    def status(self) -> Status:
+        """The device's status."""
+        return Status(self._call(msg.GetDeviceStatus(), msg.GetDeviceStatusResponse).status)
+
+    def config(self) -> bytes:
+        """All of config space, read until the generation before and after is one (section 2.5.4)."""
+        return self._read_config()[1]
+
+    def _read_config(self) -> tuple[int, bytes]:
+        """(generation, bytes). One message where it fits; else pieces of one generation."""
+        piece = self.remote.connector_config_piece
+        for _ in range(CONFIG_TRIES):
+            data = b""
+            generations: set[int] = set()
+            while len(data) < self.config_size or not generations:
+                length = min(piece, self.config_size - len(data))
+                answer = self._call(msg.GetConfig(len(data), length), msg.GetConfigResponse)
+                generations.add(answer.generation)
+                data += bytes(answer.data)
+                if len(answer.data) < length:
+                    break
+            if len(generations) == 1:
+                return generations.pop(), data
+        raise DriverError(errno.EAGAIN, f"{self.name}: config space changes faster than it can be read")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write config space. DriverError EPERM when the device does not take it."""
+        for _ in range(CONFIG_TRIES):
+            generation, _ = self._read_config()
+            answer = self._call(msg.SetConfig(generation, offset, len(data), data), msg.SetConfigResponse)
+            if answer.length == len(data):
+                return
+            if answer.generation == generation:
+                break
+        raise DriverError(errno.EPERM, f"{self.name}: the device refuses {len(data)} bytes at {offset} of config space")
+
+    def _call(self, body: msg.Body, answer: type[msg.R], timeout: float | None = None) -> msg.R:
+        if not self.present:
+            raise DriverError(errno.ENODEV, f"{self.name} was removed")
+        return self.remote.connector.call(body, answer, self.address, timeout)
+
+    def _set_status(self, value: int) -> int:
+        return self._call(msg.SetDeviceStatus(value), msg.SetDeviceStatusResponse).status
+
+    # The life of a driver (section 3.1).
+
+    def begin(self, wanted: int, queue_count: int, queue_size: int) -> None:
+        """Reset, claim, negotiate, and set the queues up. DriverError: EBUSY when another driver has it, EIO, ..."""
+        self.reset()
+        self._set_status(Status.ACKNOWLEDGE)
+        self._set_status(Status.ACKNOWLEDGE | Status.DRIVER)
+        chosen = self.offered & (wanted | OWN_FEATURES)
+        blocks = features.to_blocks(chosen)
+        self._call(msg.SetDriverFeatures(0, len(blocks), tuple(blocks)), msg.SetDriverFeaturesResponse)
+        status = self._set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
+        if not status & Status.FEATURES_OK:
+            with contextlib.suppress(DriverError):
+                self.reset()
+            raise DriverError(errno.EOPNOTSUPP, f"{self.name} refuses the features {chosen:#x}")
+        self.negotiated = chosen
+        connector = self.remote.connector
+        connector.prepare(self)
+        for index in range(min(queue_count, self.max_queues)):
+            place = self._call(msg.GetVqueue(index), msg.GetVqueueResponse)
+            if place.max_size:
+                self.queues.append(connector.open_queue(self, index, min(queue_size, place.max_size)))
+
+    def go(self) -> None:
+        """Set DRIVER_OK: from now on the device serves."""
+        self._set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
+
+    def reset(self) -> None:
+        """Reset the device; what was outstanding ends with ESHUTDOWN. DriverError ETIMEDOUT when it hangs."""
+        self._fail_queues(DriverError(errno.ESHUTDOWN, f"{self.name} was reset"))
+        deadline = time.monotonic() + self.remote.connector.timeout
+        status = self._set_status(0)
+        while status != 0 and time.monotonic() < deadline:
+            if self.driver is None and not self.queues:
+                # Not ours to reset: another driver has it, and the next status write says so.
+                break
+            time.sleep(0.005)
+            status = int(self.status)
+        self._forget_queues()
+        self.needs_reset = False
+
+    def _fail_queues(self, error: DriverError) -> None:
+        for remote_queue in self.queues:
+            remote_queue.fail(error)
+
+    def _forget_queues(self) -> None:
+        self.remote.connector.close_queues(self)
+        for remote_queue in self.queues:
+            remote_queue.free_buffers()
+        self.queues = []
+        self.negotiated = 0
+
+    def broken(self, reason: str) -> None:
+        """The device needs a reset, or lied: what is outstanding ends with EIO until a driver begins anew."""
+        self.needs_reset = True
+        error = DriverError(errno.EIO, f"{self.name} needs a reset: {reason}")
+        self.remote.connector.loop.hook(lambda: self._fail_queues(error))
+
+    def gone(self, error: DriverError) -> None:
+        """The device was removed, or its bus is gone."""
+        self.present = False
+        self._fail_queues(error)
+        driver = self.driver
+        if driver is not None:
+            self.remote.connector.loop.hook(driver.removed)
+
+
+class Remote:
+    """An attached bus. Iterating gives its devices by address; a context manager that parts from it at the end."""
+
+    def __init__(self, connector: GuestConnector, hello: msg.HelloResponse) -> None:
+        self.connector = connector
+        self.bus_name = hello.name
+        self.bus_uuid = hello.uuid
+        self.max_msg_size = hello.max_msg_size
+        self.connector_config_piece = min(hello.max_msg_size, 4096) - 64
+        self._devices: dict[int, RemoteDevice] = {}
+        self._callbacks: list[Callable[[str, RemoteDevice], None]] = []
+        self._streams: list[queue.SimpleQueue[Event | None]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        connector.remote = self
+
+    def discover(self) -> None:
+        """Ask for every device number that exists, and for what stands behind it."""
+        offset = 0
+        while True:
+            answer = self.connector.call(msg.GetDevices(offset, 2048), msg.GetDevicesResponse)
+            for number in answer.numbers():
+                self._discover_one(number)
+            if answer.next_offset <= offset:
+                return
+            offset = answer.next_offset
+
+    def _discover_one(self, number: int) -> None:
+        with self._changed:
+            if number in self._devices:
+                return
+        try:
+            info = self.connector.call(msg.GetDeviceInfo(), msg.GetDeviceInfoResponse, number)
+            name = self.connector.call(msg.Name(), msg.NameResponse, number)
+        except DriverError as error:
+            if error.errno == errno.ENODEV:
+                return
+            raise
+        device = RemoteDevice(self, number, info, name.name, name.uuid)
+        with self._changed:
+            if number in self._devices:
+                return
+            self._devices[number] = device
+            self._changed.notify_all()
+        self._tell("added", device)
+
+    # What the bus announces. On the loop's thread.
+
+    def device_event(self, number: int, state: int) -> None:
+        """A device is ready (1) or removed (2)."""
+        if state == 1:
+            self.connector.loop.hook(lambda: self._arrived(number))
+            return
+        with self._changed:
+            device = self._devices.pop(number, None)
+            self._changed.notify_all()
+        if device is not None:
+            device.gone(DriverError(errno.ENODEV, f"{device.name} was removed"))
+        # Through the hooks, so that an arrival which is still being looked at comes first.
+        self.connector.loop.hook(lambda: self._left(number, device))
+
+    def _arrived(self, number: int) -> None:
+        with contextlib.suppress(DriverError):
+            self._discover_one(number)
+
+    def _left(self, number: int, device: RemoteDevice | None) -> None:
+        with self._changed:
+            late = self._devices.get(number)
+            if late is not None and device is None:
+                device = self._devices.pop(number)
+                device.present = False
+            self._changed.notify_all()
+        if device is not None:
+            device._forget_queues()
+            self._tell("removed", device)
+        with contextlib.suppress(DriverError, OSError):
+            self.connector.call(msg.Release(), msg.ReleaseResponse, number)
+
+    def config_event(self, number: int, event: msg.EventConfig) -> None:
+        """Config space or status of a device changed."""
+        device = self._devices.get(number)
+        if device is None:
+            return
+        if event.status & Status.DEVICE_NEEDS_RESET:
+            device.broken("it said so")
+        driver = device.driver
+        if driver is not None:
+            self.connector.loop.hook(driver.config_changed)
+        self._tell("config", device)
+
+    def link_lost(self, error: DriverError) -> None:
+        """The bus is gone."""
+        with self._changed:
+            devices = list(self._devices.values())
+            self._changed.notify_all()
+        for device in devices:
+            device.gone(error)
+        for stream in self._streams:
+            stream.put(None)
+
+    def _tell(self, kind: str, device: RemoteDevice) -> None:
+        for stream in list(self._streams):
+            stream.put((kind, device))
+        for callback in list(self._callbacks):
+            self.connector.loop.hook(lambda callback=callback: callback(kind, device))  # type: ignore[misc]
+
+    # What a user of the driver side does.
+
+    def on_event(self, callback: Callable[[str, RemoteDevice], None]) -> None:
+        """Call back with "added", "removed" or "config" and the device, from the hooks' thread."""
+        self._callbacks.append(callback)
+
+    def events(self) -> Iterator[Event]:
+        """("added" | "removed" | "config", device) as it happens, from now on, until the bus is gone or left."""
+        stream: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._streams.append(stream)
+        return self._stream(stream)
+
+    def _stream(self, stream: queue.SimpleQueue[Event | None]) -> Iterator[Event]:
+        try:
+            while (event := stream.get()) is not None:
+                yield event
+        finally:
+            self._streams.remove(stream)
+
+    def __iter__(self) -> Iterator[RemoteDevice]:
+        with self._changed:
+            return iter(sorted(self._devices.values(), key=lambda device: device.address))
+
+    def device(self, name: str) -> RemoteDevice:
+        """The device of this name. NoSuchNameError."""
+        for device in self:
+            if device.name == name:
+                return device
+        names = ", ".join(device.name for device in self) or "none"
+        raise NoSuchNameError(f"bus {self.bus_name} has no device {name!r}: it has {names}")
+
+    def wait_for(self, name: str, timeout: float | None = None) -> RemoteDevice:
+        """The device of this name, as soon as it is there. DriverError ETIMEDOUT."""
+        limit = self.connector.timeout if timeout is None else timeout
+        with self._changed:
+            found = self._changed.wait_for(
+                lambda: self.connector.lost or any(d.name == name for d in self._devices.values()), limit
+            )
+        if self.connector.lost is not None:
+            raise DriverError(errno.ECONNRESET, f"the bus is gone: {self.connector.lost.strerror}")
+        if not found:
+            raise DriverError(errno.ETIMEDOUT, f"no device {name!r} within {limit} s")
+        return self.device(name)
+
+    def driver(self, name: str, cls: type[D]) -> D:
+        """Reset the device of this name and drive it. NoSuchNameError, UsageError, DriverError (EBUSY, ...)."""
+        device = self.device(name)
+        if device.device_id != cls.device_id:
+            raise UsageError(f"device {name!r} has device id {device.device_id}; a {cls.__name__} driver wants {cls.device_id}")
+        return cls(device)
+
+    @property
+    def lost(self) -> DriverError | None:
+        """Why the bus is gone, if it is."""
+        return self.connector.lost
+
+    def close(self) -> None:
+        """Part from the bus: its devices are reset by it."""
+        if self._closed:
+            return
+        self._closed = True
+        self.connector.end(DriverError(errno.ESHUTDOWN, "detached"))
+        self.connector.close()
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,259 @@
+"""The shared area: the one piece of memory that both sides of a connector see, and where everything is in it.
+
+The device's side makes it, the driver's side maps it. Each word is written by exactly one side. In order:
+
+    header        magic (written last), version, geometry, offsets               device's side writes
+    links         one ring of messages each way (`_core.LinkRing`)
+    to device     event rings, one a priority, and their counters                driver's side writes
+                  taken and sleep words                                           device's side writes
+    to driver     the same, with the sides exchanged
+    channels      regions of event channels, 64 KiB aligned (none yet)
+
+Nobody trusts the other's words: the driver's side checks the header once, with the limits below, and keeps its copy.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+
+from vbus import _core
+from vbus.errors import Violation
+
+MAGIC = 0x0031_6165_7261_6276
+"""`vbarea1` in ASCII."""
+VERSION = 1
+HEADER = struct.Struct("<QIIQIIII" + "QQ" + "QQQQ" + "QQQQ")
+HEADER_SIZE = 4096
+PRIORITIES = 8
+LINK_SIZE = 64 * 1024
+LINK_HEADER = 128
+SLOT_SIZE = 16
+STATS_SIZE = 32
+LINE = 64
+MAX_AREA = 64 << 20
+MAX_SOURCES = 1 << 16
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+@dataclass(frozen=True)
+class EventPlaces:
+    """Where one direction's event rings are: offsets into the area."""
+
+    slots: int
+    stats: int
+    taken: int
+    sleep: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and offsets of an area."""
+
+    total: int
+    max_sources: int
+    link_to_device: int
+    link_to_driver: int
+    events_to_device: EventPlaces
+    events_to_driver: EventPlaces
+
+    @classmethod
+    def plan(cls, max_sources: int) -> Geometry:
+        """Lay an area out for this many sources (a power of two)."""
+        at = HEADER_SIZE
+
+        def take(size: int, align: int = 4096) -> int:
+            nonlocal at
+            start = -(-at // align) * align
+            at = start + size
+            return start
+
+        link_to_device = take(LINK_HEADER + LINK_SIZE)
+        link_to_driver = take(LINK_HEADER + LINK_SIZE)
+
+        def events() -> EventPlaces:
+            return EventPlaces(
+                slots=take(PRIORITIES * max_sources * SLOT_SIZE),
+                stats=take(max_sources * STATS_SIZE, LINE),
+                taken=take(max_sources * 4),
+                sleep=take(PRIORITIES * LINE, LINE),
+            )
+
+        to_device, to_driver = events(), events()
+        total = take(0, 64 * 1024)
+        return cls(total, max_sources, link_to_device, link_to_driver, to_device, to_driver)
+
+    def pack(self) -> bytes:
+        """The header's bytes, magic included."""
+        return HEADER.pack(
+            MAGIC,
+            VERSION,
+            HEADER.size,
+            self.total,
+            PRIORITIES,
+            1,
+            self.max_sources,
+            LINK_SIZE,
+            self.link_to_device,
+            self.link_to_driver,
+            *_offsets(self.events_to_device),
+            *_offsets(self.events_to_driver),
+        )
+
+    @classmethod
+    def unpack(cls, header: bytes) -> Geometry:
+        """Read a header of the other side. Violation: area-magic, area-version, area-geometry.
+
+        An area of this version has only one layout for a number of sources, so that the offsets are compared with what
+        they must be instead of being believed.
+        """
+        magic, version, size, total, priorities, shards, max_sources, link_size, *offsets = HEADER.unpack(header)
+        if magic != MAGIC:
+            raise Violation("area-magic", f"the area begins with {magic:#x}, not {MAGIC:#x}")
+        if version != VERSION or size != HEADER.size:
+            raise Violation("area-version", f"the area has layout {version}, this side speaks {VERSION}")
+        if not 0 < max_sources <= MAX_SOURCES or max_sources & (max_sources - 1):
+            raise Violation("area-geometry", f"{max_sources} event sources")
+        plan = cls.plan(max_sources)
+        found = (total, priorities, shards, link_size, *offsets)
+        wanted = (
+            plan.total,
+            PRIORITIES,
+            1,
+            LINK_SIZE,
+            plan.link_to_device,
+            plan.link_to_driver,
+            *_offsets(plan.events_to_device),
+            *_offsets(plan.events_to_driver),
+        )
+        if found != wanted:
+            raise Violation("area-geometry", "sizes or offsets are not those of this layout")
+        return plan
+
+
+def _offsets(places: EventPlaces) -> tuple[int, int, int, int]:
+    return places.slots, places.stats, places.taken, places.sleep
+
+
+class Area:
+    """A shared area, mapped."""
+
+    def __init__(self, fd: int, mapping: _core.Mapping, geometry: Geometry) -> None:
+        self.fd = fd
+        self.mapping = mapping
+        self.geometry = geometry
+        self._view = memoryview(mapping)
+
+    @classmethod
+    def create(cls, name: str, max_sources: int) -> Area:
+        """Make an area in a sealed memfd (the device's side). OSError when memory or descriptors run out."""
+        geometry = Geometry.plan(max_sources)
+        fd = sealed_memfd(f"vbus-{name}", geometry.total)
+        try:
+            mapping = _core.Mapping(fd, geometry.total)
+            header = geometry.pack()
+            with memoryview(mapping) as view:
+                view[8 : len(header)] = header[8:]
+                view[:8] = header[:8]
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, mapping, geometry)
+
+    @classmethod
+    def open(cls, fd: int) -> Area:
+        """Map the other side's area; takes `fd`, which must be sealed. Violation: area-*, memory-not-sealed."""
+        try:
+            size = check_sealed(fd, MAX_AREA)
+            if size < HEADER_SIZE:
+                raise Violation("area-geometry", f"the area has {size} bytes")
+            geometry = Geometry.unpack(os.pread(fd, HEADER.size, 0))
+            if geometry.total > size:
+                raise Violation("area-geometry", f"the area has {size} bytes, its header says {geometry.total}")
+            mapping = _core.Mapping(fd, geometry.total)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, mapping, geometry)
+
+    def link_ring(self, *, to_device: bool) -> _core.LinkRing:
+        """The ring of messages of one direction."""
+        g = self.geometry
+        return _core.LinkRing(self.mapping, g.link_to_device if to_device else g.link_to_driver, LINK_SIZE)
+
+    def _places(self, to_device: bool) -> EventPlaces:
+        return self.geometry.events_to_device if to_device else self.geometry.events_to_driver
+
+    def sender(self, doorbells: list[_core.Doorbell], *, to_device: bool) -> _core.EventSender:
+        """The producing end of one direction's event rings."""
+        p = self._places(to_device)
+        return _core.EventSender(
+            self.mapping,
+            slots=p.slots,
+            stats=p.stats,
+            taken=p.taken,
+            sleep=p.sleep,
+            max_sources=self.geometry.max_sources,
+            priorities=PRIORITIES,
+            doorbells=doorbells,
+        )
+
+    def receiver(self, *, to_device: bool) -> _core.EventReceiver:
+        """The consuming end of one direction's event rings."""
+        p = self._places(to_device)
+        return _core.EventReceiver(
+            self.mapping,
+            slots=p.slots,
+            taken=p.taken,
+            sleep=p.sleep,
+            max_sources=self.geometry.max_sources,
+            priorities=PRIORITIES,
+        )
+
+    def stats_place(self, source: int, *, to_device: bool) -> tuple[_core.Mapping, int]:
+        """Where the counters of a source are that its producer keeps."""
+        return self.mapping, self._places(to_device).stats + source * STATS_SIZE
+
+    def read_stats(self, source: int, *, to_device: bool) -> tuple[int, int, int]:
+        """(signalled, sent, rung) as the producer wrote them: for people, never for decisions."""
+        at = self._places(to_device).stats + source * STATS_SIZE
+        signalled, sent, rung = struct.unpack_from("<QQQ", self._view, at)
+        return signalled, sent, rung
+
+    def close(self) -> None:
+        """Give the descriptor back; the memory stays mapped while anything uses it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def sealed_memfd(name: str, size: int) -> int:
+    """A memfd of `size` bytes that nobody can shrink or grow, so that no access to it can fault. OSError."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def check_sealed(fd: int, limit: int) -> int:
+    """The size of a descriptor that the other side sent, when it is a memfd that can never shrink.
+
+    A file that its owner may truncate raises SIGBUS in whoever has it mapped, and one on a slow file system stalls it.
+    Violation: memory-not-sealed, memory-too-large.
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        raise Violation("memory-not-sealed", "the descriptor is not a memfd") from None
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise Violation("memory-not-sealed", "the memfd may shrink: add F_SEAL_SHRINK")
+    size = os.fstat(fd).st_size
+    if size > limit:
+        raise Violation("memory-too-large", f"{size} bytes, the limit is {limit}")
+    return size

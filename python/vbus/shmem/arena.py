@@ -1,0 +1,76 @@
+"""An arena: memory that a driver's side owns, in one sealed memfd, and gives out as buffers and rings.
+
+Both ends that drive a ring use it: the proxy, whose arena the device's side maps too, and a connector over a byte
+stream, which drives a private ring of its own. Memory is given out by the buddy method: sizes are rounded up to powers
+of two, freed halves join again, so that a long life of mixed sizes never wears it out. Pages that were never touched
+take no memory.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vbus import _core
+from vbus.shmem.area import sealed_memfd
+
+DEFAULT_SIZE = 64 << 20
+SMALLEST = 256
+DRIVER_ADDRESS = 1 << 32
+"""Where an arena begins in the driver's address space; not 0, so that an offset taken for an address shows."""
+
+
+class Arena:
+    """`size` bytes (a power of two), with driver addresses from `address` on. Not for several threads at once."""
+
+    def __init__(self, size: int = DEFAULT_SIZE, address: int = DRIVER_ADDRESS) -> None:
+        self.size = size
+        self.address = address
+        self.fd = sealed_memfd("vbus-arena", size)
+        self.mapping = _core.Mapping(self.fd, size)
+        self.view = memoryview(self.mapping)
+        self._free: dict[int, set[int]] = {size: {0}}
+        self._taken: dict[int, int] = {}
+
+    @property
+    def largest(self) -> int:
+        """The largest buffer that is ever given out: a quarter of the arena."""
+        return self.size // 4
+
+    def take(self, size: int) -> int | None:
+        """The offset of `size` bytes, aligned to their size up to a page; None when there is no room now."""
+        wanted = max(SMALLEST, 1 << (size - 1).bit_length())
+        block = wanted
+        while not self._free.get(block):
+            block *= 2
+            if block > self.size:
+                return None
+        offset = self._free[block].pop()
+        while block > wanted:
+            block //= 2
+            self._free.setdefault(block, set()).add(offset + block)
+        self._taken[offset] = wanted
+        return offset
+
+    def give_back(self, offset: int) -> None:
+        """Take a buffer back. KeyError when `offset` is none."""
+        block = self._taken.pop(offset)
+        while block < self.size:
+            buddy = offset ^ block
+            free = self._free.setdefault(block, set())
+            if buddy not in free:
+                break
+            free.remove(buddy)
+            offset &= ~block
+            block *= 2
+        self._free.setdefault(block, set()).add(offset)
+
+    @property
+    def in_use(self) -> int:
+        """Bytes that are given out, as rounded."""
+        return sum(self._taken.values())
+
+    def close(self) -> None:
+        """Give the descriptor back; the memory lives on while a ring or a view uses it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
