@@ -496,8 +496,8 @@ mod tests {
 
     #[test]
     fn only_eventfds_are_doorbells() {
-        let (reader, _writer) = std::io::pipe().unwrap();
-        assert_eq!(Doorbell::new(reader.as_fd()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert_eq!(Doorbell::new(socket.as_fd()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

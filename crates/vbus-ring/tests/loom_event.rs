@@ -128,7 +128,7 @@ impl Model {
 
     /// Has any doorbell rung? Asks all of them, as a wait would.
     fn heard(&self) -> bool {
-        self.bells.iter().fold(false, |heard, bell| bell.heard() || heard)
+        self.bells.iter().filter(|bell| bell.heard()).count() > 0
     }
 
     /// Drain and service until there is nothing left, and sleep until no doorbell has rung yet.
