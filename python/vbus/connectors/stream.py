@@ -121,7 +121,7 @@ class Bridge:
         self.ring = _core.DriverQueue(
             self._arena.mapping,
             place,
-            self._arena.address + place,
+            self._arena.address,
             ring_size,
             event_idx=bool(slot.negotiated >> features.RING_EVENT_IDX & 1),
             indirect=bool(slot.negotiated >> features.RING_INDIRECT_DESC & 1),

@@ -178,7 +178,7 @@ class ProcessConnector(GuestConnector):
         ring = _core.DriverQueue(
             self.arena.mapping,
             place,
-            self.arena.address + place,
+            self.arena.address,
             size,
             event_idx=bool(device.negotiated >> features.RING_EVENT_IDX & 1),
             indirect=bool(device.negotiated >> features.RING_INDIRECT_DESC & 1),

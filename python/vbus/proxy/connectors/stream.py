@@ -186,7 +186,7 @@ class StreamConnector(GuestConnector):
         ring = _core.DriverQueue(
             self.arena.mapping,
             place,
-            self.arena.address + place,
+            self.arena.address,
             size,
             event_idx=event_idx,
             indirect=indirect,
