@@ -213,8 +213,8 @@ class Blk(Device):
         except OSError as error:
             result = RequestStatus.IOERR
             self._failed(error)
-        if result != RequestStatus.OK:
-            # The used length covers the status byte, so it covers the data before it: say nothing there.
+        if result != RequestStatus.OK or kind not in (RequestType.IN, RequestType.GET_ID):
+            # The used length covers the status byte, so also the bytes before it: none of them may be left as it was.
             clear(to_driver)
         status[0] = result
         request.written = request.writable_total
