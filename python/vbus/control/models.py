@@ -1,0 +1,167 @@
+"""What travels over the control API: the rows of every listing, and the bodies of requests.
+
+These are the stable keys of every `--json`: an answer that does not fit its model is never sent.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Model(BaseModel):
+    """The base of all: keys that are not named here are a mistake of either side."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class BusInfo(Model):
+    """A bus and the process that serves it."""
+
+    name: str
+    uuid: UUID
+    members: list[str]
+    max_sources: int
+    pid: int
+    version: str
+
+
+class FeatureNames(Model):
+    """The three sets of feature bits, by name."""
+
+    available: list[str] = Field(description="What the device has.")
+    exposed: list[str] = Field(description="What drivers are offered: available, less what is masked.")
+    negotiated: list[str] = Field(description="What the driver took; empty while there is none.")
+
+
+class QueueRow(Model):
+    """A queue of a device."""
+
+    index: int
+    name: str
+    size: int
+    running: bool
+    priority: int
+
+
+class DeviceRow(Model):
+    """A device on a bus: a row of `vbus ls --json`."""
+
+    bus: str
+    address: int
+    name: str
+    uuid: UUID
+    type: str
+    device_id: int
+    status: list[str] = Field(description="Names of the status bits, in the order in which a driver sets them.")
+    features: FeatureNames
+    connectors: list[str] = Field(description="The connectors that carry the device.")
+    connector: str | None = Field(description="The connector whose driver has the device.")
+    owner: str | None = Field(description="The driver that has the device.")
+    priority: int
+    queues: list[QueueRow]
+    violations: dict[str, int] = Field(description="How often a driver broke which rule.")
+
+
+class Signals(Model):
+    """What one direction of a queue counted."""
+
+    signalled: int = Field(description="Events signalled.")
+    sent: int = Field(description="Events sent: those that were not signalled before already.")
+    rung: int = Field(description="Doorbells rung: those that found the other side asleep.")
+
+
+class StatRow(Model):
+    """A queue's counters: a row of `vbus stat --json`."""
+
+    bus: str
+    device: str
+    queue: str
+    index: int
+    requests: int
+    bytes_read: int = Field(description="Bytes that the device read from the driver.")
+    bytes_written: int = Field(description="Bytes that the device wrote for the driver.")
+    to_device: Signals
+    to_driver: Signals
+
+
+class ConfigSpace(Model):
+    """A device's config space."""
+
+    generation: int
+    bytes: str = Field(description="Hexadecimal.")
+    fields: dict[str, Any]
+
+
+class Reason(Model):
+    """Why something broke, and when."""
+
+    time: float = Field(description="Seconds since 1970.")
+    reason: str
+
+
+class DeviceDetails(DeviceRow):
+    """Everything about one device: the row of `vbus show --json`."""
+
+    class_: str = Field(alias="class", description="module:Class")
+    attributes: dict[str, Any]
+    config: ConfigSpace
+    reasons: list[Reason] = Field(description="The latest violations, oldest first.")
+    stat: list[StatRow]
+
+
+class PeerRow(Model):
+    """A driver's side that is connected."""
+
+    model_config = ConfigDict(extra="allow")
+    peer: str
+
+
+class DepartedRow(Model):
+    """A driver's side that is gone, and why."""
+
+    peer: str
+    reason: str
+    time: float = Field(description="Seconds since 1970.")
+
+
+class ConnectorRow(Model):
+    """A connector: a row of `vbus ls --connectors --json`."""
+
+    bus: str
+    name: str
+    type: str
+    address: str = Field(description="What a driver attaches to.")
+    devices: list[str] | None = Field(description="The devices that it carries; null for all.")
+    peers: list[PeerRow]
+    departed: list[DepartedRow] = Field(description="The latest that went, oldest first.")
+
+
+class Plug(Model):
+    """A device to plug."""
+
+    type: str = Field(description="A built-in, an entry point of group vbus.devices, module:Class or file.py:Class.")
+    name: str | None = Field(None, description="By default: the type and a number.")
+    options: dict[str, Any] = Field({}, description="Keywords of the class; text is converted.")
+    directory: str | None = Field(None, description="Where relative paths begin; by default where the bus runs.")
+    priority: Annotated[int, Field(ge=0, le=7)] = 4
+    uuid: UUID | None = None
+    mask: list[str] = Field([], description="Feature bits that drivers shall not see.")
+
+
+class Unplugged(Model):
+    """A device that was unplugged."""
+
+    bus: str
+    name: str
+    ended: bool = Field(description="False when the device hung and was left behind.")
+
+
+class Problem(Model):
+    """Any answer whose status is 400 or more."""
+
+    error: str = Field(description="One line: what is wrong, and what to do.")
+    kind: str = Field(description="no-such-name, usage, too-large, not-allowed, busy or failed")
+    did_you_mean: str | None = None
