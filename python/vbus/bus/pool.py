@@ -102,6 +102,8 @@ class Pool:
                 except Exception:
                     log.exception("a turn failed")
                 finally:
+                    # An idle thread must not keep what it last served alive.
+                    callback = None
                     self._turns.pop(me, None)
                     self.scheduler.done(actor, key, again=again)
         finally:

@@ -98,7 +98,9 @@ class PeerHost(Connector):
                     peer = self.greet(sock, bus, label)
                     stack.pop_all()
                     with self._peers_lock:
-                        self.peers.append(peer)
+                        # Its turns may have parted from it already.
+                        if not peer.parted:
+                            self.peers.append(peer)
             except OSError as error:
                 self._note(f"{self.name}", f"could not be greeted: {error}")
 
@@ -114,10 +116,10 @@ class PeerHost(Connector):
 
     def peer_parted(self, peer: MessagePeer, reason: str) -> None:
         """Keep why a peer went."""
+        self._note(peer.label, reason)
         with self._peers_lock:
             if peer in self.peers:
                 self.peers.remove(peer)
-        self._note(peer.label, reason)
 
     def plugged(self, slot: Slot) -> None:
         """Offer the device to every peer."""

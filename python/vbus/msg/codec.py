@@ -156,9 +156,13 @@ class Splitter:
         at = 0
         try:
             while len(self._held) - at >= FRAME_HEADER_SIZE:
-                size = int.from_bytes(self._held[at + 6 : at + 8], "little")
-                if not FRAME_HEADER_SIZE <= size <= self._limit:
+                bits, _, _, _, size = HEADER.unpack_from(self._held, at)
+                if bits & ~(TYPE_BUS | TYPE_RESPONSE):
+                    # Whoever speaks something else shall hear so at once, not when enough has come.
+                    self._broken = Malformed("reserved-type", f"type {bits:#04x}")
+                elif not FRAME_HEADER_SIZE <= size <= self._limit:
                     self._broken = Malformed("size-mismatch", f"a message of {size} bytes; {self._limit} are the most")
+                if self._broken is not None:
                     yield self._broken
                     return
                 if len(self._held) - at < size:
