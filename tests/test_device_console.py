@@ -297,11 +297,11 @@ def test_a_line_without_an_end_does_not_take_all_memory(
     _, remote = attached(console0=device)
     console = remote.driver("console0", drivers.Console)
     with connected(device) as client:
-        sender = in_thread(lambda: client.sendall(b"x" * 150_000 + b"\n"))
+        sender = in_thread(lambda: client.sendall(b"x" * 300_000 + b"\n"))
         with pytest.raises(DriverError) as endless:
             console.readline(LIMIT)
         assert endless.value.errno == errno.EMSGSIZE
-        assert console.read_exactly(150_001, LIMIT) == b"x" * 150_000 + b"\n"
+        assert console.read_exactly(300_001, LIMIT) == b"x" * 300_000 + b"\n"
         sender.join(LIMIT)
 
 
