@@ -5,9 +5,25 @@ Everything that reads what the other side wrote raises `vbus.errors.Violation`, 
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import TypeAlias, final
 
-type_ReadableBuffer = bytes | bytearray | memoryview
+from vbus.errors import Violation
+
+_ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
+
+__all__ = [
+    "DeviceQueue",
+    "Doorbell",
+    "DriverQueue",
+    "EventReceiver",
+    "EventSender",
+    "LinkRing",
+    "Mapping",
+    "Memory",
+    "Request",
+    "Scheduler",
+    "Signal",
+]
 
 @final
 class Mapping:
@@ -41,7 +57,7 @@ class Memory:
         """(address, size, writable) of each region, by address."""
     def read(self, address: int, size: int) -> bytes:
         """Violation: address-outside-memory."""
-    def write(self, address: int, data: type_ReadableBuffer) -> None:
+    def write(self, address: int, data: _ReadableBuffer) -> None:
         """Violation: address-outside-memory, region-read-only."""
 
 @final
@@ -120,7 +136,7 @@ class EventReceiver:
     def dropped(self) -> int:
         """Events of an old generation or of a closed source."""
     @property
-    def fault(self) -> Violation | None:  # type: ignore[name-defined]
+    def fault(self) -> Violation | None:
         """Why this receiver stopped draining (event-source-out-of-range), if it did."""
 
 @final
@@ -185,7 +201,7 @@ class Request:
     def read(self, size: int = -1, /) -> bytes:
         """The next `size` bytes (all that is left by default; fewer when fewer are left)."""
     def readinto(self, buffer: bytearray | memoryview, /) -> int: ...
-    def write(self, data: type_ReadableBuffer, /) -> int:
+    def write(self, data: _ReadableBuffer, /) -> int:
         """Append to the writable part. Violation buffer-too-small when it does not fit; nothing is written then."""
     def views(self) -> tuple[list[memoryview], list[memoryview]]:
         """(readable, writable): the driver's own memory, from its beginning, without a copy."""
@@ -224,7 +240,7 @@ class DeviceQueue:
     def take(self, limit: int) -> list[Request]:
         """The next requests in ring order, at most `limit`; [] when there are none or the queue is stopped.
 
-        Notifications are off while the ring is not empty and on again when it is. Violations (index-jump,
+        Notifications are off while the ring is not empty and on again in the call that gives none. Violations (index-jump,
         descriptor-out-of-range, descriptor-loop, chain-too-long, chain-too-large, readable-after-writable,
         zero-length-descriptor, address-outside-memory, region-read-only, indirect-*, ...): raised after the good
         requests before it were given (on the next call).
@@ -291,7 +307,7 @@ class LinkRing:
 
     HEADER: int
     def __new__(cls, area: Mapping, offset: int, size: int) -> LinkRing: ...
-    def send(self, message: type_ReadableBuffer) -> bool:
+    def send(self, message: _ReadableBuffer) -> bool:
         """False when there is no room now. ValueError: shorter than its header, longer than half the ring, or the
         length in its header is not its length. Violation: link-index."""
     def receive(self) -> bytes | None:

@@ -245,8 +245,8 @@ def _tables(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE + 1)
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.toml")], n=1)
-        hint = f"did you mean '{path.with_name(near[0])}'?" if near else "write it first, or name another"
+        near = difflib.get_close_matches(path.stem, [other.stem for other in path.parent.glob("*.toml")], n=1)
+        hint = f"did you mean '{path.with_name(near[0] + path.suffix)}'?" if near else "write it, or name another"
         raise ConfigError([f"{path}: there is no such file: {hint}"]) from None
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None

@@ -43,6 +43,8 @@ def names() -> dict[str, str]:
 def find(kind: str, directory: Path) -> type[Device]:
     """The device class that `kind` names. NoSuchNameError, or UsageError when it cannot be loaded."""
     place = PLACE.fullmatch(kind)
+    if place is None and kind.endswith(".py"):
+        raise UsageError(f"{kind!r} is a file; name a class in it: '{kind}:Class'")
     if place is None:
         known = BUILT_IN if kind in BUILT_IN else names()
         if kind not in known:

@@ -200,13 +200,15 @@ def about(error: UsageError, given: Mapping[str, Any]) -> str:
     A constructor says what is wrong in one line that quotes the value, or names the option.
     """
     text = str(error)
-    quoted = [
-        key
-        for key, value in given.items()
-        if isinstance(value, str | Path) and len(str(value)) > 1 and re.search(rf"(?<!\w){re.escape(str(value))}", text)
-    ]
+    quoted = [key for key, value in given.items() if isinstance(value, str | Path) and _is_quoted(str(value), text)]
     named = [key for key in given if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", text)]
     return next(iter([*quoted, *named]), "")
+
+
+def _is_quoted(value: str, text: str) -> bool:
+    """Whether the text has the value, as it is or without the word before its colon."""
+    parts = (value, value.partition(":")[2])
+    return any(len(part) > 1 and re.search(rf"(?<!\w){re.escape(part)}", text) for part in parts)
 
 
 def _is_about_type(kind: str) -> bool:

@@ -57,7 +57,7 @@ def _print_connectors(rows: list[Row]) -> None:
         click.echo("\ndrivers that are here")
         output.print_table(
             ("BUS", "SINCE", "DRIVER", "DEVICES"),
-            ([row["bus"], _when(peer.get("since")), peer["peer"], peer.get("devices", [])] for row, peer in peers),
+            ([row["bus"], output.when(peer["since"]), peer["peer"], peer["devices"]] for row, peer in peers),
             indent="  ",
         )
     departed = [(row, peer) for row in rows for peer in row["departed"]]
@@ -68,10 +68,6 @@ def _print_connectors(rows: list[Row]) -> None:
             ([row["bus"], output.when(peer["time"]), peer["peer"], peer["reason"]] for row, peer in departed),
             indent="  ",
         )
-
-
-def _when(seconds: object) -> object:
-    return output.when(seconds) if isinstance(seconds, int | float) else seconds
 
 
 def _status(row: Row) -> str:

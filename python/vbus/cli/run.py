@@ -22,7 +22,7 @@ from click.shell_completion import CompletionItem
 
 from vbus.cli import words
 from vbus.cli.notify import notify
-from vbus.errors import NoSuchNameError, UsageError
+from vbus.errors import UsageError
 
 if TYPE_CHECKING:
     from vbus.bus import Bus
@@ -97,10 +97,15 @@ def run_command(
                 _check_files(ctx, what)
                 from vbus import config
 
-                specs, next_step = config.load_all(map(Path, what)), False
+                specs, of_class = config.load_all(map(Path, what)), False
             else:
-                specs, next_step = [_spec(what, name, bus_name, addresses, priority, uuid, mask)], True
-            _serve(specs, next_step)
+                specs, of_class = [_spec(what, name, bus_name, addresses, priority, uuid, mask)], True
+            try:
+                _serve(specs, of_class)
+            except UsageError as error:
+                if not of_class:
+                    raise
+                raise UsageError(words.as_typed(str(error))) from error
     except KeyboardInterrupt:
         # Stopped before it served: that is no failure either.
         return
@@ -144,8 +149,6 @@ def _spec(
     except OptionErrors as errors:
         lines = [words.as_typed(f"options.{key}: {text}") for key, text in errors.problems]
         raise UsageError("\n".join(f"{kind}: {line}" for line in lines)) from None
-    except NoSuchNameError:
-        raise
     device.name = name or device.type_name
     connectors = [_connector(address, number, here) for number, address in enumerate(addresses)]
     if not connectors:
@@ -216,7 +219,7 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _serve(specs: list[BusSpec], next_step: bool) -> None:
+def _serve(specs: list[BusSpec], of_class: bool) -> None:
     """Make every bus, serve, wait, and take all of it down again."""
     from vbus import config
     from vbus.control.server import Control
@@ -245,7 +248,7 @@ def _serve(specs: list[BusSpec], next_step: bool) -> None:
             stack.enter_context(Control(bus, directory))
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: stopped.set())
-        _announce(buses, next_step)
+        _announce(buses, of_class)
         notify("READY=1\nSTATUS=serving " + ", ".join(bus.name for bus in buses))
         stopped.wait()
         notify("STOPPING=1")
@@ -263,12 +266,12 @@ def _stop(bus: Bus, hung: list[str]) -> None:
     hung += [f"{bus.name}/{name}" for name in bus.stop()]
 
 
-def _announce(buses: list[Bus], next_step: bool) -> None:
+def _announce(buses: list[Bus], of_class: bool) -> None:
     """Say where drivers attach."""
     for bus in buses:
         for connector in bus.connectors.values():
             click.echo(f"bus {bus.name}: {connector.address}")
-    if next_step:
+    if of_class:
         bus = buses[0]
         slot = bus.slots()[0]
         address = next(iter(bus.connectors.values())).address.removeprefix("process:")

@@ -115,8 +115,9 @@ class DeviceDetails(DeviceRow):
 class PeerRow(Model):
     """A driver's side that is connected."""
 
-    model_config = ConfigDict(extra="allow")
     peer: str
+    since: float = Field(description="Seconds since 1970.")
+    devices: list[str] = Field(description="The devices that it has.")
 
 
 class DepartedRow(Model):

@@ -34,6 +34,8 @@ PIECE = 64 << 10
 """Bytes of one request of the bulk copies."""
 DEPTH = 16
 """Requests that the bulk copies keep outstanding."""
+LOAD = 400
+"""Requests that are outstanding when a disk is pulled out: more than its ring holds, so that some always are."""
 MIB = 1 << 20
 GROWN = 8 * MIB
 
@@ -283,7 +285,7 @@ class Demo:
                 with contextlib.suppress(DriverError):
                     while not stop.is_set():
                         futures.append(disk.submit_read(4096, 4096 * (len(futures) % 4000)))
-                        while len(futures) > 64 and not futures[-64].done():
+                        while len(futures) > LOAD and not futures[-LOAD].done():
                             time.sleep(0)
 
             thread = threading.Thread(target=load)
@@ -297,6 +299,8 @@ class Demo:
                 raise StepFailed("the load goes on although the disk is gone")
             ended = [future.exception(20) for future in futures]
         failed = [error for error in ended if error is not None]
+        if not failed:
+            raise StepFailed("no request was outstanding when the disk went")
         if any(not isinstance(error, DriverError) or error.errno != errno.ENODEV for error in failed):
             raise StepFailed(f"requests ended with {failed[0]!r}")
         return f"disk2 went; {len(ended) - len(failed)} reads had been answered, {len(failed)} ended with ENODEV"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 MAX_BITS = 128
 BLOCK_BITS = 32
+BLOCK_MASK = (1 << BLOCK_BITS) - 1
 
 RING_INDIRECT_DESC = 28
 RING_EVENT_IDX = 29
@@ -27,14 +28,17 @@ SUSPEND = 43
 
 
 class FeatureSet:
-    """Names for feature bits; `|` joins two sets."""
+    """Names for feature bits; `|` joins two sets. ValueError for a bit out of range, or one with two names."""
 
     def __init__(self, bits: Mapping[str, int]) -> None:
-        for name, bit in bits.items():
+        self._bits = dict(bits)
+        self._names: dict[int, str] = {}
+        for name, bit in self._bits.items():
             if not 0 <= bit < MAX_BITS:
                 raise ValueError(f"feature {name} has bit {bit}: 0 to {MAX_BITS - 1}")
-        self._bits = dict(bits)
-        self._names = {bit: name for name, bit in self._bits.items()}
+            if bit in self._names:
+                raise ValueError(f"features {self._names[bit]} and {name} have the same bit {bit}")
+            self._names[bit] = name
 
     def __repr__(self) -> str:
         return f"FeatureSet({self._bits})"
@@ -49,6 +53,9 @@ class FeatureSet:
         return iter(self._bits)
 
     def __or__(self, other: FeatureSet) -> FeatureSet:
+        for name in self._bits.keys() & other._bits.keys():
+            if self._bits[name] != other._bits[name]:
+                raise ValueError(f"feature {name} has bit {self._bits[name]} here and {other._bits[name]} there")
         return FeatureSet(self._bits | other._bits)
 
     @property
@@ -61,7 +68,8 @@ class FeatureSet:
         try:
             return self._bits[name]
         except KeyError:
-            near = difflib.get_close_matches(name, self._bits, n=1)
+            # People also write names as the specification does: VIRTIO_NET_F_CSUM.
+            near = difflib.get_close_matches(name.upper().rpartition("_F_")[2], self._bits, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self._bits) or 'none'}"
             raise ValueError(f"no feature {name!r}: {hint}") from None
 
@@ -103,11 +111,11 @@ TRANSPORT = FeatureSet(
 
 
 def to_blocks(word: int, count: int | None = None) -> list[int]:
-    """A word as 32-bit blocks, at least two (VERSION_1 is in the second), or exactly `count`."""
+    """A word as 32-bit blocks: at least two (VERSION_1 is in the second), or exactly `count`, the rest left out."""
     wanted = count if count is not None else max(2, -(-word.bit_length() // BLOCK_BITS))
-    return [word >> BLOCK_BITS * n & 0xFFFF_FFFF for n in range(wanted)]
+    return [word >> BLOCK_BITS * n & BLOCK_MASK for n in range(wanted)]
 
 
 def from_blocks(blocks: Sequence[int]) -> int:
     """The word of 32-bit blocks, the lowest first."""
-    return sum((block & 0xFFFF_FFFF) << BLOCK_BITS * n for n, block in enumerate(blocks))
+    return sum((block & BLOCK_MASK) << BLOCK_BITS * n for n, block in enumerate(blocks))

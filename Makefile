@@ -1,0 +1,74 @@
+# `make demo` and `make test` do everything, set-up included. The other targets are their parts.
+
+PYTHON ?= $(shell tools/python)
+VENV := .venv
+BIN := $(VENV)/bin
+LOOM_TARGET := target/loom
+RUST_SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find crates -name '*.rs' -o -name Cargo.toml)
+STAMPS := $(VENV)/stamps
+
+.PHONY: demo test soak setup build lint rust loom pytest test-unprivileged dist fmt clean
+
+demo: build
+	$(BIN)/vbus demo
+
+test: build
+	tools/steps lint rust loom pytest
+
+soak: build
+	VBUS_SOAK_SECONDS=3600 $(BIN)/python -m pytest tests/test_soak.py --timeout 4200 -s
+
+setup: $(STAMPS)/system $(STAMPS)/python
+
+# What the machine must have: said before it is installed, or only said where that cannot be done.
+$(STAMPS)/system: tools/system
+	tools/system
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/python: pyproject.toml tools/python tools/requirements | $(STAMPS)/system
+	@echo "setup: a virtual environment in $(VENV), with what the tests need"
+	$(PYTHON) -m venv $(VENV)
+	tools/requirements | $(BIN)/pip install --quiet --disable-pip-version-check --requirement /dev/stdin
+	@mkdir -p $(STAMPS) && touch $@
+
+build: $(STAMPS)/build
+
+$(STAMPS)/build: $(RUST_SOURCES) $(STAMPS)/python
+	@echo "build: the native core (release)"
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
+	@touch $@
+
+lint: build
+	cargo fmt --check
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy
+	MYPYPATH=python $(BIN)/python -m mypy.stubtest vbus._core --allowlist tools/stubtest-allowlist
+	$(BIN)/lint-imports
+
+rust: build
+	cargo clippy --workspace --all-targets --release --quiet -- -D warnings
+	cargo test --release --quiet -p vbus-ring
+
+loom:
+	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$(LOOM_TARGET) cargo test --release --quiet -p vbus-ring --test loom_event --test loom_link
+
+pytest: build
+	$(BIN)/python -m pytest
+
+# What needs no rights, as a user who has none, from a wheel outside this checkout.
+test-unprivileged: build
+	tools/unprivileged
+
+dist: build
+	$(BIN)/maturin build --release --quiet --out dist
+	$(BIN)/maturin sdist --quiet --out dist
+
+fmt:
+	cargo fmt
+	$(BIN)/ruff check --fix --quiet
+	$(BIN)/ruff format --quiet
+
+clean:
+	rm -rf target $(VENV) dist
+	find python -name '*.so' -delete
