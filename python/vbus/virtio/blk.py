@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
+from enum import IntEnum, IntFlag
+from typing import Annotated
 
 from vbus.virtio import config
 from vbus.virtio.config import le16, le32, le64, u8
@@ -31,7 +32,7 @@ FEATURES = features(
 
 
 class Config(config.Config):
-    """Section 5.2.4, up to the fields of SECURE_ERASE; the zoned part is not there."""
+    """Section 5.2.4, up to the fields of SECURE_ERASE: 72 bytes. What ZONED would add behind them is not there."""
 
     capacity: le64
     size_max: le32
@@ -53,9 +54,7 @@ class Config(config.Config):
     max_write_zeroes_sectors: le32
     max_write_zeroes_seg: le32
     write_zeroes_may_unmap: u8
-    unused1_0: u8
-    unused1_1: u8
-    unused1_2: u8
+    unused1: Annotated[bytes, 3]
     max_secure_erase_sectors: le32
     max_secure_erase_seg: le32
     secure_erase_sector_alignment: le32
@@ -86,5 +85,16 @@ HEADER = struct.Struct("<IIQ")
 """type, reserved, sector: 16 bytes before the data."""
 RANGE = struct.Struct("<QII")
 """sector, num_sectors, flags: a segment of DISCARD, WRITE_ZEROES and SECURE_ERASE."""
+LIFETIME = struct.Struct("<HHH")
+"""pre_eol_info, device_lifetime_est_typ_a, device_lifetime_est_typ_b: what GET_LIFETIME gives."""
+
+
+class RangeFlags(IntFlag):
+    """Flags of a segment; all others must be 0."""
+
+    UNMAP = 1
+    """WRITE_ZEROES may deallocate. Must be 0 for DISCARD."""
+
+
 ID_BYTES = 20
 """Bytes of the serial that GET_ID gives, padded with zeros."""

@@ -72,7 +72,7 @@ class Config:
         cls._fields, cls._initial = fields, bytes(initial)
 
     def __init__(self, **values: int | bytes) -> None:
-        """All zeros but for the class's defaults and these. ValueError for a value, TypeError for a field that is none."""
+        """The class's defaults, else zeros, and these values. ValueError; TypeError for a field that there is not."""
         object.__setattr__(self, "_bytes", bytearray(self._initial))
         for name, value in values.items():
             if name not in self._fields:

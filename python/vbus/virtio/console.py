@@ -11,10 +11,18 @@ from vbus.virtio.features import features
 
 FEATURES = features(SIZE=0, MULTIPORT=1, EMERG_WRITE=2)
 RECEIVEQ, TRANSMITQ = 0, 1
+"""The queues of port 0."""
+CONTROL_RECEIVEQ, CONTROL_TRANSMITQ = 2, 3
+"""They are there with MULTIPORT only."""
+
+
+def port_queues(port: int) -> tuple[int, int]:
+    """The receive and the transmit queue of a port: the control queues are between those of port 0 and port 1."""
+    return (RECEIVEQ, TRANSMITQ) if port == 0 else (2 * port + 2, 2 * port + 3)
 
 
 class Config(config.Config):
-    """Section 5.3.4."""
+    """Section 5.3.4: 12 bytes."""
 
     cols: le16
     rows: le16
@@ -23,7 +31,9 @@ class Config(config.Config):
 
 
 CONTROL = struct.Struct("<IHH")
-"""A control message: port id, event, value (section 5.3.6.2)."""
+"""A control message: port id, event, value (section 5.3.6.2). RESIZE and PORT_NAME have more behind it."""
+RESIZE = struct.Struct("<HH")
+"""cols, rows: what follows RESIZE."""
 
 
 class ControlEvent(IntEnum):

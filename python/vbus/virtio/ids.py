@@ -1,4 +1,4 @@
-"""Device ids (virtio 1.3, section 5): which class of device something is."""
+"""Device ids (virtio 1.4, section 5): which class of device something is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class DeviceID(IntEnum):
-    """The ids that the specification assigns."""
+    """The ids that the specification assigns, those of device classes that it does not describe included."""
 
     NETWORK = 1
     BLOCK = 2
@@ -22,7 +22,7 @@ class DeviceID(IntEnum):
     CAIF = 12
     BALLOON = 13
     GPU = 16
-    TIMER = 17
+    RTC = 17
     INPUT = 18
     SOCKET = 19
     CRYPTO = 20
@@ -50,6 +50,10 @@ class DeviceID(IntEnum):
     CAMERA = 43
     ISM = 44
     SPI = 45
+    TEE = 46
+    CPU_BALLOON = 47
+    MEDIA = 48
+    USB = 49
 
 
 _SHORT = {
