@@ -1,17 +1,18 @@
 //! The Python face of a driver's memory: mappings, regions, and views that keep their memory mapped.
 
 use std::ffi::c_int;
+use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
 use pyo3::buffer::PyUntypedBuffer;
-use pyo3::exceptions::{PyBufferError, PyOSError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
 use vbus_ring::mem::{self, Access, MapError, Segments, VolatileSlice};
 
-use crate::violation::to_error;
+use crate::violation::{os_error, to_error};
 
 /// Bytes of regions that a memory has at most unless its owner says otherwise: address space, which costs nothing.
 const MAX_BYTES: u64 = 1 << 40;
@@ -26,7 +27,7 @@ impl Mapping {
     #[pyo3(signature = (fd, size, offset = 0, *, writable = true))]
     fn new(py: Python<'_>, fd: RawFd, size: usize, offset: u64, writable: bool) -> PyResult<Self> {
         if fd < 0 {
-            return Err(PyOSError::new_err((libc::EBADF, "a mapping needs an open file")));
+            return Err(os_error(py, io::Error::from_raw_os_error(libc::EBADF)));
         }
         // SAFETY: borrowed for this call only, and a closed descriptor gives EBADF. A caller that closes it meanwhile
         // has lost track of its own descriptors; nothing here owns or closes it.
@@ -34,7 +35,7 @@ impl Mapping {
         // Without the interpreter's lock: a file system may take its time.
         match py.detach(|| mem::Mapping::new(fd, size, offset, writable)) {
             Ok(mapping) => Ok(Self(Arc::new(mapping))),
-            Err(MapError::System(error)) => Err(error.into()),
+            Err(MapError::System(error)) => Err(os_error(py, error)),
             Err(error) => Err(PyValueError::new_err(error.to_string())),
         }
     }
