@@ -68,6 +68,9 @@ impl Mapping {
         if metadata.is_file() && offset.checked_add(size as u64).is_none_or(|end| end > metadata.len()) {
             return Err(MapError::PastEnd { end: metadata.len(), offset, size: size as u64 });
         }
+        if huge_page(fd)?.is_some_and(|page| offset % page != 0 || size as u64 % page != 0) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL).into());
+        }
         let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
         let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         // NORESERVE: what the driver does not touch must not count against this process.
@@ -102,6 +105,21 @@ impl Mapping {
         // SAFETY: inside the mapping (checked above), which the slice's lifetime keeps.
         unsafe { VolatileSlice::new(self.as_ptr().add(offset), size) }
     }
+}
+
+/// The size of a file's pages when they are huge ones. There, a part of a page can be mapped but never unmapped: a peer
+/// could make this process keep it for ever.
+fn huge_page(fd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+    let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: the system fills in as many bytes as the structure has, or fails.
+    if unsafe { libc::fstatfs(fd.as_raw_fd(), about.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: filled in.
+    let about = unsafe { about.assume_init() };
+    // The types of both differ between systems.
+    let huge = about.f_type as u64 == libc::HUGETLBFS_MAGIC as u64;
+    Ok(huge.then_some(about.f_bsize as u64))
 }
 
 impl Drop for Mapping {
@@ -522,6 +540,25 @@ mod tests {
         assert!(matches!(map(1, u64::MAX), Err(MapError::PastEnd { .. })));
         assert!(matches!(map(1, 1), Err(MapError::System(error)) if error.raw_os_error() == Some(libc::EINVAL)));
         assert_eq!(map(PAGE as usize, PAGE).unwrap().size(), PAGE as usize);
+    }
+
+    #[test]
+    fn a_part_of_a_huge_page_is_refused() {
+        let huge = 2 << 20;
+        let flags = libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+        // SAFETY: the name is a string constant.
+        let fd = unsafe { libc::memfd_create(c"test".as_ptr(), flags) };
+        if fd < 0 {
+            return eprintln!("skipped: no huge pages of 2 MiB here");
+        }
+        // SAFETY: just made, and owned by nobody else.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(2 * huge).unwrap();
+        for (size, offset) in [(4096, 0), (huge as usize + 4096, 0), (huge as usize, 4096)] {
+            let refused = Mapping::new(file.as_fd(), size, offset, true);
+            assert!(matches!(refused, Err(MapError::System(error)) if error.raw_os_error() == Some(libc::EINVAL)));
+        }
+        assert_eq!(Mapping::new(file.as_fd(), huge as usize, huge, true).unwrap().size(), huge as usize);
     }
 
     #[test]
