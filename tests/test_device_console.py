@@ -7,7 +7,7 @@ import hashlib
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from conftest import Attached, wait_until
 from vbus import virtio
 from vbus.bus import Bus
 from vbus.devices import Console
+from vbus.devices.console import BUDGET
 from vbus.errors import DriverError, UsageError
 from vbus.proxy import Driver, drivers
 from vbus.proxy.drivers import console as console_driver
@@ -181,7 +182,9 @@ def test_a_reader_that_does_not_read_holds_the_typist_back(attached: Attached, t
         sender.join(LIMIT)
 
 
-def test_a_client_that_does_not_read_holds_the_driver_back_and_not_the_bus(attached: Attached, tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_holds_the_driver_back_and_not_the_bus(
+    attached: Attached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = Console(f"unix:{tmp_path / 'tty'}")
     _, remote = attached(console0=device)
     console = remote.driver("console0", drivers.Console)
@@ -198,6 +201,19 @@ def test_a_client_that_does_not_read_holds_the_driver_back_and_not_the_bus(attac
         device.columns = 100
         assert wait_until(lambda: console.window.columns == 100)
         assert not futures[-1].done()  # four MiB are more than the sockets between hold
+        write = device._backend.write
+        calls: list[int] = []
+
+        def counted(views: Sequence[memoryview]) -> int:
+            calls.append(len(views))
+            return write(views)
+
+        monkeypatch.setattr(device._backend, "write", counted)
+        for _ in range(50):
+            passed = threading.Event()
+            device.post(passed.set)
+            assert passed.wait(LIMIT)
+        assert not calls  # the device sleeps, it does not try again and again
         assert digest(receive(client.recv, len(data))) == digest(data)
         for future in futures:
             assert future.result(LIMIT) == b""
@@ -237,9 +253,50 @@ def test_a_reset_forgets_the_driver_and_not_the_client(attached: Attached, tmp_p
             console.close()
             for future in stuck:
                 assert future.exception(LIMIT) is None or isinstance(future.exception(), DriverError)
+            assert wait_until(lambda: device._transmitting is None and device._receiving is None)
         client.sendall(b"still the same client\n")
         console = remote.driver("console0", drivers.Console)
         assert console.readline(LIMIT) == b"still the same client\n"
+
+
+def test_input_is_not_read_into_buffers_of_a_stopped_queue(attached: Attached, tmp_path: Path) -> None:
+    device = Console(f"unix:{tmp_path / 'tty'}")
+    _, remote = attached(console0=device)
+    with connected(device) as client:
+        console = remote.driver("console0", drivers.Console)
+        client.sendall(b"before\n")
+        assert console.readline(LIMIT) == b"before\n"
+        device.queue("receive").core.stop()  # as a violation of its ring does
+        client.sendall(b"after\n")
+        looked = threading.Event()
+        device.post(device._turn)
+        device.post(looked.set)
+        assert looked.wait(LIMIT)
+        assert remote.driver("console0", drivers.Console).readline(LIMIT) == b"after\n"
+
+
+def test_more_buffers_than_one_turn_handles_are_all_handled(attached: Attached, tmp_path: Path) -> None:
+    device = Console(f"unix:{tmp_path / 'tty'}")
+    _, remote = attached(console0=device)
+    bare = remote.driver("console0", Bare)
+    count = BUDGET + 36
+    busy, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        busy.set()
+        go_on.wait(LIMIT)
+
+    with connected(device) as client:
+        device.post(hold)
+        assert busy.wait(LIMIT)
+        client.sendall(bytes(range(count)) * 10)
+        receives = [bare.queue(0).submit([], 10) for _ in range(count)]
+        transmits = [bare.queue(1).submit([bytes([n])], 0) for n in range(count)]
+        go_on.set()
+        assert b"".join(future.result(LIMIT) for future in receives) == bytes(range(count)) * 10
+        assert receive(client.recv, count) == bytes(range(count))
+        for future in transmits:
+            future.result(LIMIT)
 
 
 def test_pulling_the_console_out_wakes_its_reader(attached: Attached, tmp_path: Path) -> None:
@@ -309,7 +366,7 @@ def test_writers_do_not_mix_their_writes(attached: Attached, tmp_path: Path) -> 
     path = tmp_path / "log"
     _, remote = attached(console0=Console(f"file:{path}"))
     console = remote.driver("console0", drivers.Console)
-    size = 5 * console_driver.CHUNK
+    size = 40 * console_driver.CHUNK
     threads = [in_thread(lambda n=n: console.write(bytes([n]) * size, timeout=LIMIT)) for n in range(4)]  # type: ignore[misc]
     for thread in threads:
         thread.join(LIMIT)

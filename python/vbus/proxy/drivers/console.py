@@ -63,10 +63,6 @@ class Console(Driver):
         """Give the device its first receive buffers."""
         self._post()
 
-    def removed(self) -> None:
-        """Wake a reader even when the device had no buffer of ours."""
-        self._fail(DriverError(errno.ENODEV, f"{self.device.name} was removed"))
-
     # Receiving.
 
     def _post(self) -> None:
