@@ -167,7 +167,9 @@ class Actor:
         return self._running == threading.get_ident()
 
     def post(self, callback: Callable[[], object]) -> None:
-        """Run `callback` in a turn of its own, in the order of posting, from any thread."""
+        """Run `callback` in a turn of its own, in the order of posting, from any thread; never, once closed."""
+        if self.closed:
+            return
         self._mail.append(callback)
         self.pool.scheduler.mark(self._mail_key)
 
@@ -229,6 +231,7 @@ class Actor:
             self.unwatch(fd)
         for key in list(self._keys):
             self.drop_key(key)
+        self._mail.clear()
         self.pool.scheduler.drop_actor(self.id)
 
 

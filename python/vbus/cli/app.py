@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+import vbus
 from vbus.errors import Error, UsageError
 from vbus.hints import did_you_mean
 
@@ -63,7 +64,7 @@ class Verbs(click.Group):
 
 @click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
-@click.version_option(package_name="vbus", message="vbus %(version)s")
+@click.version_option(vbus.__version__, message="vbus %(version)s")
 @click.pass_context
 def app(ctx: click.Context, debug: bool) -> None:
     """A virtual bus for virtio: write a device once, in Python; reach it from anywhere.

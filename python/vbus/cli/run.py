@@ -149,6 +149,8 @@ def _spec(
     except OptionErrors as errors:
         lines = [words.as_typed(f"options.{key}: {text}") for key, text in errors.problems]
         raise UsageError("\n".join(f"{kind}: {line}" for line in lines)) from None
+    except UsageError as error:
+        raise UsageError(words.as_typed(str(error))) from error
     device.name = name or device.type_name
     connectors = [_connector(address, number, here) for number, address in enumerate(addresses)]
     if not connectors:

@@ -30,10 +30,14 @@ def parse(words: Sequence[str]) -> Values:
 
 def as_typed(message: str) -> str:
     """An error about keys, in the words of somebody who typed options."""
+    message = re.sub(r"\bfeatures\.mask: ", "--mask: ", message)
     message = re.sub(r"\bbus\.name: ", "--bus: ", message)
     message = re.sub(r"\bconnector\.[a-z0-9]+(\.\w+)?: ", "--listen: ", message)
     message = re.sub(r"\bdevice\.[\w.-]+?(?=\.\w+: )", "options", message)
     message = re.sub(r"\bdevice\.[\w.-]+?: ", "", message)
     message = re.sub(r"\boptions\.(\w+): ", lambda match: f"--{match[1].replace('_', '-')}: ", message)
-    message = message.replace("unknown key", "no such option")
-    return re.sub(r"(?<=did you mean ')\w+(?=')", lambda match: f"--{match[0].replace('_', '-')}", message)
+    return re.sub(r"unknown key: did you mean '(\w+)'", _no_option, message).replace("unknown key", "no such option")
+
+
+def _no_option(match: re.Match[str]) -> str:
+    return f"no such option: did you mean '--{match[1].replace('_', '-')}'"

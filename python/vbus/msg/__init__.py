@@ -1,4 +1,14 @@
-"""The bus protocol, virtio-msg: every message as a class, and the codec between them and bytes."""
+"""The bus protocol, virtio-msg: every message as a class, and the codec between them and bytes.
+
+    data = encode(Frame(dev_num=3, token=7, body=GetConfig(offset=0, length=8)))
+    match decode(data):
+        case Malformed(name=name):
+            ...
+        case Frame(body=GetConfig(offset=offset, length=length)):
+            ...
+
+`docs/protocol.md` says what is said when. `wire` is a stream's writer.
+"""
 
 from typing import TypeVar
 
@@ -37,10 +47,10 @@ from vbus.msg.messages import (
     GetDeviceFeaturesResponse,
     GetDeviceInfo,
     GetDeviceInfoResponse,
-    GetDeviceStatus,
-    GetDeviceStatusResponse,
     GetDevices,
     GetDevicesResponse,
+    GetDeviceStatus,
+    GetDeviceStatusResponse,
     GetShm,
     GetShmResponse,
     GetVqueue,
@@ -71,10 +81,15 @@ from vbus.msg.messages import (
     Sources,
     SourcesResponse,
 )
+from vbus.msg.values import DeviceState, Direction, MemoryKind, Protection, ReservedId, SignalKind
 
 R = TypeVar("R")
+"""The response that a caller expects."""
 
 __all__ = [
+    "FRAME_HEADER_SIZE",
+    "MAX_MESSAGE",
+    "TABLE",
     "Body",
     "Cancel",
     "ChannelClose",
@@ -84,6 +99,8 @@ __all__ = [
     "ChannelOpenResponse",
     "Complete",
     "Data",
+    "DeviceState",
+    "Direction",
     "Doorbell",
     "DoorbellResponse",
     "Error",
@@ -91,7 +108,6 @@ __all__ = [
     "EventConfig",
     "EventDevice",
     "EventUsed",
-    "FRAME_HEADER_SIZE",
     "Frame",
     "GetConfig",
     "GetConfigResponse",
@@ -109,20 +125,22 @@ __all__ = [
     "GetVqueueResponse",
     "Hello",
     "HelloResponse",
-    "MAX_MESSAGE",
     "Malformed",
     "MemoryAdd",
     "MemoryAddResponse",
+    "MemoryKind",
     "MemoryRemove",
     "MemoryRemoveResponse",
     "Name",
     "NameResponse",
     "Ping",
     "PingResponse",
+    "Protection",
     "R",
     "Release",
     "ReleaseResponse",
     "Request",
+    "ReservedId",
     "ResetVqueue",
     "ResetVqueueResponse",
     "SetConfig",
@@ -133,10 +151,10 @@ __all__ = [
     "SetDriverFeaturesResponse",
     "SetVqueue",
     "SetVqueueResponse",
+    "SignalKind",
     "Sources",
     "SourcesResponse",
     "Splitter",
-    "TABLE",
     "decode",
     "encode",
     "is_event",

@@ -1,7 +1,7 @@
 """How a message's body is laid out: a list of fields that pack and unpack themselves, little-endian.
 
 A layout is fixed fields, then at most one tail (bytes, 32-bit words, UUID and name). Reading is strict: a body that is
-longer or shorter than its fields say is no message.
+longer or shorter than its fields say is no message. Reserved bytes (`x` in a format) are written as 0 and skipped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
+from vbus.msg.generation import HEADER_FORMAT
+
 MAX_NAME = 63
+"""Bytes of a name."""
 
 
 class BadBodyError(ValueError):
@@ -23,14 +26,15 @@ class Layout:
 
     def __init__(self, fmt: str, tail: Tail | None = None) -> None:
         self.fixed = struct.Struct("<" + fmt)
+        self.framed = struct.Struct(HEADER_FORMAT + fmt)
+        """The message's header and the fixed fields, so that both are packed at once."""
         self.tail = tail
 
-    def pack(self, values: tuple[Any, ...]) -> bytes:
-        """The body's bytes. struct.error, ValueError for values that do not fit."""
+    def split(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes]:
+        """The values of the fixed fields, and the tail's bytes. ValueError for values that do not fit."""
         if self.tail is None:
-            return self.fixed.pack(*values)
-        fixed, rest = values[: -self.tail.count], values[-self.tail.count :]
-        return self.fixed.pack(*fixed) + self.tail.pack(rest)
+            return values, b""
+        return values[: -self.tail.count], self.tail.pack(values[-self.tail.count :])
 
     def unpack(self, body: memoryview) -> tuple[Any, ...]:
         """The values. BadBodyError."""
@@ -67,7 +71,7 @@ def _words(body: memoryview) -> tuple[tuple[int, ...]]:
 
 def _text(body: memoryview) -> tuple[str]:
     try:
-        return (bytes(body).decode(),)
+        return (str(body, "utf-8"),)
     except UnicodeDecodeError:
         raise BadBodyError("the text is not UTF-8") from None
 
@@ -91,8 +95,8 @@ def _identity(body: memoryview) -> tuple[UUID, str]:
     return (UUID(bytes=bytes(body[:16])), *_name(body[16:]))
 
 
-DATA = Tail(1, lambda values: bytes(values[0]), lambda body: (bytes(body),))
-"""The rest as bytes."""
+DATA = Tail(1, lambda values: values[0], lambda body: (bytes(body),))
+"""The rest as bytes: taken as they are, so that a memoryview is copied once, into the message."""
 WORDS = Tail(1, lambda values: struct.pack(f"<{len(values[0])}I", *values[0]), _words)
 """The rest as 32-bit words."""
 TEXT = Tail(1, lambda values: values[0].encode(), _text)

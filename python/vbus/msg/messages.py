@@ -120,11 +120,17 @@ class SetConfig(Body):
 
 @dataclass(frozen=True, slots=True)
 class SetConfigResponse(Body):
-    """How many bytes were taken; 0: rejected."""
+    """How many bytes were taken; 0: rejected. A bus may echo them; ours does not."""
 
     generation: int
     offset: int
     length: int
+    data: bytes = b""
+
+    def check(self) -> None:
+        """No bytes, or as many as it says."""
+        if self.data:
+            _check_count(self.length, len(self.data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +224,7 @@ class GetShmResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class EventConfig(Body):
-    """Config space or status changed; with the changed bytes, or with none: read it anew."""
+    """Config space or status changed: the place that changed, with its bytes, or without: read it anew."""
 
     status: int
     generation: int
@@ -227,8 +233,9 @@ class EventConfig(Body):
     data: bytes
 
     def check(self) -> None:
-        """As many bytes as it says."""
-        _check_count(self.length, len(self.data))
+        """No bytes, or as many as it says."""
+        if self.data:
+            _check_count(self.length, len(self.data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +278,8 @@ class GetDevicesResponse(Body):
         _check_count(-(-self.count // 8), len(self.bitmap))
 
     def numbers(self) -> Iterator[int]:
-        """The device numbers whose bits are set."""
-        for at in range(self.count):
+        """The device numbers whose bits are set; bits beyond the last number that can be are none."""
+        for at in range(min(self.count, 0x10000 - self.offset)):
             if self.bitmap[at // 8] >> at % 8 & 1:
                 yield self.offset + at
 

@@ -83,6 +83,8 @@ class WireWriter:
             self._sock.shutdown(socket.SHUT_RDWR)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
+        # Whoever is told holds this writer: let go, so that neither outlives the link.
+        self._broken = lambda _why: None
 
 
 def tune(sock: socket.socket) -> None:
