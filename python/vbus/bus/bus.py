@@ -131,6 +131,11 @@ class Bus:
         Whatever the driver still waits for fails there with ENODEV. False when the device hung and was left behind.
         """
         slot = self.slot(name.name if isinstance(name, Device) else name)
+        if slot.runner.is_here:
+            raise UsageError(
+                f"{slot.name}: its handlers run on this event loop, which must not wait for them; "
+                "use await asyncio.to_thread(bus.unplug, ...)"
+            )
         if not surprise:
             slot.drain(timeout)
         self._forget(slot)

@@ -27,6 +27,9 @@ BUDGET = 64
 class SyncRunner:
     """Runs plain handlers and hooks in the calling thread, which holds the device's turn."""
 
+    is_here = False
+    """Nobody runs on a loop here."""
+
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
 
@@ -144,8 +147,18 @@ class AsyncRunner:
         finally:
             self._give_back(len(requests))
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller runs on the device's loop, which must not wait for itself."""
+        try:
+            return asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            return False
+
     def _on_loop(self, function: Callable[[], Any]) -> Any:
-        """Run `function` on the loop and wait; an actor's turn may, the loop itself must not."""
+        """Run `function` on the loop and wait for it."""
+        if self.is_here:
+            return function()
 
         async def run() -> Any:
             return function()
@@ -170,9 +183,9 @@ class AsyncRunner:
         device: Device = self.slot.device
         self._on_loop(device.plugged)
         if type(device).run is not Device.run:
-            self._main = asyncio.run_coroutine_threadsafe(self._run(device), self.loop)
+            self._main = asyncio.run_coroutine_threadsafe(self._beside(device), self.loop)
 
-    async def _run(self, device: Device) -> None:
+    async def _beside(self, device: Device) -> None:
         try:
             await device.run()
         except Violation as violation:

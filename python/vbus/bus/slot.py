@@ -382,7 +382,11 @@ class Slot:
 
     def plug(self, timeout: float) -> None:
         """Let the device open what it serves; what it raises is raised here."""
-        self.actor.call(self.runner.plugged, timeout)
+        if self.runner.is_here:
+            # On the loop that a turn of the device would wait for. Nothing else of it can be under way yet.
+            self.runner.plugged()
+        else:
+            self.actor.call(self.runner.plugged, timeout)
 
     def idle(self) -> bool:
         """Whether no request is under way."""

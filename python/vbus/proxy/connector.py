@@ -84,7 +84,10 @@ class GuestConnector(ABC):
         if isinstance(frame, msg.Malformed):
             raise Violation("malformed-message", str(frame))
         body = frame.body
-        if isinstance(body, msg.Error):
+        if isinstance(body, msg.Error) and not frame.token:
+            # No request bears token 0: the bus does not let this side in at all.
+            self.end(DriverError(body.errno, body.text))
+        elif isinstance(body, msg.Error):
             self._answer(frame.token, error=DriverError(body.errno, body.text))
         elif isinstance(body, msg.EventDevice):
             if self.remote is not None:

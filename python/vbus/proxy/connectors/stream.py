@@ -61,8 +61,9 @@ class StreamConnector(GuestConnector):
         self._splitter = msg.Splitter(MAX_MESSAGE)
         self._sock = _connect(address, timeout)
         tune(self._sock)
-        self._writer = WireWriter(self._sock, "driver", lambda why: self._broken(f"the stream broke: {why}"))
+        self._cannot_write = ""
         self._key = loop.key(self._readable, 0)
+        self._writer = WireWriter(self._sock, "driver", self._write_failed)
         loop.scheduler.add_fd(self._sock.fileno(), self._key)
 
     def accept(self, hello: msg.HelloResponse) -> None:
@@ -74,8 +75,13 @@ class StreamConnector(GuestConnector):
 
     def transmit(self, message: bytes) -> None:
         """Queue for the writer."""
-        if not self._writer.send(message):
+        if not self._writer.send(message) and not self._cannot_write:
             raise DriverError(errno.ECONNRESET, "the bus does not read, or is gone")
+
+    def _write_failed(self, why: str) -> None:
+        """The bus is gone, or refused: what it said before is read first."""
+        self._cannot_write = f"the stream broke: {why}"
+        self.loop.scheduler.mark(self._key)
 
     def _readable(self) -> bool:
         if self.lost is not None:
@@ -83,6 +89,8 @@ class StreamConnector(GuestConnector):
         try:
             data = self._sock.recv(READ_SIZE, socket.MSG_DONTWAIT)
         except BlockingIOError:
+            if self._cannot_write:
+                self._broken(self._cannot_write)
             return False
         except OSError as error:
             self._broken(f"the stream broke: {error.strerror}")
@@ -97,7 +105,7 @@ class StreamConnector(GuestConnector):
                 self.received(piece)
         except Violation as violation:
             self._broken(f"the bus broke the link: {violation}")
-        return False
+        return bool(self._cannot_write)
 
     def _broken(self, reason: str) -> None:
         self.end(DriverError(errno.ECONNRESET, reason))
