@@ -129,7 +129,9 @@ class Config:
             raise ValueError(f"bytes {offset} to {end} of a config space of {self.size}")
         self._bytes[offset:end] = data
         return frozenset(
-            field.name for field in self._fields.values() if offset < field.offset + field.size and field.offset < end
+            field.name
+            for field in self._fields.values()
+            if max(offset, field.offset) < min(end, field.offset + field.size)
         )
 
 
