@@ -364,6 +364,26 @@ def test_a_thousand_peers_that_die_leave_nothing(
     assert_serves(path)
 
 
+def test_peers_that_stay_silent_do_not_take_every_place(
+    connector: Connector, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vbus.connectors.peer_host.GREETING_SECONDS", 0)
+    silent = []
+    for _ in range(64):
+        silent.append(RawPeer(path))
+    assert wait_until(lambda: len(connector.describe()["peers"]) == 64)
+    assert_serves(path)
+    talkative = []
+    monkeypatch.setattr("vbus.connectors.peer_host.GREETING_SECONDS", 1000)
+    for _ in range(64):
+        with contextlib.suppress(Exception):
+            talkative.append(RawPeer(path))
+    with pytest.raises(vbus.DriverError, match="has no place"):
+        vbus.attach(f"process:{path}")
+    for peer in (*silent, *talkative):
+        peer.close()
+
+
 DRIVER = """
 import os, signal, sys, vbus
 sys.path.insert(0, {tests!r})
@@ -608,3 +628,17 @@ def test_a_thousand_streams_that_die_leave_nothing(bus: Bus, stream: Connector, 
         visit(n)
     assert wait_until(lambda: not stream.describe()["peers"])
     assert wait_until(lambda: not leftovers().exceeds(before)), f"{before} then {leftovers()}"
+
+
+def test_a_driver_that_never_lets_go_of_removed_devices_is_parted_from(
+    bus: Bus, raw: RawPeer, connector: Connector, path: Path
+) -> None:
+    raw.hello()
+    for n in range(300):
+        bus.plug(Echo(), f"guest{n}")
+        bus.unplug(f"guest{n}", surprise=True)
+        list(raw.link.receive())
+        if raw.is_parted():
+            break
+    assert why(connector).startswith("removed-devices-held")
+    assert_serves(path)

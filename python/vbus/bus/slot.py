@@ -258,7 +258,9 @@ class Slot:
         owner = self.owner
         if owner is None:
             return
-        for index, (size, desc, driver, device) in self._places.items():
+        # Copies: the driver may set queues up, too late, at this very moment.
+        places = dict(self._places)
+        for index, (size, desc, driver, device) in places.items():
             queue = self.queues[index]
             try:
                 queue.core.start(
@@ -275,7 +277,7 @@ class Slot:
                 self.violated(violation, queue)
         self.runner.hook(self.device.ready)
         # A driver may have kicked before DRIVER_OK took effect; that kick must not be lost.
-        for index in self._places:
+        for index in places:
             self.mark(self.queues[index])
 
     def reset(self, timeout: float) -> None:

@@ -28,6 +28,10 @@ REVISION = 1
 FEATURE_BLOCKS = 4
 """128 feature bits, in blocks of 32."""
 MAX_CONFIG_READ = 4096
+MAX_UNRELEASED = 256
+"""Numbers of removed devices that a driver may hold: each keeps its number and its event sources from reuse."""
+MAX_DRIVER_MEMORY = 1 << 36
+"""Bytes that one driver may have mapped here: address space, no memory of ours."""
 
 
 class MessagePeer(Attachment):
@@ -43,7 +47,7 @@ class MessagePeer(Attachment):
         self.bus = bus
         self.label = label
         self.connector_name = host.name
-        self.memory = _core.Memory()
+        self.memory = _core.Memory(max_bytes=MAX_DRIVER_MEMORY)
         self.actor = Actor(bus.pool, f"peer {label}")
         self.since = time.time()
         self.parted = False
@@ -94,7 +98,9 @@ class MessagePeer(Attachment):
     # Receiving.
 
     def received(self, data: bytes) -> None:
-        """Handle one message, in the peer's turn."""
+        """Handle one message, in the peer's turn; none once it has parted."""
+        if self.parted:
+            return
         frame = msg.decode(data)
         if isinstance(frame, msg.Malformed):
             self.part(f"malformed-message: {frame}")
@@ -249,6 +255,9 @@ class MessagePeer(Attachment):
         """Say that a device is gone."""
         if self.greeted:
             self.send(msg.EventDevice(slot.number, 2))
+        gone = sum(self.bus.slot_at(number) is None for number in list(self.held))
+        if gone > MAX_UNRELEASED:
+            self.part(f"removed-devices-held: it does not let go of {gone} devices that were removed")
 
     def config_changed(self, slot: Slot) -> None:
         """Remember that a device changed; the driver hears of it once, however often it did meanwhile."""
@@ -286,6 +295,9 @@ class MessagePeer(Attachment):
         self.actor.post(self._close)
 
     def _close(self) -> None:
+        # Once more, in the peer's own turn: a message that was being handled when it parted may have claimed a device.
+        for slot in self.bus.slots():
+            slot.detach(self)
         self.close()
         self.memory.clear()
         self.actor.close()

@@ -25,6 +25,8 @@ log = logging.getLogger("vbus.connector")
 MAX_PEERS = 64
 """Drivers behind one connector at a time."""
 HISTORY = 16
+GREETING_SECONDS = 10
+"""How long a peer may be silent before its place is given to another."""
 MAX_SOCKET_PATH = 107
 """Bytes of a Unix socket's path (unix(7))."""
 
@@ -92,7 +94,7 @@ class PeerHost(Connector):
                 label = f"{self.name}: {who if who is not None else 'unknown'}"
                 if not self.admits(bus, who):
                     self._refuse(sock, label, "is not a member of this bus")
-                elif len(self.peers) >= MAX_PEERS:
+                elif not self._has_place():
                     self._refuse(sock, label, f"has no place: {MAX_PEERS} drivers are connected")
                 else:
                     peer = self.greet(sock, bus, label)
@@ -103,6 +105,14 @@ class PeerHost(Connector):
                             self.peers.append(peer)
             except OSError as error:
                 self._note(f"{self.name}", f"could not be greeted: {error}")
+
+    def _has_place(self) -> bool:
+        """Whether one more driver can be taken; those that never introduced themselves make room."""
+        if len(self.peers) >= MAX_PEERS:
+            for peer in list(self.peers):
+                if not peer.greeted and time.time() - peer.since > GREETING_SECONDS:
+                    peer.part("it never said HELLO, and another driver came")
+        return len(self.peers) < MAX_PEERS
 
     def _refuse(self, sock: socket.socket, label: str, reason: str) -> None:
         self._note(label, reason)

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 from vbus import _core, msg, rundir
 from vbus.bus import Bus, Queue, Slot
 from vbus.bus.slot import SignalCounters
-from vbus.connectors.peer import MessagePeer
+from vbus.connectors.peer import MAX_DRIVER_MEMORY, MessagePeer
 from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError, Violation
 from vbus.shmem import handshake
@@ -28,7 +28,6 @@ from vbus.shmem.link import Link
 MAX_MESSAGE = 16384
 MAX_WAITING_FDS = 32
 """Descriptors that a driver may have sent ahead of the messages that name them."""
-MAX_DRIVER_MEMORY = 1 << 36
 MEMORY_SHARED = 0
 SIGNAL_KINDS = {"direct": 0, "tunnelled": 1}
 
