@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from conftest import Attached, wait_until
+from conftest import Attached, Leftovers, wait_until
 from vbus import virtio
 from vbus.bus import Bus, Device, Queue, Request
 from vbus.devices import Blk
@@ -642,10 +642,10 @@ def test_a_disk_in_use_is_not_shared_with_a_writer(image: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_disk_is_closed_when_it_goes(image: Path) -> None:
+def test_a_disk_is_closed_when_it_goes(image: Path, leftovers: type[Leftovers]) -> None:
     with Bus("test") as bus:
         bus.plug(Blk(memory=512), "stays")
-        before = sorted(os.listdir("/proc/self/fd"))
+        before = leftovers()
         for _ in range(3):
             disk = Blk(path=image)
             bus.plug(disk, "disk0")
@@ -654,7 +654,7 @@ def test_a_disk_is_closed_when_it_goes(image: Path) -> None:
                 disk.capacity = 8
             bus.plug(Blk(memory="1 GiB"), "disk1")
             bus.unplug("disk1")
-        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert not leftovers().exceeds(before)
 
 
 def test_the_operator_sees_the_disk(image: Path) -> None:
