@@ -82,14 +82,18 @@ def _make_root() -> Path:
 
 
 def _make(folder: Path, mode: int) -> Path:
-    """Make the directory, or check that the one that is there is ours alone to write. UsageError."""
+    """Make the directory, or check that the one that is there is ours alone to write. UsageError.
+
+    FileNotFoundError when somebody removed it in this very moment.
+    """
     try:
         folder.mkdir(mode=mode)
-        folder.chmod(mode)  # whatever the umask
     except FileExistsError:
         pass
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror}; set {ENVIRONMENT} to a directory of your own") from None
+    else:
+        folder.chmod(mode)  # whatever the umask
     _check_ours(folder)
     return folder
 
@@ -125,8 +129,8 @@ class BusDirectory:
     def _take_lock(self) -> int:
         path = self.path / LOCK
         for _ in range(LOCK_TRIES):
-            _make(self.path, 0o700)
             try:
+                _make(self.path, 0o700)
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except FileNotFoundError:
                 continue

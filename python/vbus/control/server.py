@@ -26,6 +26,8 @@ MAX_CONNECTIONS = 64
 STOP_SECONDS = 2
 """How long answers that are being written may take when the server stops."""
 START_SECONDS = 30
+STRANGER_SECONDS = 5
+"""How long somebody who may not connect may keep the line."""
 
 
 class Control:
@@ -96,25 +98,31 @@ def _protocol(allowed: set[int]) -> type[asyncio.Protocol]:
     """The protocol of uvicorn, for those users only."""
 
     class OwnerProtocol(H11Protocol):
-        """Answers others with 403 before a byte of theirs is read."""
+        """Answers others with 403, whatever they ask."""
+
+        refusal = b""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             sock: Any = transport.get_extra_info("socket")
             who = peer_credentials(sock)
-            if who is not None and who.uid in allowed:
-                return
-            problem = {
-                "error": f"{who or 'somebody unknown'} may not control this bus: only its owner and root may",
-                "kind": "not-allowed",
-            }
-            body = json.dumps(problem).encode()
-            head = "HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            transport.close()
+            if who is None or who.uid not in allowed:
+                self.refusal = _refusal(str(who or "somebody unknown"))
+                self.loop.call_later(STRANGER_SECONDS, transport.close)
 
         def data_received(self, data: bytes) -> None:
-            if not self.transport.is_closing():
+            if not self.refusal:
                 super().data_received(data)
+            elif not self.transport.is_closing():
+                # Only now: who is still sending when the line is closed may never read the answer.
+                self.transport.write(self.refusal)
+                self.transport.close()
 
     return OwnerProtocol
+
+
+def _refusal(who: str) -> bytes:
+    problem = {"error": f"{who} may not control this bus: only its owner and root may", "kind": "not-allowed"}
+    body = json.dumps(problem).encode()
+    head = "HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
