@@ -155,14 +155,19 @@ class Blk(Driver):
         self._check_blocks(length, offset)
         if offset + length > self._size:
             raise DriverError(errno.EINVAL, f"{self.device.name}: bytes {offset} to {offset + length} of {self._size}")
-        return then(gather(list(self._reads(length, offset))), b"".join)
+        parts = list(self._reads(length, offset))
+        return parts[0] if len(parts) == 1 else then(gather(parts), b"".join)
 
     def submit_write(self, data: Buffer, offset: int) -> Future[int]:
         """Write whole blocks; the future gives their length. DriverError EROFS, EINVAL, ENOSPC at once."""
         view = memoryview(data).cast("B")
         self._check_blocks(len(view), offset)
         self._check_write(len(view), offset)
-        return then(gather(list(self._writes(view, offset))), lambda _: len(view))
+        parts = list(self._writes(view, offset))
+        length = len(view)
+        if len(parts) == 1:
+            return then(parts[0], lambda _: length)
+        return then(gather(parts), lambda _: length)
 
     def submit_flush(self) -> Future[None]:
         """Make what was written and answered before durable; at once done where the device keeps no cache."""
