@@ -329,10 +329,10 @@ def test_reading_by_lines_by_ends_and_by_sizes(attached: Attached, tmp_path: Pat
     _, remote = attached(console0=device)
     console = remote.driver("console0", drivers.Console)
     with connected(device) as client:
-        client.sendall(b"one\ntwo\n\nprompt> 12345678rest")
+        client.sendall(b"one\ntwo\n\nlogin> 12345678rest")
         lines = iter(console)
         assert [next(lines), next(lines), next(lines)] == [b"one\n", b"two\n", b"\n"]
-        assert console.read_until(b"> ", LIMIT) == b"prompt> "
+        assert console.read_until(b"> ", LIMIT) == b"login> "
         assert console.read_exactly(8, LIMIT) == b"12345678"
         assert console.read_exactly(4, LIMIT) == b"rest"
         assert console.read_exactly(0) == console.read(0) == b""
