@@ -1,0 +1,160 @@
+"""docs/protocol.md against the codec: every layout and every example in it is read, and must be what the codec does."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from vbus import msg
+from vbus.msg import messages
+from vbus.msg.codec import TABLE
+from vbus.msg.generation import EVENT_BIT, FRAME_HEADER_SIZE, TYPE_RESPONSE
+
+PAGE = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
+CODES = {"u8": "B", "le16": "H", "le32": "I", "le64": "Q"}
+SIZES = {"u8": 1, "le16": 2, "le32": 4, "le64": 8}
+
+
+def blocks(kind: str) -> list[str]:
+    """The insides of the fenced blocks of one kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def paragraphs(block: str) -> Iterator[str]:
+    """Lines that begin at the margin, each with the lines that are indented by two behind it."""
+    yield from re.sub(r"\n  (?! )", " ", block).splitlines()
+
+
+def body_class(name: str) -> type[msg.Body]:
+    found = getattr(messages, name)
+    assert issubclass(found, msg.Body)
+    return typing.cast(type[msg.Body], found)
+
+
+ALL = {cls for row in TABLE for cls in (row.message, row.response) if cls is not None}
+LAYOUTS = [line for block in blocks("layout") for line in paragraphs(block)]
+VECTORS = [
+    (call, hex_.replace("\n", " "))
+    for block in blocks("vectors")
+    for call, hex_ in re.findall(
+        r"^(dev_num.*\))\n((?:    [0-9a-f ]+\n)+)", re.sub(r"\n  (?! )", " ", block), re.MULTILINE
+    )
+]
+MALFORMED = [
+    (name, hex_) for block in blocks("malformed") for name, hex_ in re.findall(r"^(\S+)\s+(.+)$", block, re.MULTILINE)
+]
+
+
+def name_of(line: str) -> str:
+    found = re.match(r"(?:dev_num=\d+ token=\d+ )?(\w+)", line)
+    assert found, line
+    return found[1]
+
+
+def parsed(call: str) -> msg.Frame:
+    """The message that a vector's first line describes."""
+    found = re.fullmatch(r"dev_num=(\d+) token=(\d+) (.*)", call)
+    assert found, call
+    tree = ast.parse(found[3], mode="eval").body
+    assert isinstance(tree, ast.Call)
+    assert isinstance(tree.func, ast.Name)
+    cls = body_class(tree.func.id)
+    kinds = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for keyword in tree.keywords:
+        assert keyword.arg is not None
+        value = ast.literal_eval(keyword.value)
+        match kinds[keyword.arg]:
+            case kind if kind is bytes:
+                value = bytes.fromhex(value)
+            case kind if kind is UUID:
+                value = UUID(value)
+        values[keyword.arg] = value
+    assert list(values) == [field.name for field in dataclasses.fields(cls)], "all fields, in order"
+    return msg.Frame(cls(**values), dev_num=int(found[1]), token=int(found[2]))
+
+
+def test_every_message_has_a_layout_and_a_vector() -> None:
+    names = sorted(cls.__name__ for cls in ALL)
+    assert sorted(map(name_of, LAYOUTS)) == names
+    assert sorted({name_of(call) for call, _ in VECTORS}) == names
+    assert len(VECTORS) == sum(block.count(" token=") for block in blocks("vectors"))
+
+
+@pytest.mark.parametrize("line", LAYOUTS, ids=name_of)
+def test_the_layout_is_the_codecs(line: str) -> None:
+    found = re.fullmatch(r"(\w+) +type (\d), id ([0-9a-f]{2}): (.+)", line)
+    assert found, line
+    cls = body_class(found[1])
+    (row,) = [row for row in TABLE if cls in (row.message, row.response)]
+    layout = row.layout if cls is row.message else row.response_layout
+    header_type = row.header_type | (TYPE_RESPONSE if cls is row.response else 0)
+    assert (int(found[2]), int(found[3], 16)) == (header_type, row.id)
+    names, code, tail = [], "<", []
+    for field in found[4].split("; ") if found[4] != "-" else []:
+        kind, name = field.split(" ", 1)
+        reserved = re.fullmatch(r"0(?:\[(\d)\])?", name)
+        if reserved:
+            code += f"{int(reserved[1] or 1) * SIZES[kind]}x"
+        elif "[" in name or kind in ("uuid", "name"):
+            names.append(name.partition("[")[0])
+            tail.append(kind)
+        else:
+            assert not tail, f"{name} is fixed and comes behind the tail"
+            names.append(name)
+            code += CODES[kind]
+    assert names == [field.name for field in dataclasses.fields(cls)]
+    assert code == layout.fixed.format
+    assert len(tail) == (layout.tail.count if layout.tail else 0)
+
+
+@pytest.mark.parametrize(("call", "hex_"), VECTORS, ids=[name_of(call) for call, _ in VECTORS])
+def test_the_vector_is_what_the_codec_makes_and_reads(call: str, hex_: str) -> None:
+    frame, data = parsed(call), bytes.fromhex(hex_)
+    assert msg.encode(frame).hex(" ") == data.hex(" ")
+    assert msg.decode(data) == frame
+
+
+@pytest.mark.parametrize(("name", "hex_"), MALFORMED, ids=[f"{n}-{name}" for n, (name, _) in enumerate(MALFORMED)])
+def test_the_malformed_example_is_called_so(name: str, hex_: str) -> None:
+    found = msg.decode(bytes.fromhex(hex_))
+    assert isinstance(found, msg.Malformed)
+    assert found.name == name
+
+
+def test_every_kind_of_malformed_has_an_example() -> None:
+    names = re.findall(r"`([a-z]+-[a-z]+)`", msg.Malformed.__doc__ or "")
+    assert sorted({name for name, _ in MALFORMED}) == sorted(names)
+    assert len(names) == 5
+
+
+def test_headings_name_the_ids() -> None:
+    found = {(name, int(number, 16)) for name, number in re.findall(r"^### ([A-Z_]+) \(([0-9a-f]{2})\)$", PAGE, re.M)}
+    wanted = {(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", row.message.__name__).upper(), row.id) for row in TABLE}
+    assert found == wanted
+
+
+def test_what_the_page_says_of_sizes_and_ids() -> None:
+    assert "begins with 8 bytes" in PAGE
+    assert FRAME_HEADER_SIZE == 8
+    assert "8 to 65535" in PAGE
+    assert msg.MAX_MESSAGE == 65535
+    assert "88 and 89 are kept for GRANT and REVOKE" in PAGE
+    assert {kept.name: kept.value for kept in msg.ReservedId} == {"GRANT": 0x88, "REVOKE": 0x89}
+    assert all(msg.is_event(row.message) == (row.response is None) for row in TABLE)
+    assert all(bool(row.id & EVENT_BIT) == (row.response is None) for row in TABLE)
+
+
+def test_links_within_the_page_lead_somewhere() -> None:
+    headings = re.findall(r"^#+ (.+)$", PAGE, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    targets = set(re.findall(r"\]\(#([^)]+)\)", PAGE))
+    assert targets
+    assert targets <= anchors
