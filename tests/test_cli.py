@@ -11,15 +11,16 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import ONE_CLASS, VBUS, fails, files, out, serving, vbus
 from conftest import wait_until
+from vbus.cli import main
 from vbus.proxy import attach, drivers
 
 MIB = 1 << 20
@@ -211,6 +212,20 @@ def test_a_device_that_hangs_is_named_and_does_not_hold_the_stop(folder: Path) -
         assert process.stderr is not None
         assert process.stderr.read().decode().splitlines()[-1] == "vbus: device hangs/hangs hung and was left behind"
         assert driver.wait(30) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_it_serves_takes_down_what_is_half_made(
+    folder: Path, runtime_dir: Path, number: signal.Signals
+) -> None:
+    (folder / "early.py").write_text(
+        "import os, time, vbus\n\nclass Early(vbus.Device):\n    device_id = 1\n    queues = ('a',)\n"
+        f"    def plugged(self):\n        os.kill(os.getpid(), {int(number)})\n        time.sleep(0.5)\n"
+    )
+    done = vbus("run", "early.py:Early", "--listen", "e.sock", cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert files(runtime_dir) == []
+    assert not (folder / "e.sock").exists()
 
 
 RUN_MISTAKES = [
@@ -685,7 +700,6 @@ def test_several_commands_at_once(demo: Path) -> None:
     assert all(given == wanted for given, wanted in answers)
 
 
-def test_the_module_is_the_command(folder: Path) -> None:
-    script = Path(sys.executable).parent / "vbus"
-    done = subprocess.run([script, "--version"], capture_output=True, timeout=60, check=False)
-    assert done.stdout.decode() == out("--version", cwd=folder)
+def test_the_installed_command_is_this_one() -> None:
+    [script] = entry_points(group="console_scripts", name="vbus")
+    assert script.load() is main

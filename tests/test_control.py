@@ -372,7 +372,7 @@ def test_a_lock_is_taken_by_one_of_many(runtime_dir: Path) -> None:
     code = (
         "import os, sys\nfrom vbus.errors import UsageError\nfrom vbus.rundir import BusDirectory\n"
         "taken = 0\n"
-        "for _ in range(300):\n"
+        "while taken < 25:\n"
         "    try:\n"
         "        directory = BusDirectory('a')\n"
         "    except UsageError:\n"
@@ -382,15 +382,10 @@ def test_a_lock_is_taken_by_one_of_many(runtime_dir: Path) -> None:
         "    os.close(fd)\n"
         "    os.unlink(sys.argv[1])\n"
         "    directory.release()\n"
-        "print(taken)\n"
     )
     inside = runtime_dir / "inside"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(inside)], stdout=subprocess.PIPE, text=True) for _ in range(4)
-    ]
-    taken = [int(process.communicate(timeout=60)[0]) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4
-    assert min(taken) > 0
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(inside)]) for _ in range(4)]
+    assert [process.wait(60) for process in processes] == [0] * 4
     assert list(runtime_dir.iterdir()) == []
 
 

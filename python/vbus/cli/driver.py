@@ -109,12 +109,14 @@ def _only(given: list[str], device: RemoteDevice, *allowed: str) -> None:
 
 
 def _row(remote: Remote, device: RemoteDevice) -> dict[str, Any]:
-    from vbus.virtio import blk, console, device_type_name, entropy, features, net
+    from vbus.virtio import DeviceID, FeatureSet, blk, console, device_type_name, features, net
 
-    names = features.TRANSPORT
-    for module in (blk, console, entropy, net):
-        if device_type_name(device.device_id) == {"entropy": "rng"}.get(n := module.__name__.rpartition(".")[2], n):
-            names = module.FEATURES | names
+    classes: dict[int, FeatureSet] = {
+        DeviceID.BLOCK: blk.FEATURES,
+        DeviceID.CONSOLE: console.FEATURES,
+        DeviceID.NETWORK: net.FEATURES,
+    }
+    names = classes.get(device.device_id, features.features()) | features.TRANSPORT
     return {
         "bus": remote.bus_name,
         "address": device.address,
