@@ -7,7 +7,7 @@ import sys
 from typing import Annotated, Any, ClassVar, assert_type
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vbus import virtio
 from vbus.virtio import (
@@ -26,6 +26,9 @@ from vbus.virtio import (
     ring,
     u8,
 )
+
+unhurried = settings(deadline=None)
+"""No timing decides a test."""
 
 
 class Lamp(Config):
@@ -149,6 +152,7 @@ def test_a_default_that_does_not_fit_is_refused_when_the_class_is_made() -> None
         type("Wrong", (Config,), {"__annotations__": {"level": u8}, "level": 256, "__module__": __name__})
 
 
+@unhurried
 @given(st.integers(-2, 23), st.binary(max_size=24), st.binary(min_size=21, max_size=21))
 def test_a_write_names_the_fields_it_lies_in_and_changes_no_others(offset: int, data: bytes, before: bytes) -> None:
     lamp = Lamp.from_bytes(before)
@@ -166,6 +170,7 @@ def test_a_write_names_the_fields_it_lies_in_and_changes_no_others(offset: int, 
         assert (name in fields) == bool(places & touched)
 
 
+@unhurried
 @given(st.binary(max_size=40))
 def test_bytes_of_any_length_can_be_read(data: bytes) -> None:
     assert Lamp.from_bytes(data).to_bytes() == (data + bytes(21))[:21]
@@ -302,6 +307,7 @@ def test_no_class_has_a_name_of_the_transport(of: FeatureSet) -> None:
     assert not set(of) & set(features.TRANSPORT)
 
 
+@unhurried
 @given(st.integers(0, 2**128 - 1))
 def test_words_have_names_and_blocks(word: int) -> None:
     everything = net.FEATURES | features.TRANSPORT
