@@ -16,6 +16,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vbus import msg
 from vbus.msg import wire
 from vbus.msg.codec import TABLE
@@ -487,6 +488,7 @@ def test_the_writer_holds_a_limited_amount(
     # It ends although a write waits for a reader that never comes.
     writer.close()
     assert not writer._thread.is_alive()
+    assert writer.queued == 0
     assert not writer.send(b"late")
 
 

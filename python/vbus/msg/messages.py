@@ -32,7 +32,7 @@ class GetDeviceInfo(Body):
 
 @dataclass(frozen=True, slots=True)
 class GetDeviceInfoResponse(Body):
-    """Ids, and how much of everything the device has."""
+    """Ids, and how much of everything the device has: bits (a multiple of 32), bytes, queues."""
 
     device_id: int
     vendor_id: int
@@ -45,7 +45,7 @@ class GetDeviceInfoResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class GetDeviceFeatures(Body):
-    """Which features does it offer, in blocks of 32 bits?"""
+    """Which features does it offer, from block `block_index` of 32 bits on?"""
 
     block_index: int
     num_blocks: int
@@ -84,7 +84,7 @@ class SetDriverFeaturesResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class GetConfig(Body):
-    """Bytes of config space."""
+    """`length` bytes of config space from `offset` on."""
 
     offset: int
     length: int
@@ -106,7 +106,7 @@ class GetConfigResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class SetConfig(Body):
-    """Write bytes of config space, if its generation is still this."""
+    """Write `length` bytes of config space from `offset` on, if its generation is still this."""
 
     generation: int
     offset: int
@@ -215,7 +215,7 @@ class GetShm(Body):
 
 @dataclass(frozen=True, slots=True)
 class GetShmResponse(Body):
-    """Its place; length 0: there is none."""
+    """Its place, in bytes; length 0: there is none."""
 
     index: int
     length: int
@@ -300,7 +300,7 @@ class PingResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class EventDevice(Body):
-    """A device is ready (1) or removed (2)."""
+    """A device is ready or removed: a `DeviceState`."""
 
     dev_num: int
     state: int
@@ -311,7 +311,7 @@ class EventDevice(Body):
 
 @dataclass(frozen=True, slots=True)
 class Hello(Body):
-    """The driver's side introduces itself: the first message of a link."""
+    """The driver's side introduces itself: the first message of a link. `max_msg_size` is the most that it takes."""
 
     revision: int
     max_msg_size: int
@@ -320,7 +320,10 @@ class Hello(Body):
 
 @dataclass(frozen=True, slots=True)
 class HelloResponse(Body):
-    """The bus introduces itself: what its links, memory and signals are, and its limits."""
+    """The bus introduces itself: a `MemoryKind`, a `SignalKind`, the geometry of its event rings, and its limits.
+
+    `max_request` is how many bytes, readable and writable together, one `Request` may have.
+    """
 
     revision: int
     max_msg_size: int
@@ -336,7 +339,10 @@ class HelloResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class MemoryAdd(Body):
-    """Map a part of the file whose descriptor the socket passed with this cookie."""
+    """Map `size` bytes from `offset` of the file whose descriptor the socket passed with this cookie.
+
+    `address` is what the driver calls them; `protection` is a `Protection`.
+    """
 
     address: int
     size: int
@@ -405,7 +411,7 @@ class ReleaseResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class ChannelOpen(Body):
-    """Open an event channel."""
+    """Open an event channel, with `memory` bytes of shared memory."""
 
     priority: int
     flags: int
@@ -457,7 +463,7 @@ class DoorbellResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class Request(Body):
-    """A request over copied memory, with the first part of its readable bytes."""
+    """A request over copied memory: how many bytes it has, with the first part of the readable ones."""
 
     vq_index: int
     id: int
@@ -468,7 +474,7 @@ class Request(Body):
 
 @dataclass(frozen=True, slots=True)
 class Data(Body):
-    """A further part: towards the device (direction 0) or towards the driver (1)."""
+    """A further part, from byte `offset` of the request's readable or writable bytes on; bit 0 is a `Direction`."""
 
     vq_index: int
     id: int
@@ -479,7 +485,7 @@ class Data(Body):
 
 @dataclass(frozen=True, slots=True)
 class Complete(Body):
-    """A request is done; with the last part of the written bytes."""
+    """A request is done: `written` bytes in all, with the last part of them."""
 
     vq_index: int
     id: int
@@ -489,7 +495,7 @@ class Complete(Body):
 
 @dataclass(frozen=True, slots=True)
 class Cancel(Body):
-    """The driver has no use for a request's answer any more."""
+    """The driver has no use for a request's answer any more. Its completion still comes."""
 
     vq_index: int
     id: int
@@ -505,7 +511,10 @@ class ChannelEvent(Body):
 
 @dataclass(frozen=True, slots=True)
 class Error(Body):
-    """A request was refused. It echoes the request's number and token, although it is an event."""
+    """A request, whose id is `message`, was refused. It echoes the request's number and token although it is an event.
+
+    With token 0 the whole link is refused.
+    """
 
     errno: int
     message: int

@@ -57,11 +57,18 @@ class WireWriter:
             except OSError as error:
                 with self._wake:
                     closed, self._closed = self._closed, True
+                    self._forget()
                 if not closed:
                     self._broken(error.strerror or str(error))
                 return
             with self._wake:
-                self._queued -= sum(map(len, pieces))
+                if not self._closed:
+                    self._queued -= sum(map(len, pieces))
+
+    def _forget(self) -> None:
+        """What can no longer be sent holds no memory. With the lock."""
+        self._queue.clear()
+        self._queued = 0
 
     def _write(self, pieces: list[bytes]) -> None:
         """Write all of it; the socket is blocking for its writer (readers ask for MSG_DONTWAIT)."""
@@ -77,6 +84,7 @@ class WireWriter:
         """End the thread; what is queued is lost. The caller closes the socket afterwards."""
         with self._wake:
             self._closed = True
+            self._forget()
             self._wake.notify()
         # A write that waits for the other side ends when the socket is shut down under it.
         with contextlib.suppress(OSError):
