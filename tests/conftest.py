@@ -100,9 +100,7 @@ class Leftovers:
 
     def exceeds(self, other: Leftovers, slack: int = 0) -> bool:
         """Whether this holds more than `other`."""
-        return (
-            self.fds > other.fds + slack or self.threads > other.threads + slack or self.maps > other.maps + slack
-        )
+        return self.fds > other.fds + slack or self.threads > other.threads + slack or self.maps > other.maps + slack
 
 
 @pytest.fixture

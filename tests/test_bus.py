@@ -231,9 +231,14 @@ def test_setters_work_from_any_thread_and_inside_a_handler(make_bus: MakeBus, tm
         assert 0 <= lamp.level < 20
 
 
-def test_a_stop_names_what_hangs_and_goes_on(make_bus: MakeBus, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stop_names_what_hangs_and_goes_on(
+    make_bus: MakeBus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entered = threading.Event()
+
     class HangsAsync(Echo):
         async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:  # type: ignore[override]
+            entered.set()
             while True:
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(60)
@@ -247,6 +252,7 @@ def test_a_stop_names_what_hangs_and_goes_on(make_bus: MakeBus, tmp_path: Path, 
         for name in ("hangs", "never-ends"):
             remote.driver(name, EchoDriver).queue(0).submit([b"x"], 1)
         assert device.entered.wait(10)
+        assert entered.wait(10)
         began = time.monotonic()
         assert sorted(bus.stop(timeout=0.5)) == ["hangs", "never-ends"]
         assert time.monotonic() - began < 20
@@ -363,7 +369,15 @@ def _as_other(address: str, *, group: int = OTHER) -> str:
 
 
 def _others_can_import() -> bool:
-    probe = ["setpriv", f"--reuid={OTHER}", f"--regid={OTHER}", "--clear-groups", sys.executable, "-c", "import vbus._core"]
+    probe = [
+        "setpriv",
+        f"--reuid={OTHER}",
+        f"--regid={OTHER}",
+        "--clear-groups",
+        sys.executable,
+        "-c",
+        "import vbus._core",
+    ]
     return subprocess.run(probe, capture_output=True, check=False, cwd="/").returncode == 0
 
 

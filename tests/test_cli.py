@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from command import ONE_CLASS, VBUS, fails, files, out, serving, vbus
 from conftest import wait_until
 from vbus.cli import main
@@ -189,12 +190,11 @@ def test_a_bus_that_runs_is_left_alone(demo: Path) -> None:
     (demo / "other.toml").write_text(FILE.replace('"demo"', '"other"'))
     lines = fails("run", "other.toml", cwd=demo)
     assert lines == [
-        f"vbus: other.toml: connector.far.listen: socket '{demo}/far.sock' is in use by another process: "
-        "choose another, or end that one",
+        f"vbus: other.toml: connector.far.listen: socket '{demo}/far.sock' is in use: "
+        "choose another, or end what listens there",
         f"vbus: other.toml: device.disk0.path: disk {demo}/disk.img is in use by another process or disk: "
         "stop that one, or open both with read_only",
-        f"vbus: other.toml: device.con0.backend: console backend: {demo}/con.sock is in use by another process: "
-        "choose another path",
+        f"vbus: other.toml: device.con0.backend: console backend: {demo}/con.sock is in use: choose another path",
     ]
     assert len(rows("ls", cwd=demo)) == 3
 

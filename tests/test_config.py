@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import pytest
+from pydantic import Field
+
 import vbus
 from command import ONE_CLASS, fails, files
-from pydantic import Field
 from vbus import config, loading
 from vbus.bus import Bus
 from vbus.devices import Blk, Console, Rng
@@ -401,8 +402,7 @@ def test_a_busy_socket_is_left_alone(folder: Path, runtime_dir: Path) -> None:
         sock.bind(str(folder / "busy.sock"))
         sock.listen()
         assert problems(folder, text, made=True) == [
-            f"connector.c.socket: socket '{folder}/busy.sock' is in use by another process: "
-            "choose another, or end that one"
+            f"connector.c.socket: socket '{folder}/busy.sock' is in use: choose another, or end what listens there"
         ]
         assert (folder / "busy.sock").is_socket()
     # Its owner is gone: the socket is stale, and replaced.
@@ -412,7 +412,7 @@ def test_a_busy_socket_is_left_alone(folder: Path, runtime_dir: Path) -> None:
 def test_two_connectors_cannot_have_one_address(folder: Path) -> None:
     text = "".join(f'[connector.{name}]\ntype = "process"\nsocket = "one.sock"\n' for name in "ab")
     assert problems(folder, text, made=True) == [
-        f"connector.b: process:{folder}/one.sock is the address of {folder}/bus.toml: connector.a too: change one"
+        f"connector.b.socket: socket '{folder}/one.sock' is in use: choose another, or end what listens there"
     ]
 
 

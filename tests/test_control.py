@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import vbus
 from conftest import Leftovers, wait_until
 from models import Lamp
@@ -119,7 +120,7 @@ def test_a_mistake_is_the_same_error_on_both_sides(client: BusClient) -> None:
 MISTAKES: list[tuple[str, str, bytes | None, int, str, str]] = [
     ("GET", "/", None, 404, "usage", "GET / is no call: see /openapi.json"),
     ("POST", "/v1/stat", b"", 405, "usage", "POST /v1/stat is no call: see /openapi.json"),
-    ("GET", "/v1/devices/none", None, 404, "no-such-name", "bus demo has no device 'none': it has "),
+    ("GET", "/v1/devices/none", None, 404, "no-such-name", "bus demo has no device 'none': there is "),
     ("GET", "/v1/stat?dev=x", None, 400, "usage", "unknown 'dev' in the query: there is device"),
     ("DELETE", "/v1/devices/rng0?surprise=yes", None, 400, "usage", "surprise=yes: write true or false"),
     ("POST", "/v1/devices", b"", 400, "usage", "Invalid JSON: EOF while parsing"),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from vbus._core import Doorbell, EventReceiver, EventSender, LinkRing, Mapping, Scheduler, Signal
 from vbus.errors import Violation
 

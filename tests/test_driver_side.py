@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import vbus
-from vbus import msg
 from conftest import Attached, make_connector, wait_until
 from models import AsyncEcho, BatchEcho, Echo, EchoDriver, Hangs, Lamp, LampDriver, Raises, ViewEcho
+from vbus import msg
 from vbus.bus import Bus, Device
 from vbus.errors import DriverError, NoSuchNameError, UsageError
 from vbus.virtio import Status

@@ -333,9 +333,7 @@ def test_a_peer_that_reads_nothing_is_parted_from(raw: RawPeer, connector: Conne
     assert_serves(path)
 
 
-def test_a_thousand_peers_that_die_leave_nothing(
-    bus: Bus, connector: Connector, path: Path, leftovers: type
-) -> None:
+def test_a_thousand_peers_that_die_leave_nothing(bus: Bus, connector: Connector, path: Path, leftovers: type) -> None:
     def visit(n: int) -> None:
         attack = ATTACKS[n % len(ATTACKS)][0] if n % 3 == 0 else None
         if n % 7 == 0:
@@ -417,7 +415,9 @@ SIZE = 8
 class HandRing:
     """A split ring written byte by byte."""
 
-    def __init__(self, peer: RawPeer, number: int, *, size: int = SIZE, features: int = 1 << 32, desc: int = BASE) -> None:
+    def __init__(
+        self, peer: RawPeer, number: int, *, size: int = SIZE, features: int = 1 << 32, desc: int = BASE
+    ) -> None:
         self.peer, self.number = peer, number
         self.memory = peer.share()
         self.view = memoryview(self.memory)
@@ -583,22 +583,49 @@ STREAM_ATTACKS: list[tuple[str, Callable[[Bus], bytes], str]] = [
     ("garbage", lambda bus: random.Random(5).randbytes(5000), "malformed-message"),
     ("http", lambda bus: b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 4, "malformed-message"),
     ("no hello", lambda bus: frames((msg.GetDevices(0, 8), 0)), "the first message was not HELLO"),
-    ("twice", lambda bus: claimed(bus) + frames(*[(msg.Request(0, 7, 100, 8, b"x"), bus.slot("echo").number)] * 2), "request-id-twice"),
+    (
+        "twice",
+        lambda bus: claimed(bus) + frames(*[(msg.Request(0, 7, 100, 8, b"x"), bus.slot("echo").number)] * 2),
+        "request-id-twice",
+    ),
     (
         "too many",
-        lambda bus: claimed(bus) + frames(*[(msg.Request(0, n, 100, 8, b"x"), bus.slot("echo").number) for n in range(9)]),
+        lambda bus: (
+            claimed(bus) + frames(*[(msg.Request(0, n, 100, 8, b"x"), bus.slot("echo").number) for n in range(9)])
+        ),
         "too-many-requests",
     ),
-    ("too large", lambda bus: claimed(bus) + frames((msg.Request(0, 7, 2**31, 8, b"x"), bus.slot("echo").number)), "request-size"),
-    ("more than said", lambda bus: claimed(bus) + frames((msg.Request(0, 7, 2, 8, b"xxx"), bus.slot("echo").number)), "request-size"),
-    ("data unasked", lambda bus: claimed(bus) + frames((msg.Data(0, 7, 0, 0, b"x"), bus.slot("echo").number)), "data-unasked"),
+    (
+        "too large",
+        lambda bus: claimed(bus) + frames((msg.Request(0, 7, 2**31, 8, b"x"), bus.slot("echo").number)),
+        "request-size",
+    ),
+    (
+        "more than said",
+        lambda bus: claimed(bus) + frames((msg.Request(0, 7, 2, 8, b"xxx"), bus.slot("echo").number)),
+        "request-size",
+    ),
+    (
+        "data unasked",
+        lambda bus: claimed(bus) + frames((msg.Data(0, 7, 0, 0, b"x"), bus.slot("echo").number)),
+        "data-unasked",
+    ),
     (
         "data elsewhere",
-        lambda bus: claimed(bus)
-        + frames((msg.Request(0, 7, 100, 8, b"x"), bus.slot("echo").number), (msg.Data(0, 7, 0, 50, b"x"), bus.slot("echo").number)),
+        lambda bus: (
+            claimed(bus)
+            + frames(
+                (msg.Request(0, 7, 100, 8, b"x"), bus.slot("echo").number),
+                (msg.Data(0, 7, 0, 50, b"x"), bus.slot("echo").number),
+            )
+        ),
         "data-offset",
     ),
-    ("a queue twice", lambda bus: claimed(bus) + frames((msg.SetVqueue(0, 4, 0, 0, 0), bus.slot("echo").number)), "queue-twice"),
+    (
+        "a queue twice",
+        lambda bus: claimed(bus) + frames((msg.SetVqueue(0, 4, 0, 0, 0), bus.slot("echo").number)),
+        "queue-twice",
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+
 from vbus import msg
 from vbus.msg import messages
 from vbus.msg.codec import TABLE

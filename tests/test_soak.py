@@ -125,7 +125,14 @@ def test_everything_comes_and_goes_and_nothing_is_lost(tmp_path: Path, runtime_d
         with (tmp_path / f"driver{started}.err").open("w") as errors:
             drivers[disk] = (
                 subprocess.Popen(
-                    [sys.executable, str(tmp_path / "driver.py"), chance.choice(addresses), disk, str(started), str(log)],
+                    [
+                        sys.executable,
+                        str(tmp_path / "driver.py"),
+                        chance.choice(addresses),
+                        disk,
+                        str(started),
+                        str(log),
+                    ],
                     stderr=errors,
                 ),
                 log,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, assert_type
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vbus import virtio
 from vbus.virtio import (
     Config,

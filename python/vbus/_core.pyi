@@ -47,9 +47,12 @@ class Memory:
     """
 
     def __new__(cls, *, max_regions: int = 64, max_bytes: int = ...) -> Memory: ...
-    def add(self, address: int, mapping: Mapping, offset: int = 0, size: int | None = None, *, writable: bool = True) -> None:
+    def add(
+        self, address: int, mapping: Mapping, offset: int = 0, size: int | None = None, *, writable: bool = True
+    ) -> None:
         """Violation: region-empty, region-wraps, region-overlaps, region-outside-file, region-read-only (writable
-        asked of a read-only mapping), too-many-regions, too-much-memory."""
+        asked of a read-only mapping), too-many-regions, too-much-memory.
+        """
     def remove(self, address: int) -> None:
         """Violation: region-unknown."""
     def clear(self) -> None: ...
@@ -82,7 +85,8 @@ class Signal:
     @staticmethod
     def direct(doorbell: Doorbell, stats: tuple[Mapping, int] | None = None) -> Signal:
         """One notification, one doorbell. `stats`: where in shared memory the three counters are kept for the other
-        side to see (3 little-endian u64: signalled, sent, rung), as `EventSender` does."""
+        side to see (3 little-endian u64: signalled, sent, rung), as `EventSender` does.
+        """
     @staticmethod
     def local(scheduler: Scheduler, key: int) -> Signal:
         """Marks a key of a scheduler of this process."""
@@ -110,7 +114,8 @@ class EventSender:
         """Offsets into `area`: `slots` (per priority, max_sources slots of 16 bytes: u32 sequence, source, generation,
         0), `stats` (per source 32 bytes: u64 signalled, sent, rung, 0), `taken` (u32 per source, the consumer's),
         `sleep` (per priority one u32 at the start of 64 bytes, the consumer's). max_sources is a power of two.
-        One doorbell a priority. ValueError when the geometry does not fit the area or is misaligned."""
+        One doorbell a priority. ValueError when the geometry does not fit the area or is misaligned.
+        """
     def open(self, source: int, generation: int, priority: int) -> Signal:
         """Start a generation of a source: clears this side's half of the pair. ValueError: out of range."""
     def close(self, source: int) -> None:
@@ -159,9 +164,10 @@ class Scheduler:
         """Forget an actor and all its keys."""
     def mark(self, key: int) -> None:
         """Make a key ready, from any thread. Marking a ready key does nothing; a key marked while its own turn runs
-        is ready again after `done`."""
+        is ready again after `done`.
+        """
     def add_fd(self, fd: int, key: int) -> None:
-        """Readable (or hung up) marks `key`; looked at again after the key's turn is done. Several fds may share a key."""
+        """Readable (or hung up) marks `key`; looked at again after the key's turn. Several fds may share a key."""
     def remove_fd(self, fd: int) -> None: ...
     def add_events(self, receiver: EventReceiver, doorbells: Sequence[Doorbell], fault_key: int) -> None:
         """Drain `receiver` from now on; its fault marks `fault_key`."""
@@ -195,7 +201,8 @@ class Request:
     @property
     def written(self) -> int:
         """The used length: what `write` wrote, or what was set after writing through views.
-        Setting it below 0 or above the writable total is a ValueError."""
+        Setting it below 0 or above the writable total is a ValueError.
+        """
     @written.setter
     def written(self, value: int) -> None: ...
     def read(self, size: int = -1, /) -> bytes:
@@ -240,14 +247,15 @@ class DeviceQueue:
     def take(self, limit: int) -> list[Request]:
         """The next requests in ring order, at most `limit`; [] when there are none or the queue is stopped.
 
-        Notifications are off while the ring is not empty and on again in the call that gives none. Violations (index-jump,
-        descriptor-out-of-range, descriptor-loop, chain-too-long, chain-too-large, readable-after-writable,
+        Notifications are off while the ring is not empty and on again in the call that gives none. Violations
+        (index-jump, descriptor-out-of-range, descriptor-loop, chain-too-long, chain-too-large, readable-after-writable,
         zero-length-descriptor, address-outside-memory, region-read-only, indirect-*, ...): raised after the good
         requests before it were given (on the next call).
         """
     def complete(self, requests: Sequence[Request]) -> None:
         """Put requests into the used ring, published together, and signal when the driver wants it. Requests that
-        are done already are ignored. Violation: ring-outside-memory."""
+        are done already are ignored. Violation: ring-outside-memory.
+        """
     @property
     def in_flight(self) -> int:
         """Taken and not completed."""
@@ -288,12 +296,14 @@ class DriverQueue:
         """How many more requests `add` takes for certain (one descriptor each with indirect)."""
     def add(self, readable: Sequence[tuple[int, int]], writable: Sequence[tuple[int, int]]) -> int | None:
         """Queue a request of (driver address, size) buffers, unpublished; its token, None when the ring is full.
-        ValueError: no buffers, or a size of 0 or over 2**32 - 1."""
+        ValueError: no buffers, or a size of 0 or over 2**32 - 1.
+        """
     def publish(self) -> None:
         """Show what was added to the device, and signal when the device wants it."""
     def reap(self, limit: int) -> list[tuple[int, int]]:
         """(token, written) of finished requests, at most `limit`. Interrupts are off while there are some and on
-        again when there are none. Violation: used-index-jump, used-id-unknown, used-length."""
+        again when there are none. Violation: used-index-jump, used-id-unknown, used-length.
+        """
     @property
     def outstanding(self) -> int: ...
 
@@ -309,6 +319,7 @@ class LinkRing:
     def __new__(cls, area: Mapping, offset: int, size: int) -> LinkRing: ...
     def send(self, message: _ReadableBuffer) -> bool:
         """False when there is no room now. ValueError: shorter than its header, longer than half the ring, or the
-        length in its header is not its length. Violation: link-index."""
+        length in its header is not its length. Violation: link-index.
+        """
     def receive(self) -> bytes | None:
         """The next message, copied out; None when there is none. Violation: link-index, link-message-size."""

@@ -186,13 +186,11 @@ def check_names(spec: BusSpec) -> None:
             check_name("device", device.name)
 
 
-def make(spec: BusSpec, taken: dict[str, str] | None = None) -> Bus:
+def make(spec: BusSpec) -> Bus:
     """The bus, with its devices plugged and its connectors bound, serving nobody yet.
 
     ConfigError, with a line for each thing that cannot be had; then nothing is left behind.
-    `taken` has the addresses of the connectors of buses that were made before, and gets those of this one.
     """
-    addresses = {} if taken is None else taken
     try:
         bus = Bus(spec.name, uuid=spec.uuid, members=spec.members, max_sources=spec.max_sources)
     except UsageError as error:
@@ -203,11 +201,6 @@ def make(spec: BusSpec, taken: dict[str, str] | None = None) -> Bus:
             _attempt(spec, lines, f"connector.{connector.name}", connector.options, lambda c=connector: _bind(bus, c))
         for device in spec.devices:
             _attempt(spec, lines, f"device.{device.name}", device.options, lambda d=device: d.plug(bus))
-        for name, bound in bus.connectors.items():
-            where = f"{spec.source}: connector.{name}"
-            if bound.address in addresses:
-                lines.append(f"{where}: {bound.address} is the address of {addresses[bound.address]} too: change one")
-            addresses[bound.address] = where
         if lines:
             raise ConfigError(lines)
     except BaseException:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import logging
 import re
 import signal
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 from uuid import NAMESPACE_OID, UUID, uuid5
 
+from vbus import hints
 from vbus.bus.connector import Connector
 from vbus.bus.device import Device, attributes_of
 from vbus.bus.members import Members
@@ -163,7 +163,7 @@ class Bus:
             try:
                 return self._slots[name]
             except KeyError:
-                raise NoSuchNameError(_no_such("device", name, self._slots, f"bus {self.name}")) from None
+                raise NoSuchNameError(hints.no_such("device", name, self._slots, f"bus {self.name}")) from None
 
     def slot_at(self, number: int) -> Slot | None:
         """The place of this address, if a device is there."""
@@ -234,7 +234,7 @@ class Bus:
         with self._lock:
             connector = self.connectors.pop(name, None)
         if connector is None:
-            raise NoSuchNameError(_no_such("connector", name, self.connectors, f"bus {self.name}"))
+            raise NoSuchNameError(hints.no_such("connector", name, self.connectors, f"bus {self.name}"))
         connector.stop()
 
     # Life.
@@ -279,7 +279,8 @@ class Bus:
         self.start()
         for connector in self.connectors.values():
             print(f"bus {self.name}: {connector.address}", flush=True)
-        old = {number: signal.signal(number, lambda *_: self._stop_wanted.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        end = (signal.SIGINT, signal.SIGTERM)
+        old = {number: signal.signal(number, lambda *_: self._stop_wanted.set()) for number in end}
         try:
             # A wait without a limit would keep the interpreter from running the handlers on some systems.
             while not self._stop_wanted.wait(3600):
@@ -319,7 +320,7 @@ class Bus:
         device = self.slot(name).device
         known = attributes_of(device)
         if attribute not in known:
-            raise NoSuchNameError(_no_such("attribute", attribute, known, f"device {name}"))
+            raise NoSuchNameError(hints.no_such("attribute", attribute, known, f"device {name}"))
         setattr(device, attribute, known[attribute].parse(text))
         return getattr(device, attribute)
 
@@ -348,8 +349,14 @@ class Bus:
             "owner": owner.label if owner is not None else None,
             "priority": slot.priority,
             "queues": [
-                {"index": q.index, "name": q.name, "size": q.core.size, "running": q.core.running, "priority": slot.priority}
-                for q in slot.queues
+                {
+                    "index": queue.index,
+                    "name": queue.name,
+                    "size": queue.core.size,
+                    "running": queue.core.running,
+                    "priority": slot.priority,
+                }
+                for queue in slot.queues
             ],
             "violations": dict(slot.violations),
         }
@@ -399,10 +406,3 @@ def _uuid(text: UUID | str) -> UUID:
     with contextlib.suppress(ValueError):
         return text if isinstance(text, UUID) else UUID(text)
     raise UsageError(f"uuid {text!r}: write it as 8-4-4-4-12 hexadecimal digits")
-
-
-def _no_such(what: str, name: str, known: Iterable[str], where: str) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(names)) or 'none'}"
-    return f"{where} has no {what} {name!r}: {hint}"

@@ -45,9 +45,11 @@ class Connector(ABC):
     def stop(self) -> None:
         """Part from every driver, and give back everything; also when it was bound but never started."""
 
+    @abstractmethod
     def plugged(self, slot: Slot) -> None:
         """A device arrived."""
 
+    @abstractmethod
     def unplugged(self, slot: Slot) -> None:
         """A device is gone."""
 

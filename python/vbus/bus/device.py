@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
 
+from vbus import hints
 from vbus.bus.queue import Queue, Request
 from vbus.errors import NoSuchNameError, UsageError
 from vbus.virtio import Config as ConfigSpace
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
     from vbus.bus.slot import Slot
 
 T = TypeVar("T")
+_TRUTHS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 
 
-class attribute(Generic[T]):  # noqa: N801 - it is used as `property` is
+class attribute(Generic[T]):
     """A value of a device that an operator sees, and may set from any thread while drivers are attached.
 
     `config` names the field of config space that shows it to the driver: setting the attribute then raises the
     config-change event. `set` runs in the setter's thread before the change shows; it gives the value to store, or
-    raises `UsageError`. `get` computes a read-only attribute. Without `config` or `get` the value is kept in the device.
+    raises `UsageError`. `get` computes a read-only attribute. Without `config` or `get` the device keeps the value.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class attribute(Generic[T]):  # noqa: N801 - it is used as `property` is
         *,
         config: str | None = None,
         get: Callable[[Any], T] | None = None,
-        set: Callable[[Any, T], T] | None = None,  # noqa: A002 - the word of the design
+        set: Callable[[Any, T], T] | None = None,
         default: T | None = None,
         writable: bool | None = None,
         doc: str = "",
@@ -90,7 +92,7 @@ class attribute(Generic[T]):  # noqa: N801 - it is used as `property` is
         """The value that an operator typed. UsageError when it is not one."""
         try:
             if self.kind is bool:
-                return cast(T, {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[text.lower()])
+                return cast(T, _TRUTHS[text.lower()])
             if self.kind is int:
                 return cast(T, int(text, 0))
             return cast(Callable[[str], T], self.kind)(text)
@@ -178,7 +180,7 @@ class Device:
         for queue in self._queues:
             if queue.name == name:
                 return queue
-        raise NoSuchNameError(f"{type(self).__name__} has no queue {name!r}: it has {', '.join(q.name for q in self._queues)}")
+        raise NoSuchNameError(hints.no_such("queue", name, [q.name for q in self._queues], type(self).__name__))
 
     @property
     def slot(self) -> Slot:
@@ -214,7 +216,7 @@ class Device:
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back on the actor whenever `fd` is readable or hung up, until `unwatch`."""
         slot = self.slot
-        slot.actor.watch(fd, lambda: slot.runner.call(callback))
+        slot.actor.watch(fd, lambda: slot.runner.call(callback), slot.priority)
 
     def unwatch(self, fd: int) -> None:
         """Stop watching; nothing happens when `fd` was not watched."""

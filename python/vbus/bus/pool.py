@@ -184,7 +184,7 @@ class Actor:
                 return
             try:
                 future.set_result(callback())
-            except BaseException as error:  # noqa: BLE001 - it is raised in the caller
+            except BaseException as error:
                 future.set_exception(error)
 
         self.post(run)

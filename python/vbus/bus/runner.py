@@ -38,7 +38,7 @@ class SyncRunner:
         device: Device = self.slot.device
         if queue.pull:
             queue.wake()
-            self.hook(device.available, queue)
+            self.hook(device.available, queue, of=queue)
             return False
         requests = queue.take_batch(BUDGET)
         if not requests:
@@ -59,14 +59,14 @@ class SyncRunner:
             return False
         return True
 
-    def hook(self, hook: Callable[..., Any], *args: Any) -> None:
-        """Call one of the device's hooks; what it raises is the device's failure."""
+    def hook(self, hook: Callable[..., Any], *args: Any, of: Queue | None = None) -> None:
+        """Call one of the device's hooks; what it raises is the device's failure, on the queue that it is about."""
         try:
             hook(*args)
         except Violation as violation:
-            self.slot.violated(violation)
+            self.slot.violated(violation, of)
         except Exception as error:
-            self.slot.failed(error)
+            self.slot.failed(error, of)
 
     def call(self, function: Callable[[], Any]) -> None:
         """Call the device's own callback (a watched descriptor, a post)."""
@@ -99,7 +99,7 @@ class AsyncRunner:
         """Start handlers for what the queue holds, as far as there is room; True when there may be more."""
         if queue.pull:
             queue.wake()
-            self.hook(self.slot.device.available, queue)
+            self.hook(self.slot.device.available, queue, of=queue)
             return False
         with self._lock:
             limit = min(BUDGET, self._room)
@@ -165,14 +165,14 @@ class AsyncRunner:
 
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result()
 
-    def hook(self, hook: Callable[..., Any], *args: Any) -> None:
-        """Call one of the device's hooks on the loop."""
+    def hook(self, hook: Callable[..., Any], *args: Any, of: Queue | None = None) -> None:
+        """Call one of the device's hooks on the loop; what it raises is the device's failure."""
         try:
             self._on_loop(lambda: hook(*args))
         except Violation as violation:
-            self.slot.violated(violation)
+            self.slot.violated(violation, of)
         except Exception as error:
-            self.slot.failed(error)
+            self.slot.failed(error, of)
 
     def call(self, function: Callable[[], Any]) -> None:
         """Call the device's own callback on the loop."""

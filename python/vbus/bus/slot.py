@@ -171,7 +171,9 @@ class Slot:
         """Bytes of config space."""
         return self.device.config.size
 
-    def write_config(self, attachment: Attachment, generation: int, offset: int, data: bytes, reply: Callable[[bool], None]) -> None:
+    def write_config(
+        self, attachment: Attachment, generation: int, offset: int, data: bytes, reply: Callable[[bool], None]
+    ) -> None:
         """Write config space in a turn of the device, which then hears of it; `reply` tells whether it was taken."""
         with self._lock:
             self._check_owner(attachment)

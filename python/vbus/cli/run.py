@@ -237,9 +237,8 @@ def _serve(specs: list[BusSpec], of_class: bool) -> None:
             except UsageError as error:
                 raise spec.error("bus.name", error) from None
         buses: list[Bus] = []
-        taken: dict[str, str] = {}
         for spec in specs:
-            bus = config.make(spec, taken)
+            bus = config.make(spec)
             stack.callback(_stop, bus, hung)
             buses.append(bus)
         for spec, bus, directory in zip(specs, buses, directories, strict=True):

@@ -306,5 +306,3 @@ class MessagePeer(Attachment):
         """The peer's row in a listing."""
         slots = [slot.name for slot in self.bus.slots() if slot.owner is self]
         return {"peer": self.label, "since": self.since, "devices": slots}
-
-

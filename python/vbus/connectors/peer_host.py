@@ -60,8 +60,9 @@ class PeerHost(Connector):
         return who is not None and bus.members.admits(who)
 
     def bind(self, bus: Bus, name: str) -> None:
-        """Bind the socket; it refuses connections until `start`."""
+        """Bind the socket and listen: whoever connects before `start` waits, and nobody takes the socket for stale."""
         self._listener = self.listen(bus, name)
+        self._listener.listen(64)
         self._listener.setblocking(False)
         self.bus, self.name = bus, name
 
@@ -71,7 +72,6 @@ class PeerHost(Connector):
         assert self.bus is not None
         if self._actor is None:
             self._actor = Actor(self.bus.pool, f"connector {self.name}")
-            self._listener.listen(64)
             self._actor.watch(self._listener.fileno(), self._accept)
 
     def _accept(self) -> None:
@@ -181,14 +181,15 @@ class PeerHost(Connector):
                 if not stat.S_ISSOCK(path.lstat().st_mode):
                     raise UsageError(f"socket path {str(path)!r} is there already and is no socket: choose another")
                 if _is_alive(path):
-                    raise UsageError(f"socket {str(path)!r} is in use by another process: choose another, or end that one")
+                    raise UsageError(f"socket {str(path)!r} is in use: choose another, or end what listens there")
                 path.unlink()
             sock.bind(str(path))
             # Anybody may knock: who is let in is decided by the credentials of the peer, which cannot be forged.
             path.chmod(0o666)
         except OSError as error:
             sock.close()
-            raise UsageError(f"socket {str(path)!r}: {error.strerror}") from None
+            what = f"make the directory {str(path.parent)!r}" if error.errno == errno.ENOENT else "choose another path"
+            raise UsageError(f"socket {str(path)!r}: {error.strerror}; {what}") from None
         except BaseException:
             sock.close()
             raise

@@ -93,9 +93,8 @@ class Demo:
 
     def vbus(self, *words: str) -> str:
         """Run the command as a user does; its standard output."""
-        done = subprocess.run(
-            [sys.executable, "-m", "vbus", *words], env=self.env, capture_output=True, text=True, timeout=60, check=False
-        )
+        command = [sys.executable, "-m", "vbus", *words]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
             raise StepFailed(f"vbus {' '.join(words)}: {done.stderr.strip()}")
         return done.stdout
@@ -103,7 +102,8 @@ class Demo:
     def stat(self, device: str) -> dict[str, Any]:
         """What the bus counted of a device, all its queues together."""
         rows = [row for row in json.loads(self.vbus("stat", "--json")) if row["device"] == device]
-        total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in ("requests", "bytes_read", "bytes_written")}
+        keys = ("requests", "bytes_read", "bytes_written")
+        total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in keys}
         total["doorbells"] = sum(row[way]["rung"] for row in rows for way in ("to_device", "to_driver"))
         return total
 
@@ -171,7 +171,8 @@ class Demo:
                 return f"process {self.bus.pid} serves {names}"
             except DriverError:
                 if self.bus.poll() is not None or time.monotonic() > deadline:
-                    raise StepFailed((self.folder / "bus.log").read_text().strip() or "the bus does not start") from None
+                    said = (self.folder / "bus.log").read_text().strip()
+                    raise StepFailed(said or "the bus does not start") from None
                 time.sleep(0.02)
 
     def read_disk(self, connector: str) -> str:
@@ -358,7 +359,7 @@ class Demo:
                 self.bus.wait()
 
 
-class _load:  # noqa: N801 - used as a context manager, by its verb
+class _load:
     """Keeps a disk busy with random reads in a thread."""
 
     def __init__(self, disk: drivers.Blk) -> None:
@@ -377,7 +378,7 @@ class _load:  # noqa: N801 - used as a context manager, by its verb
                 ]:
                     future.result(20)
                     self.done += 1
-        except BaseException as error:  # noqa: BLE001 - raised by whoever waits
+        except BaseException as error:
             self._error = error
 
     def wait_for_more_than(self, before: int) -> None:

@@ -5,8 +5,8 @@ A driver knows queues of requests and the device's config space; it never knows 
 
 from __future__ import annotations
 
+import contextlib
 import errno
-
 from typing import TYPE_CHECKING, ClassVar
 
 from vbus.errors import DriverError
@@ -39,7 +39,9 @@ class Driver:
             device.go()
             self.started()
         except BaseException:
-            device.driver = None
+            # Leave the device as it was found: free.
+            with contextlib.suppress(DriverError):
+                self.close()
             raise
 
     def started(self) -> None:

@@ -77,3 +77,4 @@ class Loop:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5)
+        self._callbacks.clear()

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TypeVar
 from uuid import UUID
 
-from vbus import msg
+from vbus import hints, msg
 from vbus.errors import DriverError, NoSuchNameError, UsageError
 from vbus.proxy.connector import GuestConnector
 from vbus.proxy.driver import Driver
@@ -316,8 +316,7 @@ class Remote:
         for device in self:
             if device.name == name:
                 return device
-        names = ", ".join(device.name for device in self) or "none"
-        raise NoSuchNameError(f"bus {self.bus_name} has no device {name!r}: it has {names}")
+        raise NoSuchNameError(hints.no_such("device", name, [d.name for d in self], f"bus {self.bus_name}"))
 
     def wait_for(self, name: str, timeout: float | None = None) -> RemoteDevice:
         """The device of this name, as soon as it is there. DriverError ETIMEDOUT."""
@@ -336,7 +335,9 @@ class Remote:
         """Reset the device of this name and drive it. NoSuchNameError, UsageError, DriverError (EBUSY, ...)."""
         device = self.device(name)
         if device.device_id != cls.device_id:
-            raise UsageError(f"device {name!r} has device id {device.device_id}; a {cls.__name__} driver wants {cls.device_id}")
+            raise UsageError(
+                f"device {name!r} has device id {device.device_id}; a {cls.__name__} driver wants {cls.device_id}"
+            )
         return cls(device)
 
     @property
@@ -351,6 +352,12 @@ class Remote:
         self._closed = True
         self.connector.end(DriverError(errno.ESHUTDOWN, "detached"))
         self.connector.close()
+        # What holds descriptors goes now, not when this side's cycles are collected.
+        for device in self:
+            device.queues = []
+            device.driver = None
+        self.connector.remote = None
+        self._devices = {}
 
     def __enter__(self) -> Remote:
         return self

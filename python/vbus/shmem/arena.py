@@ -70,7 +70,9 @@ class Arena:
         return sum(self._taken.values())
 
     def close(self) -> None:
-        """Give the descriptor back; the memory lives on while a ring or a view uses it."""
+        """Give the descriptor back; the memory lives on while a ring or a view uses it, but not for this arena."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+            self.view.release()
+            del self.mapping

@@ -62,7 +62,7 @@ class ProcessConnector(GuestConnector):
             raise
         self.area.close()
         to_device, to_driver = bells[2 : 2 + PRIORITIES], bells[2 + PRIORITIES :]
-        self.link = Link(self.area, device_side=False, bell_in=bells[1], bell_out=bells[0])
+        self.link: Link | None = Link(self.area, device_side=False, bell_in=bells[1], bell_out=bells[0])
         self.sender = self.area.sender(to_device, to_device=True)
         self.receiver = self.area.receiver(to_device=False)
         scheduler = loop.scheduler
@@ -70,7 +70,8 @@ class ProcessConnector(GuestConnector):
         self._socket_key = loop.key(self._socket_turn, 0)
         self._fault_key = loop.key(self._faulted, 0)
         self._sock.setblocking(False)
-        scheduler.add_fd(self.link.bell_in.fileno(), self._link_key)
+        self._link_bell = bells[1].fileno()
+        scheduler.add_fd(self._link_bell, self._link_key)
         scheduler.add_fd(self._sock.fileno(), self._socket_key)
         scheduler.add_events(self.receiver, to_driver, self._fault_key)
 
@@ -108,19 +109,23 @@ class ProcessConnector(GuestConnector):
     # Turns.
 
     def transmit(self, message: bytes) -> None:
-        """Send through the area."""
-        self.link.send(message)
+        """Send through the area. DriverError ESHUTDOWN once parted."""
+        link = self.link
+        if link is None:
+            raise DriverError(errno.ESHUTDOWN, "detached")
+        link.send(message)
 
     def _link_turn(self) -> bool:
-        if self.lost is not None:
+        link = self.link
+        if self.lost is not None or link is None:
             return False
         try:
-            for message in self.link.receive():
+            for message in link.receive():
                 self.received(message)
         except Violation as violation:
             self._broken(f"the bus broke the link: {violation}")
             return False
-        return self.link.more
+        return link.more
 
     def _socket_turn(self) -> bool:
         """The socket only shows that the bus is alive."""
@@ -232,14 +237,17 @@ class ProcessConnector(GuestConnector):
         """Part from the bus, which notices that the socket is closed."""
         self.loop.scheduler.remove_events(self.receiver)
         self.loop.scheduler.remove_fd(self._sock.fileno())
-        self.loop.scheduler.remove_fd(self.link.bell_in.fileno())
+        self.loop.scheduler.remove_fd(self._link_bell)
         for sources in self._sources.values():
             for bell in sources.bells:
                 self.loop.scheduler.remove_fd(bell.fileno())
         self._sock.close()
         self.loop.close()
+        # Descriptors and mappings go now, not when some cycle of this side's objects is collected.
         self._sources.clear()
         self.arena.close()
+        self.link = None
+        del self.sender, self.receiver, self.area
 
 
 def _connect(path: Path, timeout: float) -> socket.socket:

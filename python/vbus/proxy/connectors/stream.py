@@ -243,6 +243,7 @@ class StreamConnector(GuestConnector):
         self.loop.close()
         self._ends.clear()
         self.arena.close()
+        self._memory.clear()
 
 
 def _connect(address: Address, timeout: float) -> socket.socket:
