@@ -274,6 +274,10 @@ def doorbells_unasked(peer: RawPeer) -> None:
     peer.send(msg.Doorbell(0, 1, 2), 1)
 
 
+def messages_too_small(peer: RawPeer) -> None:
+    peer.send(msg.Hello(1, 100, 0))
+
+
 def no_hello(peer: RawPeer) -> None:
     peer.send(msg.GetDevices(0, 100))
 
@@ -297,6 +301,7 @@ ATTACKS: list[tuple[Callable[[RawPeer], None], str]] = [
     (a_cookie_that_never_came, "descriptor-missing"),
     (regions_without_end, "too-many-regions"),
     (doorbells_unasked, "doorbell-unasked"),
+    (messages_too_small, "message-limit"),
     (no_hello, "the first message was not HELLO"),
 ]
 
@@ -669,3 +674,23 @@ def test_a_driver_that_never_lets_go_of_removed_devices_is_parted_from(
             break
     assert why(connector).startswith("removed-devices-held")
     assert_serves(path)
+
+
+def test_what_wants_no_answer_gets_none_and_a_kick_in_band_is_one(bus: Bus, raw: RawPeer) -> None:
+    raw.hello()
+    number = bus.slot("echo").number
+    ring = HandRing(raw, number)
+    ring.descriptor(0, BASE + DATA, 16)
+    struct.pack_into("<HHH", ring.view, AVAIL, 0, 1, 0)
+    for body in (msg.EventUsed(0), msg.PingResponse(3), msg.GetConfigResponse(0, 0, 0, b""), msg.EventAvail(0, 0)):
+        raw.send(body, number, token=9)
+    assert raw.ask(msg.Ping(5)).data == 5
+    assert wait_until(lambda: bus.stat()[0]["requests"] == 1 or bus.describe()[0]["violations"])
+
+
+def test_feature_blocks_that_do_not_exist_are_zero(bus: Bus, raw: RawPeer) -> None:
+    raw.hello()
+    number = bus.slot("lamp").number
+    assert raw.ask(msg.GetDeviceFeatures(0, 8), number).features[4:] == (0, 0, 0, 0)
+    assert raw.ask(msg.GetDeviceFeatures(0xFFFF_FFFF, 1), number).features == (0,)
+    assert raw.ask(msg.GetDeviceFeatures(1, 1), number).features == (1,)

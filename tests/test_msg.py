@@ -38,8 +38,9 @@ COUNTED = {"num_blocks": "features", "length": "data"}
 """Fields that say how many there are of another."""
 REQUEST_ID, TOKEN_AT, SIZE_AT = 0xC0, 4, 6
 
-names = st.text(max_size=MAX_NAME).filter(lambda text: _fits(text, MAX_NAME))
-texts = st.text(max_size=200).filter(lambda text: _fits(text, 4000))
+printable = st.characters(codec="utf-8").filter(str.isprintable)
+names = st.text(printable, max_size=MAX_NAME).filter(lambda text: _fits(text, MAX_NAME))
+texts = st.text(printable, max_size=200).filter(lambda text: _fits(text, 4000))
 TAILS: dict[Tail, tuple[st.SearchStrategy[Any], ...]] = {
     DATA: (st.binary(max_size=300),),
     WORDS: (st.lists(st.integers(0, 2**32 - 1), max_size=8).map(tuple),),

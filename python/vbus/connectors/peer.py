@@ -27,7 +27,12 @@ log = logging.getLogger("vbus.connector")
 REVISION = 1
 FEATURE_BLOCKS = 4
 """128 feature bits, in blocks of 32."""
-MAX_CONFIG_READ = 4096
+MAX_BLOCKS = 16
+"""Blocks of features in one answer."""
+LEAST_MESSAGE = 128
+"""Bytes of a message that every link must take: a HELLO with the longest name fits."""
+HEADROOM = 64
+"""Bytes of a message that are not payload, at most."""
 MAX_UNRELEASED = 256
 """Numbers of removed devices that a driver may hold: each keeps its number and its event sources from reuse."""
 MAX_DRIVER_MEMORY = 1 << 36
@@ -52,6 +57,8 @@ class MessagePeer(Attachment):
         self.since = time.time()
         self.parted = False
         self.greeted = False
+        self.limit = self.max_message
+        """Bytes of a message that both sides take."""
         self.held: set[int] = set()
         """Device numbers that this driver has been told of and has not let go."""
         self._dirty: set[int] = set()
@@ -116,10 +123,9 @@ class MessagePeer(Attachment):
 
     def _dispatch(self, frame: msg.Frame) -> None:
         token = frame.token
-        body = frame.body
-        match body:
-            case msg.Hello():
-                self._hello(token)
+        match frame.body:
+            case msg.Hello(max_msg_size=limit):
+                self._hello(limit, token)
             case msg.Ping(data=data):
                 self.send(msg.PingResponse(data), token=token)
             case _ if not self.greeted:
@@ -131,12 +137,20 @@ class MessagePeer(Attachment):
                 self.send(msg.ReleaseResponse(), frame.dev_num, token)
             case _ if self.bodied(frame):
                 pass
+            case body if msg.is_event(body) or msg.response_type(type(body)) is None:
+                self._event(frame)
             case _:
                 slot = self.bus.slot_at(frame.dev_num)
                 if slot is None or not self.host.carries(slot):
                     self.refuse(frame, errno.ENODEV, f"there is no device {frame.dev_num}")
                 else:
                     self._dispatch_to(slot, frame)
+
+    def _event(self, frame: msg.Frame) -> None:
+        """A notification in band; whatever else wants no answer gets none."""
+        slot = self.bus.slot_at(frame.dev_num)
+        if isinstance(frame.body, msg.EventAvail) and slot is not None and slot.owner is self:
+            slot.mark(slot.queue_at(frame.body.vq_index))
 
     def _dispatch_to(self, slot: Slot, frame: msg.Frame) -> None:
         number, token = slot.number, frame.token
@@ -161,9 +175,11 @@ class MessagePeer(Attachment):
             case msg.Name():
                 answer(msg.NameResponse(slot.uuid, slot.name))
             case msg.GetDeviceFeatures(block_index=first, num_blocks=count):
-                count = min(count, FEATURE_BLOCKS)
-                blocks = (features.to_blocks(slot.exposed) + [0] * FEATURE_BLOCKS)[first : first + count]
-                answer(msg.GetDeviceFeaturesResponse(first, len(blocks), tuple(blocks)))
+                # Blocks that the device has not are zero; `first` may be anything.
+                exposed = features.to_blocks(slot.exposed, FEATURE_BLOCKS)
+                count = min(count, MAX_BLOCKS)
+                blocks = [exposed[n] if n < FEATURE_BLOCKS else 0 for n in range(first, first + count)]
+                answer(msg.GetDeviceFeaturesResponse(first, count, tuple(blocks)))
             case msg.SetDriverFeatures(block_index=first, features=blocks):
                 if first + len(blocks) > FEATURE_BLOCKS:
                     raise RefusedError(f"{slot.name} has {FEATURE_BLOCKS} blocks of features")
@@ -172,7 +188,7 @@ class MessagePeer(Attachment):
                 slot.set_driver_features(self, bits)
                 answer(msg.SetDriverFeaturesResponse())
             case msg.GetConfig(offset=offset, length=length):
-                generation, data = slot.read_config(offset, min(length, MAX_CONFIG_READ))
+                generation, data = slot.read_config(offset, min(length, self.limit - HEADROOM))
                 answer(msg.GetConfigResponse(generation, offset, len(data), data))
             case msg.SetConfig(generation=generation, offset=offset, data=data):
 
@@ -213,12 +229,17 @@ class MessagePeer(Attachment):
         """The driver says where a ring is."""
         slot.set_queue(self, index, size, desc, driver, device)
 
-    def _hello(self, token: int) -> None:
+    def _hello(self, limit: int, token: int) -> None:
+        if limit < LEAST_MESSAGE:
+            raise Violation(
+                "message-limit", f"the driver takes messages of {limit} bytes; {LEAST_MESSAGE} are the least"
+            )
         self.greeted = True
+        self.limit = min(self.max_message, limit)
         self.send(
             msg.HelloResponse(
                 revision=REVISION,
-                max_msg_size=self.max_message,
+                max_msg_size=self.limit,
                 memory_kind=self.memory_kind,
                 signal_kind=self.signal_kind,
                 priorities=8,
@@ -233,7 +254,7 @@ class MessagePeer(Attachment):
 
     def _get_devices(self, offset: int, count: int, token: int) -> None:
         """A bitmap of the numbers from `offset` on that hold a device which this driver may see."""
-        count = min(count, 8 * (self.max_message - 64), 1 << 15)
+        count = min(count, 8 * (self.limit - HEADROOM), 1 << 15)
         numbers = [slot.number for slot in self.bus.slots() if self.host.carries(slot)]
         bitmap = bytearray(-(-count // 8))
         for number in numbers:
@@ -241,7 +262,8 @@ class MessagePeer(Attachment):
                 bitmap[(number - offset) // 8] |= 1 << (number - offset) % 8
                 self.held.add(number)
         later = [number for number in numbers if number >= offset + count]
-        self.send(msg.GetDevicesResponse(offset, count, min(later, default=0), bytes(bitmap)), token=token)
+        # The draft asks for offsets that are multiples of 8.
+        self.send(msg.GetDevicesResponse(offset, count, min(later, default=0) & ~7, bytes(bitmap)), token=token)
 
     # What slots and the bus say.
 
@@ -249,12 +271,12 @@ class MessagePeer(Attachment):
         """Offer a device that arrived."""
         if self.greeted:
             self.held.add(slot.number)
-            self.send(msg.EventDevice(slot.number, 1))
+            self.send(msg.EventDevice(slot.number, msg.DeviceState.READY))
 
     def unplugged(self, slot: Slot) -> None:
         """Say that a device is gone."""
         if self.greeted:
-            self.send(msg.EventDevice(slot.number, 2))
+            self.send(msg.EventDevice(slot.number, msg.DeviceState.REMOVED))
         gone = sum(self.bus.slot_at(number) is None for number in list(self.held))
         if gone > MAX_UNRELEASED:
             self.part(f"removed-devices-held: it does not let go of {gone} devices that were removed")

@@ -28,8 +28,7 @@ from vbus.shmem.link import Link
 MAX_MESSAGE = 16384
 MAX_WAITING_FDS = 32
 """Descriptors that a driver may have sent ahead of the messages that name them."""
-MEMORY_SHARED = 0
-SIGNAL_KINDS = {"direct": 0, "tunnelled": 1}
+SIGNAL_KINDS = {"direct": msg.SignalKind.DIRECT, "tunnelled": msg.SignalKind.TUNNELLED}
 
 
 class Process(PeerHost):
@@ -78,7 +77,7 @@ class Process(PeerHost):
 class ProcessPeer(MessagePeer):
     """One process on the other side of an area."""
 
-    memory_kind = MEMORY_SHARED
+    memory_kind = msg.MemoryKind.SHARED
     max_message = MAX_MESSAGE
 
     def __init__(self, host: Process, bus: Bus, label: str, sock: socket.socket) -> None:
@@ -206,7 +205,7 @@ class ProcessPeer(MessagePeer):
             length = check_sealed(fd, MAX_DRIVER_MEMORY)
             if size == 0 or offset + size > length:
                 raise Violation("region-outside-file", f"{offset:#x} + {size:#x} of a file of {length:#x} bytes")
-            writable = bool(protection & 2)
+            writable = bool(protection & msg.Protection.WRITE)
             try:
                 mapping = _core.Mapping(fd, size, offset, writable=writable)
             except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from typing import ClassVar
 from vbus import _core, address, msg
 from vbus.bus import Bus, Credentials, Queue, Slot
 from vbus.bus.slot import SignalCounters
-from vbus.connectors.peer import MessagePeer
+from vbus.connectors.peer import HEADROOM, MessagePeer
 from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError, Violation
 from vbus.msg.wire import WireWriter, tune
@@ -26,13 +26,9 @@ from vbus.shmem.arena import Arena
 from vbus.virtio import features
 
 MAX_MESSAGE = 65528
-FRAGMENT = MAX_MESSAGE - 64
-"""Bytes of a request or a completion that travel in one message."""
 MAX_REQUEST = 4 << 20
 READ_SIZE = 1 << 18
 MAX_QUEUED_EVENTS = 1 << 16
-MEMORY_COPIED = 2
-SIGNAL_IN_BAND = 2
 REAP = 64
 
 
@@ -159,7 +155,7 @@ class Bridge:
     def more(self, data: msg.Data) -> None:
         """Take a further part of a request. Violation."""
         transfer = self._arriving.get(data.id)
-        if transfer is None or data.direction != 0:
+        if transfer is None or data.direction != msg.Direction.TO_DEVICE:
             raise Violation("data-unasked", f"a part of request {data.id}, which waits for none")
         if data.offset != transfer.received or data.offset + len(data.data) > transfer.readable:
             raise Violation("data-offset", f"bytes {data.offset} + {len(data.data)} of {transfer.readable}")
@@ -187,6 +183,7 @@ class Bridge:
         if self.closed:
             return False
         used = self.ring.reap(REAP)
+        fragment = self.peer.limit - HEADROOM
         for token, written in used:
             transfer = self._under_way.pop(token)
             self._ids.discard(transfer.id)
@@ -195,10 +192,10 @@ class Bridge:
             self._arena.give_back(transfer.start)
             self.completions += 1
             sent = 0
-            while written - sent > FRAGMENT:
-                part = msg.Data(self.index, transfer.id, 1, sent, data[sent : sent + FRAGMENT])
-                self.peer.send(part, self.number)
-                sent += FRAGMENT
+            while written - sent > fragment:
+                part = data[sent : sent + fragment]
+                self.peer.send(msg.Data(self.index, transfer.id, msg.Direction.TO_DRIVER, sent, part), self.number)
+                sent += fragment
             self.peer.send(msg.Complete(self.index, transfer.id, written, data[sent:]), self.number)
         if used:
             self.peer.resume()
@@ -219,8 +216,8 @@ class Bridge:
 class StreamPeer(MessagePeer):
     """One driver's side at the far end of a stream."""
 
-    memory_kind = MEMORY_COPIED
-    signal_kind = SIGNAL_IN_BAND
+    memory_kind = msg.MemoryKind.COPIED
+    signal_kind = msg.SignalKind.IN_BAND
     max_message = MAX_MESSAGE
     max_request = MAX_REQUEST
 

@@ -70,10 +70,14 @@ def _words(body: memoryview) -> tuple[tuple[int, ...]]:
 
 
 def _text(body: memoryview) -> tuple[str]:
+    """Text that may be shown to people: printable, so that it cannot steer a terminal or fake a line of a log."""
     try:
-        return (str(body, "utf-8"),)
+        text = str(body, "utf-8")
     except UnicodeDecodeError:
         raise BadBodyError("the text is not UTF-8") from None
+    if not text.isprintable():
+        raise BadBodyError("the text has characters that cannot be printed")
+    return (text,)
 
 
 def _pack_name(name: str) -> bytes:

@@ -89,6 +89,8 @@ class GuestConnector(ABC):
             self.end(DriverError(body.errno, body.text))
         elif isinstance(body, msg.Error):
             self._answer(frame.token, error=DriverError(body.errno, body.text))
+        elif isinstance(body, msg.Ping):
+            self.send(msg.PingResponse(body.data), token=frame.token)
         elif isinstance(body, msg.EventDevice):
             if self.remote is not None:
                 self.remote.device_event(body.dev_num, body.state)

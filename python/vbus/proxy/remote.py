@@ -231,8 +231,8 @@ class Remote:
     # What the bus announces. On the loop's thread.
 
     def device_event(self, number: int, state: int) -> None:
-        """A device is ready (1) or removed (2)."""
-        if state == 1:
+        """A device is ready or removed."""
+        if state == msg.DeviceState.READY:
             self.connector.loop.hook(lambda: self._arrived(number))
             return
         with self._changed:

@@ -22,7 +22,6 @@ from vbus.shmem.link import Link
 from vbus.virtio import features
 
 DESCRIPTORS = 3 + 2 * PRIORITIES
-READ_WRITE = 3
 
 
 @dataclass
@@ -48,7 +47,7 @@ class ProcessConnector(GuestConnector):
         self._sock = _connect(path, timeout)
         try:
             greeting, fds = self._greeted()
-            self._direct = greeting.signal_kind == 0
+            self._direct = greeting.signal_kind == msg.SignalKind.DIRECT
             try:
                 bells = [_core.Doorbell(fd) for fd in fds[1:]]
                 self.area = Area.open(fds.pop(0))
@@ -96,7 +95,7 @@ class ProcessConnector(GuestConnector):
     def accept(self, hello: msg.HelloResponse) -> None:
         """Let the bus map this driver's memory."""
         cookie = self._send_descriptor(self.arena.fd)
-        body = msg.MemoryAdd(self.arena.address, self.arena.size, 0, READ_WRITE, cookie)
+        body = msg.MemoryAdd(self.arena.address, self.arena.size, 0, msg.Protection.READ | msg.Protection.WRITE, cookie)
         answer = self.call(body, msg.MemoryAddResponse)
         if answer.errno:
             raise DriverError(answer.errno, "the bus does not take this driver's memory")

@@ -139,7 +139,7 @@ class StreamConnector(GuestConnector):
         if found is None:
             return
         _, outstanding = found
-        if direction != 1 or offset != outstanding.received:
+        if direction != msg.Direction.TO_DRIVER or offset != outstanding.received:
             raise Violation("data-offset", f"bytes at {offset}, {outstanding.received} came before")
         outstanding.request.write(data)
         outstanding.received += len(data)
@@ -170,7 +170,7 @@ class StreamConnector(GuestConnector):
             at = len(first)
             while at < total:
                 part = request.read(self._fragment)
-                self.send(msg.Data(end.index, request.index, 0, at, part), end.device.address)
+                self.send(msg.Data(end.index, request.index, msg.Direction.TO_DEVICE, at, part), end.device.address)
                 at += len(part)
         # Once more after the last: the ring turns its notifications on when it gives none.
         return bool(requests)
