@@ -1,0 +1,110 @@
+"""The demonstration, as a user runs it: whole, with tools missing, and with a tool that fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from command import vbus
+
+STEPS = [
+    "disks",
+    "bus",
+    "read, tunnelled signals",
+    "read, direct signals",
+    "copy",
+    "console",
+    "hotplug",
+    "grow",
+    "surprise removal",
+    "read, over a stream",
+    "end",
+]
+ROWS = [("disk0", "tunnelled"), ("disk0", "direct"), ("disk1", "tunnelled"), ("disk0", "far")]
+TOOLS = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in ("mkfs.ext4", "e2fsck")}
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where the demo keeps its things: a short path, for the sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="vbus-test-") as name:
+        yield Path(name)
+
+
+def demo(folder: Path, *tools: str) -> list[str]:
+    """The lines of a demo that succeeds, with these tools alone on its PATH; it left nothing behind."""
+    with_tools(folder, *tools)
+    done = vbus("demo", cwd=folder, env={"PATH": str(folder / "bin"), "TMPDIR": str(folder / "tmp")})
+    assert (done.returncode, done.stderr.decode()) == (0, ""), done.stdout.decode()
+    assert list((folder / "tmp").iterdir()) == []
+    return done.stdout.decode().splitlines()
+
+
+def with_tools(folder: Path, *tools: str) -> None:
+    """Make `folder`/bin with these tools in it, and `folder`/tmp."""
+    (folder / "tmp").mkdir()
+    (folder / "bin").mkdir()
+    for name in tools:
+        found = TOOLS[name]
+        assert found is not None
+        (folder / "bin" / name).symlink_to(found)
+
+
+def check_table(lines: list[str]) -> None:
+    """Every disk's row is there, and says that a whole disk was moved."""
+    start = next(n for n, line in enumerate(lines) if line.split()[:2] == ["device", "connector"])
+    assert lines[start].split() == ["device", "connector", "requests", "bytes", "doorbells/request"]
+    rows = [line.split() for line in lines[start + 1 : start + 1 + len(ROWS)]]
+    assert [(row[0], row[1]) for row in rows] == ROWS
+    said = re.search(r"of (\d+) MiB with \d+ files", lines[0])
+    assert said
+    size = int(said[1]) << 20
+    assert [int(row[3]) for row in rows] == [size] * len(ROWS)
+    assert all(int(row[2]) >= size >> 16 for row in rows)
+    assert all(float(row[4]) > 0 for row in rows)
+
+
+@pytest.mark.skipif(None in TOOLS.values(), reason="needs e2fsprogs")
+def test_the_whole_of_it(folder: Path) -> None:
+    lines = demo(folder, "mkfs.ext4", "e2fsck")
+    assert [re.split(r" \.\.", line)[0] for line in lines[: len(STEPS)]] == STEPS
+    assert "ext4 image" in lines[0]
+    assert "e2fsck -fn finds it clean" in lines[STEPS.index("copy")]
+    check_table(lines)
+    assert lines[-1] == "demo: ok"
+    assert not any(line.startswith("replaced") for line in lines)
+
+
+def test_without_tools_it_says_what_it_replaced(folder: Path) -> None:
+    lines = demo(folder)
+    assert "tar archive" in lines[0]
+    check_table(lines)
+    assert lines[-2] == "replaced: mkfs.ext4 is missing: a tar archive stands in for the file system"
+    assert lines[-1] == "demo: ok (1 replaced)"
+
+
+@pytest.mark.skipif(TOOLS["mkfs.ext4"] is None, reason="needs e2fsprogs")
+def test_without_a_check_it_compares(folder: Path) -> None:
+    lines = demo(folder, "mkfs.ext4")
+    assert "the copy's checksum is the image's" in lines[STEPS.index("copy")]
+    check_table(lines)
+    assert lines[-2] == "replaced: e2fsck is missing: the copy's checksum stands in for the check"
+    assert lines[-1] == "demo: ok (1 replaced)"
+
+
+def test_a_step_that_fails_is_named(folder: Path) -> None:
+    with_tools(folder)
+    tool = folder / "bin" / "mkfs.ext4"
+    tool.write_text("#!/bin/sh\nexit 7\n")
+    tool.chmod(0o755)
+    done = vbus("demo", cwd=folder, env={"PATH": str(folder / "bin"), "TMPDIR": str(folder / "tmp")})
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"demo: failed: disks: CalledProcessError")
+    assert b"demo: ok" not in done.stdout
+    assert list((folder / "tmp").iterdir()) == []
