@@ -174,6 +174,15 @@ def test_a_socket_serves_one_client_after_the_other(tmp_path: Path) -> None:
         assert backend.dropped == 6
 
 
+def test_a_client_that_has_connected_hears_what_is_said_before_its_turn_comes(tmp_path: Path) -> None:
+    with opened(UnixSocket(str(tmp_path / "c"))) as backend, socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(LIMIT)
+        client.connect(backend.path)
+        assert write(backend, b"login: ") == 7
+        assert backend.dropped == 0
+        assert client.recv(100) == b"login: "
+
+
 def test_what_a_client_sent_before_it_left_is_not_lost(tmp_path: Path) -> None:
     data = os.urandom(50_000)
     with opened(UnixSocket(str(tmp_path / "c"))) as backend:

@@ -100,6 +100,9 @@ class Backend(ABC):
             for fd, events in self._epoll.poll(0):
                 self._happened(fd, events)
 
+    def _seek_reader(self) -> None:  # noqa: B027 - most streams have one or have none
+        """There is output and nobody to read it: take whoever may be waiting to."""
+
     def _happened(self, fd: int, events: int) -> None:  # noqa: B027 - most streams need not know
         """Something happened to a descriptor; reading and writing find out the rest."""
 
@@ -128,6 +131,8 @@ class Backend(ABC):
     def write(self, buffers: Sequence[memoryview]) -> int:
         """Write as much of `buffers` (not empty) as goes now; 0 when the other end must read first."""
         total = sum(map(len, buffers))
+        if not self.connected:
+            self._seek_reader()
         if not self.connected:
             self.dropped += total
             return total
@@ -290,6 +295,11 @@ class UnixSocket(Backend):
             self._accept()
         elif fd == self._output and events & (select.EPOLLHUP | select.EPOLLERR):
             self._output_ended()
+
+    def _seek_reader(self) -> None:
+        # A client that has connected counts, even if its turn to be served has not come yet: it hears all that is
+        # said from then on.
+        self._accept()
 
     def _accept(self) -> None:
         """Serve the next client, when there is one and none is served now."""
