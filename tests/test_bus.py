@@ -404,3 +404,20 @@ def test_only_members_are_let_in(kind: str, make_bus: MakeBus, tmp_path_factory:
             assert said.startswith("in 1" if admitted else "out 13"), said
             if not admitted:
                 assert "is not a member" in connector.describe()["departed"][-1]["reason"]
+
+
+def test_attaching_in_vain_leaves_nothing(tmp_path: Path, make_bus: MakeBus, leftovers: type) -> None:
+    bus = make_bus()
+    connector = bus.connect(make_connector("process-tunnelled", tmp_path))
+    path = connector.address.removeprefix("process:")
+
+    def fail() -> None:
+        for address in (f"{tmp_path}/nothing.sock", f"unix:{tmp_path}/nothing.sock", f"unix:{path}", "tcp:127.0.0.1:1"):
+            with pytest.raises(DriverError):
+                vbus.attach(address)
+
+    fail()
+    before = leftovers()
+    for _ in range(10):
+        fail()
+    assert wait_until(lambda: not leftovers().exceeds(before)), f"{before} then {leftovers()}"

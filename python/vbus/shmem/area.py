@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import weakref
 from dataclasses import dataclass
 
 from vbus import _core
@@ -142,6 +143,8 @@ class Area:
 
     def __init__(self, fd: int, mapping: _core.Mapping, geometry: Geometry) -> None:
         self.fd = fd
+        # Whoever fails half-way may forget to close.
+        self._closer = weakref.finalize(self, os.close, fd)
         self.mapping = mapping
         self.geometry = geometry
         self._view = memoryview(mapping)
@@ -224,9 +227,8 @@ class Area:
 
     def close(self) -> None:
         """Give the descriptor back; the memory stays mapped while anything uses it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._closer()
+        self.fd = -1
 
 
 def sealed_memfd(name: str, size: int) -> int:

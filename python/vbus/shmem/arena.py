@@ -9,6 +9,7 @@ take no memory.
 from __future__ import annotations
 
 import os
+import weakref
 
 from vbus import _core
 from vbus.shmem.area import sealed_memfd
@@ -26,6 +27,8 @@ class Arena:
         self.size = size
         self.address = address
         self.fd = sealed_memfd("vbus-arena", size)
+        # Whoever fails half-way may forget to close.
+        self._closer = weakref.finalize(self, os.close, self.fd)
         self.mapping = _core.Mapping(self.fd, size)
         self.view = memoryview(self.mapping)
         self._free: dict[int, set[int]] = {size: {0}}
@@ -72,7 +75,7 @@ class Arena:
     def close(self) -> None:
         """Give the descriptor back; the memory lives on while a ring or a view uses it, but not for this arena."""
         if self.fd >= 0:
-            os.close(self.fd)
+            self._closer()
             self.fd = -1
             self.view.release()
             del self.mapping
