@@ -319,8 +319,9 @@ def test_what_was_counted_is_what_was_done(attached: Attached) -> None:
     driver.close()
     (row,) = bus.stat()
     assert row["requests"] == 50
-    assert row["to_driver"] == before["to_driver"]
-    assert row["to_device"]["rung"] >= before["to_device"]["rung"]
+    for direction in ("to_device", "to_driver"):
+        # What was under way when it was looked at may have been counted a moment later; nothing is forgotten.
+        assert all(before[direction][key] <= row[direction][key] <= 50 for key in ("signalled", "sent", "rung"))
 
 
 def test_parting_ends_everything_and_leaves_nothing(
