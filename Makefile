@@ -3,9 +3,11 @@
 PYTHON ?= $(shell tools/python)
 VENV := .venv
 BIN := $(VENV)/bin
-LOOM_TARGET := target/loom
+LOOM_TARGET := $(or $(CARGO_TARGET_DIR),target)/loom
 RUST_SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find crates -name '*.rs' -o -name Cargo.toml)
 STAMPS := $(VENV)/stamps
+# mkfs.ext4 and e2fsck are there for everybody, but not on everybody's PATH.
+export PATH := $(PATH):/usr/sbin:/sbin
 
 .PHONY: demo test soak soak-short setup build lint rust loom pytest test-unprivileged dist fmt clean
 
@@ -13,7 +15,7 @@ demo: build
 	$(BIN)/vbus demo
 
 test: build
-	tools/steps soak-short\& lint rust loom pytest
+	tools/steps soak-short\& lint rust loom test-unprivileged pytest
 
 soak: build
 	VBUS_SOAK_SECONDS=3600 $(BIN)/python -m pytest tests/test_soak.py --timeout 4200 -s
@@ -66,7 +68,7 @@ test-unprivileged: build
 
 dist: build
 	$(BIN)/maturin build --release --quiet --out dist
-	$(BIN)/maturin sdist --quiet --out dist
+	$(BIN)/maturin sdist --out dist
 
 fmt:
 	cargo fmt
