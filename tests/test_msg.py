@@ -182,6 +182,34 @@ def test_what_does_not_fit_is_not_made(frame: msg.Frame) -> None:
         msg.encode(frame)
 
 
+def integers_of(cls: type[msg.Body]) -> list[tuple[str, int]]:
+    """The names of a message's fixed fields, and the first number that is too large for each."""
+    codes = re.sub(r"\d*x", "", CLASSES[cls].fixed.format.lstrip("<"))
+    codes = re.sub(r"(\d+)([BHIQ])", lambda found: found[2] * int(found[1]), codes)
+    return [(field.name, 1 << BITS[code]) for field, code in zip(dataclasses.fields(cls), codes, strict=False)]
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if integers_of(cls)], ids=lambda cls: cls.__name__)
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_no_field_takes_a_number_that_does_not_fit(cls: type[msg.Body], data: st.DataObject) -> None:
+    body = data.draw(bodies_of(cls))
+    for name, too_large in integers_of(cls):
+        for value in (-1, too_large, too_large + data.draw(st.integers(0, 1 << 64))):
+            with pytest.raises(ValueError, match=r"."):
+                msg.encode(msg.Frame(dataclasses.replace(body, **{name: value})))
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "\x1b[2J", "\x00", "\u202e", "\ud800"])
+def test_texts_that_cannot_be_printed_are_neither_made_nor_read(text: str) -> None:
+    for body in (msg.Error(1, 2, text), msg.NameResponse(UUID(int=0), text), msg.ChannelOpen(0, 0, 0, text)):
+        with pytest.raises(ValueError, match="cannot be printed"):
+            msg.encode(msg.Frame(body))
+    data = text.encode(errors="surrogatepass")
+    good = msg.encode(msg.Frame(msg.Error(1, 2, "x" * len(data))))
+    assert malformed(good[: -len(data)] + data).name == "bad-body"
+
+
 # What is no message.
 
 

@@ -14,9 +14,13 @@ from uuid import UUID
 import pytest
 
 from vbus import msg
-from vbus.msg import messages
+from vbus.connectors import peer, peer_host, process, stream
+from vbus.msg import messages, wire
 from vbus.msg.codec import TABLE
 from vbus.msg.generation import EVENT_BIT, FRAME_HEADER_SIZE, TYPE_RESPONSE
+from vbus.msg.layout import DATA, IDENTITY, MAX_NAME, NAME, TEXT, WORDS, Layout
+from vbus.proxy.connectors import process as guest_process
+from vbus.shmem import area, handshake, link
 
 PAGE = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 CODES = {"u8": "B", "le16": "H", "le32": "I", "le64": "Q"}
@@ -136,9 +140,99 @@ def test_every_kind_of_malformed_has_an_example() -> None:
     assert len(names) == 5
 
 
+TAILS = {DATA: "bytes", WORDS: "words", TEXT: "text", NAME: "name", IDENTITY: "uuid, name"}
+
+
+def body_of(layout: Layout) -> str:
+    """A body as the page's first table writes it."""
+    if layout.tail is None:
+        return str(layout.fixed.size)
+    return (f"{layout.fixed.size} + " if layout.fixed.size else "") + TAILS[layout.tail]
+
+
+def title(cls: type[msg.Body]) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).upper()
+
+
+def test_the_first_table_has_every_message_with_its_id_and_sizes() -> None:
+    line = r"^\| (bus )?([0-9a-f]{2}) \| \[(\w+)\]\(#(\S+)\) \| (?:driver|bus|both) \| (.+?) \| (.+?) \|$"
+    found = re.findall(line, PAGE, re.MULTILINE)
+    wanted = []
+    for row in TABLE:
+        name = title(row.message)
+        response = body_of(row.response_layout) if row.response is not None else "none"
+        wanted.append(
+            ("bus " * row.bus, f"{row.id:02x}", name, f"{name.lower()}-{row.id:02x}", body_of(row.layout), response)
+        )
+    assert found == wanted
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    (section,) = re.findall(r"^## Limits\n(.*?)^## ", PAGE, re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^\| (.+?) \| (\d+)(?: bytes)? \|$", section, re.MULTILINE)
+    assert {what: int(value) for what, value in lines} == {
+        "largest message, `process`": process.MAX_MESSAGE,
+        "largest message, `stream`": stream.MAX_MESSAGE,
+        "smallest `max_msg_size` of a HELLO": peer.LEAST_MESSAGE,
+        "name": MAX_NAME,
+        "readable and writable bytes of a REQUEST": stream.MAX_REQUEST,
+        "bytes that wait for a reader of a stream": wire.MAX_QUEUED,
+        "messages that wait for a reader of a link ring": link.MAX_KEPT,
+        "descriptors that wait for the message with their cookie": process.MAX_WAITING_FDS,
+        "bytes of memory that one driver may have mapped": peer.MAX_DRIVER_MEMORY,
+        "numbers of removed devices that are not RELEASEd": peer.MAX_UNRELEASED,
+        "drivers of one connector; the next is refused": peer_host.MAX_PEERS,
+        "event sources of a bus; a device beyond them is refused": area.MAX_SOURCES,
+        "bytes of a shared area": area.MAX_AREA,
+    }
+
+
+def test_the_answer_to_hello_is_small_enough_for_everybody() -> None:
+    largest = msg.HelloResponse(1, 0, 0, 0, 0, 0, 0, 0, UUID(int=0), "x" * MAX_NAME)
+    assert len(msg.encode(msg.Frame(largest))) <= peer.LEAST_MESSAGE
+
+
+def test_the_header_of_the_shared_area() -> None:
+    header = area.Geometry.plan(1024).pack()
+    end = 0
+    lines = re.findall(r"^\| (\d+) \| (le\d+) \S+ \| (0x[0-9a-f]+) \|$", PAGE, re.MULTILINE)
+    for at, kind, value in lines:
+        assert int(at) == end
+        end += SIZES[kind]
+        assert int.from_bytes(header[int(at) : end], "little") == int(value, 16)
+    assert end == len(header)
+    assert header[:8] == b"vbarea1\0"
+
+
+def test_the_packets_of_the_socket() -> None:
+    (block,) = blocks("socket")
+    examples = re.findall(r"^(\w.*)\n    (.+)$", block, re.MULTILINE)
+    assert [what.split()[0] for what, _ in examples] == ["greeting", "greeting", "cookie"]
+    for what, hex_ in examples:
+        packet = bytes.fromhex(hex_)
+        if what.startswith("cookie"):
+            cookie = int(what.split()[1])
+            assert handshake.pack_cookie(cookie) == packet
+            assert handshake.read_cookie(packet) == cookie
+        else:
+            values = dict(pair.split("=") for pair in what.split()[1:])
+            greeting = handshake.Greeting(
+                int(values["signal_kind"]), int(values["priorities"]), int(values["errno"]), values["text"]
+            )
+            assert greeting.pack() == packet
+            assert handshake.Greeting.unpack(packet) == greeting
+
+
+def test_what_the_page_says_of_the_socket() -> None:
+    assert f"it carries {guest_process.DESCRIPTORS} descriptors" in PAGE
+    assert f"then text; {handshake.MAX_PACKET} bytes at most" in PAGE
+    assert f"At most {process.MAX_WAITING_FDS} may wait for their messages" in PAGE
+    assert f"keeps up to {link.MAX_KEPT} messages" in PAGE
+
+
 def test_headings_name_the_ids() -> None:
     found = {(name, int(number, 16)) for name, number in re.findall(r"^### ([A-Z_]+) \(([0-9a-f]{2})\)$", PAGE, re.M)}
-    wanted = {(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", row.message.__name__).upper(), row.id) for row in TABLE}
+    wanted = {(title(row.message), row.id) for row in TABLE}
     assert found == wanted
 
 

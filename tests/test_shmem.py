@@ -121,6 +121,11 @@ def test_an_area_opens_only_from_a_sealed_file_that_holds_it() -> None:
         Area.open(sealed_memfd("empty", 1 << 20))
     with pytest.raises(Violation, match="memory-too-large"):
         Area.open(sealed_memfd("large", MAX_AREA + 1))
+    later = sealed_memfd("later", area.geometry.total)
+    os.pwrite(later, os.pread(area.fd, 4096, 0), 0)
+    os.pwrite(later, b"\x02", 8)
+    with pytest.raises(Violation, match="area-version"):
+        Area.open(later)
     os.close(short)
     os.close(loose)
     assert len(os.listdir("/proc/self/fd")) == before - 1

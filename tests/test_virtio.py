@@ -262,6 +262,9 @@ def test_the_headers_and_queues_of_net() -> None:
         "01 01 3600 a805 2200 1000 0100"
     )
     assert net.HEADER.size + net.HASH_HEADER.size == 20
+    assert [int(flag) for flag in net.HeaderFlags] == [1, 2, 4, 8, 16, 32, 64]
+    assert [int(kind) for kind in net.Gso] == [0, 1, 3, 4, 5]
+    assert [int(flag) for flag in net.GsoFlags] == [0x20, 0x40, 0x80]
     assert net.CONTROL.pack(net.ControlClass.MQ, net.MqCommand.VQ_PAIRS_SET) == b"\x04\x00"
     assert [(net.receiveq(pair), net.transmitq(pair)) for pair in range(3)] == [(0, 1), (2, 3), (4, 5)]
     assert [net.controlq(pairs) for pairs in (1, 2, 8)] == [2, 4, 16]
@@ -301,6 +304,31 @@ def test_bits_of_the_specification() -> None:
     assert console.FEATURES.mask(["SIZE", "MULTIPORT", "EMERG_WRITE"]) == 0b111
     assert features.TRANSPORT.mask(["RING_INDIRECT_DESC", "RING_EVENT_IDX", "VERSION_1"]) == 1 << 28 | 1 << 29 | 1 << 32
     assert [features.TRANSPORT.bit(name) for name in features.TRANSPORT] == [28, 29, *range(32, 42), 43]
+
+
+BITS_BY_CLASS = [
+    (console.FEATURES, "SIZE MULTIPORT EMERG_WRITE", [0, 1, 2]),
+    (
+        blk.FEATURES,
+        "SIZE_MAX SEG_MAX GEOMETRY RO BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES LIFETIME SECURE_ERASE "
+        "ZONED",
+        [1, 2, 4, 5, 6, *range(9, 18)],
+    ),
+    (
+        net.FEATURES,
+        "CSUM GUEST_CSUM CTRL_GUEST_OFFLOADS MTU MAC GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 "
+        "HOST_ECN HOST_UFO MRG_RXBUF STATUS CTRL_VQ CTRL_RX CTRL_VLAN CTRL_RX_EXTRA GUEST_ANNOUNCE MQ CTRL_MAC_ADDR "
+        "DEVICE_STATS HASH_TUNNEL VQ_NOTF_COAL NOTF_COAL GUEST_USO4 GUEST_USO6 HOST_USO HASH_REPORT GUEST_HDRLEN RSS "
+        "RSC_EXT STANDBY SPEED_DUPLEX RSS_CONTEXT GUEST_UDP_TUNNEL_GSO GUEST_UDP_TUNNEL_GSO_CSUM HOST_UDP_TUNNEL_GSO "
+        "HOST_UDP_TUNNEL_GSO_CSUM OUT_NET_HEADER IPSEC",
+        [0, 1, 2, 3, 5, *range(7, 24), *range(50, 58), *range(59, 71)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("of", "names", "bits"), BITS_BY_CLASS)
+def test_all_bits_of_a_class(of: FeatureSet, names: str, bits: list[int]) -> None:
+    assert {name: of.bit(name) for name in of} == dict(zip(names.split(), bits, strict=True))
 
 
 @pytest.mark.parametrize("of", [net.FEATURES, blk.FEATURES, console.FEATURES, entropy.FEATURES])
@@ -402,7 +430,16 @@ def test_status_names_come_in_the_order_of_a_driver() -> None:
     assert Status(0).names == []
     assert Status(15).names == ["ACKNOWLEDGE", "DRIVER", "FEATURES_OK", "DRIVER_OK"]
     assert Status(64 | 128 | 1).names == ["ACKNOWLEDGE", "DEVICE_NEEDS_RESET", "FAILED"]
-    assert Status(0x31).names == ["ACKNOWLEDGE", "bit 4", "bit 5"]
+    assert Status(0x31).names == ["ACKNOWLEDGE", "SUSPEND", "bit 5"]
+    assert {bit.name: bit.value for bit in Status} == {
+        "ACKNOWLEDGE": 1,
+        "DRIVER": 2,
+        "DRIVER_OK": 4,
+        "FEATURES_OK": 8,
+        "SUSPEND": 16,
+        "DEVICE_NEEDS_RESET": 64,
+        "FAILED": 128,
+    }
     assert Status(15) == Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 
 

@@ -69,6 +69,15 @@ def _words(body: memoryview) -> tuple[tuple[int, ...]]:
     return (struct.unpack(f"<{len(body) // 4}I", body),)
 
 
+UNPRINTABLE = "the text has characters that cannot be printed"
+
+
+def _pack_text(text: str) -> bytes:
+    if not text.isprintable():
+        raise ValueError(UNPRINTABLE)
+    return text.encode()
+
+
 def _text(body: memoryview) -> tuple[str]:
     """Text that may be shown to people: printable, so that it cannot steer a terminal or fake a line of a log."""
     try:
@@ -76,12 +85,12 @@ def _text(body: memoryview) -> tuple[str]:
     except UnicodeDecodeError:
         raise BadBodyError("the text is not UTF-8") from None
     if not text.isprintable():
-        raise BadBodyError("the text has characters that cannot be printed")
+        raise BadBodyError(UNPRINTABLE)
     return (text,)
 
 
 def _pack_name(name: str) -> bytes:
-    data = name.encode()
+    data = _pack_text(name)
     if len(data) > MAX_NAME:
         raise ValueError(f"a name of {len(data)} bytes; {MAX_NAME} are the most")
     return bytes([len(data)]) + data
@@ -103,8 +112,8 @@ DATA = Tail(1, lambda values: values[0], lambda body: (bytes(body),))
 """The rest as bytes: taken as they are, so that a memoryview is copied once, into the message."""
 WORDS = Tail(1, lambda values: struct.pack(f"<{len(values[0])}I", *values[0]), _words)
 """The rest as 32-bit words."""
-TEXT = Tail(1, lambda values: values[0].encode(), _text)
-"""The rest as UTF-8."""
+TEXT = Tail(1, lambda values: _pack_text(values[0]), _text)
+"""The rest as printable UTF-8."""
 NAME = Tail(1, lambda values: _pack_name(values[0]), _name)
 """A length byte and a name of up to 63 bytes."""
 IDENTITY = Tail(2, lambda values: values[0].bytes + _pack_name(values[1]), _identity)

@@ -33,7 +33,7 @@ class Config(config.Config):
 CONTROL = struct.Struct("<IHH")
 """A control message: port id, event, value (section 5.3.6.2). RESIZE and PORT_NAME have more behind it."""
 RESIZE = struct.Struct("<HH")
-"""cols, rows: what follows RESIZE."""
+"""cols, rows: what follows RESIZE. Most releases of Linux take the rows first, against the specification."""
 
 
 class ControlEvent(IntEnum):

@@ -101,6 +101,9 @@ class HeaderFlags(IntFlag):
     DATA_VALID = 2
     RSC_INFO = 4
     UDP_TUNNEL_CSUM = 8
+    SECURITY = 16
+    SECURITY_ERR = 32
+    SECURITY_SA_SOFT_EXPIRY_WARN = 64
 
 
 class Gso(IntEnum):
@@ -199,6 +202,9 @@ class MqCommand(IntEnum):
 
 
 class GuestOffloadsCommand(IntEnum):
-    """ControlClass.GUEST_OFFLOADS: le64 of the GUEST_* feature bits follows."""
+    """ControlClass.GUEST_OFFLOADS: an le64 follows, with the bits of the GUEST_* features.
+
+    Those of GUEST_UDP_TUNNEL_GSO and GUEST_UDP_TUNNEL_GSO_CSUM are 46 and 47 there: their features have none that fit.
+    """
 
     SET = 0

@@ -1,4 +1,4 @@
-"""Device status (virtio 1.3, section 2.1): how far a driver has come, and whether something broke."""
+"""Device status (virtio 1.4, section 2.1): how far a driver has come, and whether something broke."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class Status(IntFlag):
     DRIVER = 2
     DRIVER_OK = 4
     FEATURES_OK = 8
+    SUSPEND = 16
     DEVICE_NEEDS_RESET = 64
     FAILED = 128
 
@@ -28,6 +29,7 @@ _ORDER = (
     Status.DRIVER,
     Status.FEATURES_OK,
     Status.DRIVER_OK,
+    Status.SUSPEND,
     Status.DEVICE_NEEDS_RESET,
     Status.FAILED,
 )
