@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,10 @@ from vbus.proxy import Remote
 pytest_plugins = ["skips"] if (Path(__file__).parent / "skips.py").exists() else []
 
 CONNECTORS = ("process-tunnelled", "process-direct", "stream-unix", "stream-tcp")
+
+
+# Behind a shell's `&` an interrupt is ignored, and would be in every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Attached(Protocol):
