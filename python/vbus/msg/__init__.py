@@ -28,8 +28,11 @@ from vbus.msg.messages import (
     Body,
     Cancel,
     ChannelClose,
+    ChannelClosed,
     ChannelCloseResponse,
+    ChannelCredit,
     ChannelEvent,
+    ChannelMemory,
     ChannelOpen,
     ChannelOpenResponse,
     Complete,
@@ -38,6 +41,7 @@ from vbus.msg.messages import (
     DoorbellResponse,
     Error,
     EventAvail,
+    EventChannels,
     EventConfig,
     EventDevice,
     EventUsed,
@@ -63,6 +67,8 @@ from vbus.msg.messages import (
     MemoryRemoveResponse,
     Name,
     NameResponse,
+    NextChannel,
+    NextChannelResponse,
     Ping,
     PingResponse,
     Release,
@@ -81,7 +87,7 @@ from vbus.msg.messages import (
     Sources,
     SourcesResponse,
 )
-from vbus.msg.values import DeviceState, Direction, MemoryKind, Protection, ReservedId, SignalKind
+from vbus.msg.values import ChannelFlags, DeviceState, Direction, MemoryKind, Protection, ReservedId, SignalKind
 
 R = TypeVar("R")
 """The response that a caller expects."""
@@ -94,7 +100,11 @@ __all__ = [
     "Cancel",
     "ChannelClose",
     "ChannelCloseResponse",
+    "ChannelClosed",
+    "ChannelCredit",
     "ChannelEvent",
+    "ChannelFlags",
+    "ChannelMemory",
     "ChannelOpen",
     "ChannelOpenResponse",
     "Complete",
@@ -105,6 +115,7 @@ __all__ = [
     "DoorbellResponse",
     "Error",
     "EventAvail",
+    "EventChannels",
     "EventConfig",
     "EventDevice",
     "EventUsed",
@@ -133,6 +144,8 @@ __all__ = [
     "MemoryRemoveResponse",
     "Name",
     "NameResponse",
+    "NextChannel",
+    "NextChannelResponse",
     "Ping",
     "PingResponse",
     "Protection",

@@ -71,15 +71,20 @@ TABLE: list[Row] = [
     Row(0x83, BUS, m.Name, EMPTY, m.NameResponse, Layout("", IDENTITY)),
     Row(0x84, BUS, m.Sources, EMPTY, m.SourcesResponse, Layout("II", DATA)),
     Row(0x85, BUS, m.Release, EMPTY, m.ReleaseResponse, EMPTY),
-    Row(0x86, BUS, m.ChannelOpen, Layout("BB2xI", NAME), m.ChannelOpenResponse, Layout("IIIIQQ")),
-    Row(0x87, BUS, m.ChannelClose, Layout("I"), m.ChannelCloseResponse, Layout("I")),
+    Row(0x86, BUS, m.ChannelOpen, Layout("BB2xI", NAME), m.ChannelOpenResponse, Layout("IB3xIQQ")),
+    Row(0x87, BUS, m.ChannelClose, Layout("I"), m.ChannelCloseResponse, EMPTY),
     Row(0x8A, BUS, m.Doorbell, Layout("III"), m.DoorbellResponse, Layout("I")),
+    Row(0x8B, BUS, m.NextChannel, Layout("", NAME), m.NextChannelResponse, Layout("B3xI", NAME)),
     Row(0xC0, BUS, m.Request, Layout("IIII", DATA)),
     Row(0xC1, BUS, m.Data, Layout("IIII", DATA)),
     Row(0xC2, BUS, m.Complete, Layout("III", DATA)),
     Row(0xC3, BUS, m.Cancel, Layout("II")),
     Row(0xC4, BUS, m.ChannelEvent, Layout("I", DATA)),
     Row(0xC5, BUS, m.Error, Layout("IB3x", TEXT)),
+    Row(0xC6, BUS, m.EventChannels, EMPTY),
+    Row(0xC7, BUS, m.ChannelClosed, Layout("I", TEXT)),
+    Row(0xC8, BUS, m.ChannelCredit, Layout("II")),
+    Row(0xC9, BUS, m.ChannelMemory, Layout("II", DATA)),
 ]
 
 

@@ -411,7 +411,7 @@ class ReleaseResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class ChannelOpen(Body):
-    """Open an event channel, with `memory` bytes of shared memory."""
+    """Open the event channel of this name; with `ChannelFlags.CREATE` make it, with `memory` bytes of a region."""
 
     priority: int
     flags: int
@@ -421,28 +421,41 @@ class ChannelOpen(Body):
 
 @dataclass(frozen=True, slots=True)
 class ChannelOpenResponse(Body):
-    """0 or an errno; the channel's id, source and region."""
+    """The channel's id on this link, its priority and window, and its region in the shared area (or its size alone)."""
 
-    errno: int
     channel: int
-    source: int
-    generation: int
+    priority: int
+    window: int
     memory_offset: int
     memory_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelClose(Body):
-    """Close an event channel."""
+    """Leave an event channel."""
 
     channel: int
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelCloseResponse(Body):
-    """0, or an errno."""
+    """Nothing more comes on the channel."""
 
-    errno: int
+
+@dataclass(frozen=True, slots=True)
+class NextChannel(Body):
+    """Which channel comes after the one of this name, in the order of names? The empty name asks for the first."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class NextChannelResponse(Body):
+    """A channel that this driver's side may open. The empty name: there is none."""
+
+    priority: int
+    memory: int
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,6 +519,36 @@ class ChannelEvent(Body):
     """Something was said on a channel."""
 
     channel: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EventChannels(Body):
+    """Channels came or went: ask NEXT_CHANNEL who wants to know."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelClosed(Body):
+    """The bus closed a channel that this driver's side had open."""
+
+    channel: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelCredit(Body):
+    """Events that cost `consumed` bytes in all, modulo 2^32, have been taken by whoever they are for."""
+
+    channel: int
+    consumed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelMemory(Body):
+    """The sender wrote these bytes of a channel's region, where the region is copied."""
+
+    channel: int
+    offset: int
     data: bytes
 
 

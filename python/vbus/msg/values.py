@@ -48,6 +48,13 @@ class Direction(IntEnum):
     TO_DRIVER = 1
 
 
+class ChannelFlags(IntFlag):
+    """What CHANNEL_OPEN asks for."""
+
+    CREATE = 1
+    """Make the channel; EEXIST when there is one of this name."""
+
+
 class ReservedId(IntEnum):
     """Ids that are kept for messages to come: no page may be touched before GRANT or after REVOKE."""
 
