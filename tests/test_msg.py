@@ -202,7 +202,7 @@ def test_no_field_takes_a_number_that_does_not_fit(cls: type[msg.Body], data: st
 
 @pytest.mark.parametrize("text", ["two\nlines", "\x1b[2J", "\x00", "\u202e", "\ud800"])
 def test_texts_that_cannot_be_printed_are_neither_made_nor_read(text: str) -> None:
-    for body in (msg.Error(1, 2, text), msg.NameResponse(UUID(int=0), text), msg.ChannelOpen(0, 0, 0, text)):
+    for body in (msg.Error(1, 2, text), msg.NameResponse(UUID(int=0), text), msg.ChannelOpen(0, 0, 0, 0, text)):
         with pytest.raises(ValueError, match="cannot be printed"):
             msg.encode(msg.Frame(body))
     data = text.encode(errors="surrogatepass")
@@ -315,7 +315,7 @@ def test_reserved_bytes_are_zero_when_written_and_skipped_when_read() -> None:
     for frame, places in (
         (msg.Frame(msg.SetVqueue(1, 2, 3, 4, 5), 1, 2), (12, 13, 14, 15, 20, 21, 22, 23)),
         (msg.Frame(msg.GetVqueueResponse(1, 2, 3, 4, 5, 6), 1, 2), (20, 21, 22, 23)),
-        (msg.Frame(msg.ChannelOpen(1, 2, 3, "c"), 0, 2), (10, 11)),
+        (msg.Frame(msg.ChannelOpen(1, 2, 3, 4, "c"), 0, 2), (10, 11)),
         (msg.Frame(msg.Error(1, 2, "no"), 1, 2), (13, 14, 15)),
     ):
         data = bytearray(msg.encode(frame))

@@ -13,8 +13,8 @@ from uuid import UUID
 
 import pytest
 
-from vbus import msg
-from vbus.connectors import peer, peer_host, process, stream
+from vbus import channel, msg
+from vbus.connectors import peer, peer_channels, peer_host, process, stream
 from vbus.msg import messages, wire
 from vbus.msg.codec import TABLE
 from vbus.msg.generation import EVENT_BIT, FRAME_HEADER_SIZE, TYPE_RESPONSE
@@ -182,8 +182,12 @@ def test_the_limits_are_those_of_the_code() -> None:
         "bytes of memory that one driver may have mapped": peer.MAX_DRIVER_MEMORY,
         "numbers of removed devices that are not RELEASEd": peer.MAX_UNRELEASED,
         "drivers of one connector; the next is refused": peer_host.MAX_PEERS,
-        "event sources of a bus; a device beyond them is refused": area.MAX_SOURCES,
+        "event sources of a bus, those of channels among them; a device beyond them is refused": area.MAX_SOURCES,
         "bytes of a shared area": area.MAX_AREA,
+        "channels that one driver's side has open; the next is refused": peer_channels.MAX_CHANNELS,
+        "bytes of regions of one driver's channels, each rounded up to a power of two": area.REGIONS_SIZE,
+        "bytes of a channel's event": channel.MAX_EVENT,
+        "window of a channel": channel.WINDOW,
     }
 
 

@@ -5,6 +5,7 @@
 """
 
 from vbus.bus.bus import Bus, check_name
+from vbus.bus.channel import Channel, ChannelExistsError, ChannelTakenError, NoSuchChannelError
 from vbus.bus.connector import Connector
 from vbus.bus.device import Device, attribute, attributes_of
 from vbus.bus.members import Credentials, Members, peer_credentials
@@ -16,11 +17,15 @@ __all__ = [
     "Actor",
     "Attachment",
     "Bus",
+    "Channel",
+    "ChannelExistsError",
+    "ChannelTakenError",
     "Connector",
     "Credentials",
     "Device",
     "InUseError",
     "Members",
+    "NoSuchChannelError",
     "Pool",
     "Queue",
     "RefusedError",

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from uuid import NAMESPACE_OID, UUID, uuid5
 
 from vbus import hints
+from vbus.bus.channel import Channel, Channels
 from vbus.bus.connector import Connector
 from vbus.bus.device import Device, attributes_of
 from vbus.bus.members import Members
@@ -34,6 +35,8 @@ C = TypeVar("C", bound=Connector)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 MAX_DEVICES = 0xFFFF
+CHANNEL_SOURCES = 8
+"""Event sources that channels use, one a priority."""
 STOP_SECONDS = 5.0
 """How long a stop waits for handlers before it leaves a device behind."""
 
@@ -48,8 +51,8 @@ def check_name(what: str, name: str) -> str:
 class Bus:
     """An instance that holds devices, with members that may use them.
 
-    `max_sources` (a power of two) is how many queues all devices together may have: the size of every event ring.
-    Entering a bus serves, leaving stops.
+    `max_sources` (a power of two from 16 on) is the size of every event ring: 8 of them are for channels, each of the
+    others for a queue of a device. Entering a bus serves, leaving stops.
     """
 
     def __init__(
@@ -58,12 +61,13 @@ class Bus:
         self.name = check_name("bus", name)
         self.uuid = _uuid(uuid) if uuid is not None else uuid5(NAMESPACE_OID, f"vbus:{name}")
         self.members = Members(members)
-        if max_sources < 1 or max_sources & (max_sources - 1) or max_sources > 1 << 16:
-            raise UsageError(f"max_sources {max_sources} is not a power of two up to {1 << 16}")
+        if not 16 <= max_sources <= 1 << 16 or max_sources & (max_sources - 1):
+            raise UsageError(f"max_sources {max_sources} is not a power of two from 16 to {1 << 16}")
         self.max_sources = max_sources
         self.pool = shared_pool()
         self.loop = BusLoop()
         self.connectors: dict[str, Connector] = {}
+        self.channels = Channels(self)
         self._slots: dict[str, Slot] = {}
         self._numbers: dict[int, Slot] = {}
         self._last_number = 0
@@ -202,12 +206,34 @@ class Bus:
             if start - first >= count:
                 break
             first = max(first, start + length)
-        if first + count > self.max_sources:
+        if first + count > self.max_sources - CHANNEL_SOURCES:
             raise UsageError(
-                f"device {name}: the bus has {self.max_sources} event sources, all in use: give it more max_sources"
+                f"device {name}: the bus has {self.max_sources - CHANNEL_SOURCES} event sources for queues, "
+                "all in use: give it more max_sources"
             )
         self._held_sources[number] = (first, count)
         return first
+
+    # Channels.
+
+    def open_channel(self, name: str, *, priority: int = 4, memory: int | str = 0, relay: bool = False) -> Channel:
+        """Make an event channel that every driver's side may open; returns it.
+
+        `priority` is 0 (the most urgent) to 7. `memory` ("64 KiB") is the size of the region that each of them shares
+        with this side. With `relay`, what one of them says goes to the others. UsageError; ChannelExistsError.
+        """
+        check_name("channel", name)
+        self._start_pool()
+        return self.channels.open(name, priority=priority, memory=memory, relay=relay)
+
+    def channel(self, name: str) -> Channel:
+        """The channel of this name. NoSuchNameError."""
+        return self.channels.get(name)
+
+    def channels_changed(self) -> None:
+        """Tell drivers' sides that channels came or went."""
+        for connector in list(self.connectors.values()):
+            connector.channels_changed()
 
     # Connectors.
 
@@ -267,6 +293,7 @@ class Bus:
             connectors, self.connectors = list(self.connectors.values()), {}
         for connector in connectors:
             connector.stop()
+        self.channels.close("the bus stopped")
         hung = [slot.name for slot in self.slots() if not self.unplug(slot.name, surprise=True, timeout=timeout)]
         self.loop.close(timeout if not hung else 0.1)
         if self._pool_held:
@@ -393,6 +420,10 @@ class Bus:
             "to_device": dict(zip(keys, to_device, strict=True)),
             "to_driver": dict(zip(keys, to_driver, strict=True)),
         }
+
+    def describe_channels(self) -> list[dict[str, Any]]:
+        """One row a channel: its priority, its region, who has it open, and what was said."""
+        return [channel.describe() for channel in self.channels]
 
     def describe_connectors(self) -> list[dict[str, Any]]:
         """One row a connector: its address, its drivers, and why those went that are gone."""

@@ -53,6 +53,9 @@ class Connector(ABC):
     def unplugged(self, slot: Slot) -> None:
         """A device is gone."""
 
+    def channels_changed(self) -> None:
+        """Event channels came or went."""
+
     def holds(self, number: int) -> bool:
         """Whether any driver behind this connector still holds this number of a device that is gone."""
         return False

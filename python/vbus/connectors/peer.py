@@ -12,10 +12,13 @@ import logging
 import threading
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vbus import _core, msg
 from vbus.bus import Actor, Attachment, Bus, InUseError, RefusedError, Slot
+from vbus.channel import Mirror
+from vbus.connectors.peer_channels import PeerChannels
 from vbus.errors import Violation
 from vbus.virtio import Status, features
 
@@ -62,6 +65,8 @@ class MessagePeer(Attachment):
         self.held: set[int] = set()
         """Device numbers that this driver has been told of and has not let go."""
         self._dirty: set[int] = set()
+        self._channels_dirty = False
+        self.channels = PeerChannels(self)
         self._lock = threading.Lock()
 
     # What a connector's own peer adds.
@@ -75,8 +80,19 @@ class MessagePeer(Attachment):
         """Whether messages go out at once, or wait for the other side."""
 
     @abstractmethod
+    def transmit_on_channel(self, priority: int, message: bytes) -> bool:
+        """Send what is said on a channel; False when there is no room now: `channels.room` is called when there is."""
+
+    @abstractmethod
+    def map_region(self, place: int, size: int) -> tuple[int, memoryview | Mirror]:
+        """A channel's region, zero, and its offset for the driver's side, at `place` among this driver's regions."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give back what the link holds; called once, in the peer's turn, with its slots detached."""
+
+    def introduced(self) -> None:
+        """The driver's side said HELLO: it listens."""
 
     def open_sources(self, slot: Slot) -> None:
         """The driver asked for the event sources of a slot that it has: listen to them."""
@@ -112,8 +128,25 @@ class MessagePeer(Attachment):
         if isinstance(frame, msg.Malformed):
             self.part(f"malformed-message: {frame}")
             return
+        self._handle(frame, self._dispatch)
+
+    def received_on_channel(self, data: bytes) -> None:
+        """Handle a message that came where only channels speak, in the peer's turn."""
+        if self.parted:
+            return
+        frame = msg.decode(data)
+        if isinstance(frame, msg.Malformed):
+            self.part(f"malformed-message: {frame}")
+        else:
+            self._handle(frame, self._dispatch_channel)
+
+    def _dispatch_channel(self, frame: msg.Frame) -> None:
+        if not self.channels.heard(frame):
+            raise Violation("not-on-channels", f"{type(frame.body).__name__} in a ring of channels")
+
+    def _handle(self, frame: msg.Frame, dispatch: Callable[[msg.Frame], None]) -> None:
         try:
-            self._dispatch(frame)
+            dispatch(frame)
         except InUseError as error:
             self.refuse(frame, errno.EBUSY, str(error))
         except RefusedError as error:
@@ -135,7 +168,7 @@ class MessagePeer(Attachment):
             case msg.Release():
                 self.held.discard(frame.dev_num)
                 self.send(msg.ReleaseResponse(), frame.dev_num, token)
-            case _ if self.bodied(frame):
+            case _ if self.bodied(frame) or self.channels.handle(frame):
                 pass
             case body if msg.is_event(body) or msg.response_type(type(body)) is None:
                 self._event(frame)
@@ -234,6 +267,8 @@ class MessagePeer(Attachment):
             raise Violation(
                 "message-limit", f"the driver takes messages of {limit} bytes; {LEAST_MESSAGE} are the least"
             )
+        if not self.greeted:
+            self.introduced()
         self.greeted = True
         self.limit = min(self.max_message, limit)
         self.send(
@@ -289,8 +324,17 @@ class MessagePeer(Attachment):
         if first:
             self.actor.post(self.flush_events)
 
+    def channels_changed(self) -> None:
+        """Remember that channels came or went, for a driver's side that has shown interest."""
+        if self.channels.interested and not self._channels_dirty:
+            self._channels_dirty = True
+            self.actor.post(self.flush_events)
+
     def flush_events(self) -> None:
-        """Send the config changes that wait, as long as the link has room. In the peer's turn."""
+        """Send the changes that wait, as long as the link has room. In the peer's turn."""
+        if self._channels_dirty and not self.parted and self.has_room():
+            self._channels_dirty = False
+            self.send(msg.EventChannels())
         while not self.parted and self.has_room():
             with self._lock:
                 if not self._dirty:
@@ -320,6 +364,7 @@ class MessagePeer(Attachment):
         # Once more, in the peer's own turn: a message that was being handled when it parted may have claimed a device.
         for slot in self.bus.slots():
             slot.detach(self)
+        self.channels.close()
         self.close()
         self.memory.clear()
         self.actor.close()
@@ -327,4 +372,4 @@ class MessagePeer(Attachment):
     def describe(self) -> dict[str, Any]:
         """The peer's row in a listing."""
         slots = [slot.name for slot in self.bus.slots() if slot.owner is self]
-        return {"peer": self.label, "since": self.since, "devices": slots}
+        return {"peer": self.label, "since": self.since, "devices": slots, "channels": self.channels.describe()}

@@ -141,6 +141,11 @@ class PeerHost(Connector):
         for peer in list(self.peers):
             peer.unplugged(slot)
 
+    def channels_changed(self) -> None:
+        """Tell every peer that wants to know."""
+        for peer in list(self.peers):
+            peer.channels_changed()
+
     def holds(self, number: int) -> bool:
         """Whether a driver has not let go of this number."""
         return any(number in peer.held for peer in list(self.peers))

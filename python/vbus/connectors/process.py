@@ -17,11 +17,13 @@ from typing import ClassVar, Literal
 from vbus import _core, msg, rundir
 from vbus.bus import Bus, Queue, Slot
 from vbus.bus.slot import SignalCounters
+from vbus.channel import Mirror
 from vbus.connectors.peer import MAX_DRIVER_MEMORY, MessagePeer
 from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError, Violation
 from vbus.shmem import handshake
 from vbus.shmem.area import PRIORITIES, Area, check_sealed
+from vbus.shmem.channels import ChannelRings
 from vbus.shmem.handshake import Greeting
 from vbus.shmem.link import Link
 
@@ -94,6 +96,9 @@ class ProcessPeer(MessagePeer):
             self.area = Area.create(bus.name, bus.max_sources)
             try:
                 bells = [_core.Doorbell(fd) for fd in raw]
+                self.receiver = self.area.receiver(to_device=True)
+                self.rings = ChannelRings(self.area, device_side=True)
+                self.rings.listen(self.receiver, self._rings_key)
                 handshake.send_packet(sock, Greeting(self.signal_kind, PRIORITIES).pack(), [self.area.fd, *raw])
             finally:
                 self.area.close()
@@ -102,13 +107,46 @@ class ProcessPeer(MessagePeer):
         to_device, to_driver = bells[2 : 2 + PRIORITIES], bells[2 + PRIORITIES :]
         self.link = Link(self.area, device_side=True, bell_in=bells[0], bell_out=bells[1])
         self.sender = self.area.sender(to_driver, to_device=False)
-        self.receiver = self.area.receiver(to_device=True)
         self._link_key = self.actor.key(self._link_turn, 0)
         self._fault_key = self.actor.key(self._faulted, 0)
         scheduler = bus.pool.scheduler
         scheduler.add_fd(self.link.bell_in.fileno(), self._link_key)
         scheduler.add_events(self.receiver, to_device, self._fault_key)
         self.actor.watch(sock.fileno(), self._socket_turn)
+
+    # Channels.
+
+    def _rings_key(self, priority: int) -> int:
+        return self.actor.key(lambda: self._rings_turn(priority), priority)
+
+    def _rings_turn(self, priority: int) -> bool:
+        if self.parted:
+            return False
+        try:
+            for message in self.rings.receive(priority):
+                self.received_on_channel(message)
+                if self.parted:
+                    return False
+        except Violation as violation:
+            self.part(str(violation))
+            return False
+        self.channels.room(priority)
+        return self.rings.more
+
+    def transmit_on_channel(self, priority: int, message: bytes) -> bool:
+        """Send through the ring of this priority."""
+        try:
+            return self.rings.send(priority, message)
+        except Violation as violation:
+            self.part(str(violation))
+            return False
+
+    def map_region(self, place: int, size: int) -> tuple[int, memoryview | Mirror]:
+        """A part of the area."""
+        offset = self.area.geometry.regions + place
+        memory = self.area.region(offset, size)
+        memory[:] = bytes(size)
+        return offset, memory
 
     # The link and the socket.
 
@@ -182,6 +220,10 @@ class ProcessPeer(MessagePeer):
         return fd
 
     # Memory.
+
+    def introduced(self) -> None:
+        """The driver's side listens to events: from now on channels may speak."""
+        self.rings.speak(self.sender)
 
     def bodied(self, frame: msg.Frame) -> bool:
         """Memory and doorbells."""

@@ -18,6 +18,7 @@ from typing import ClassVar
 from vbus import _core, address, msg
 from vbus.bus import Bus, Credentials, Queue, Slot
 from vbus.bus.slot import SignalCounters
+from vbus.channel import Mirror
 from vbus.connectors.peer import HEADROOM, MessagePeer
 from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError, Violation
@@ -242,6 +243,21 @@ class StreamPeer(MessagePeer):
     def has_room(self) -> bool:
         """Whether little waits for the driver."""
         return self._writer.queued < MAX_QUEUED_EVENTS
+
+    def transmit_on_channel(self, priority: int, message: bytes) -> bool:
+        """Queue for the writer."""
+        if self.parted:
+            return False
+        try:
+            self.transmit(message)
+        except Violation as violation:
+            self.part(str(violation))
+            return False
+        return True
+
+    def map_region(self, place: int, size: int) -> tuple[int, memoryview | Mirror]:
+        """A copy of the region."""
+        return 0, Mirror(size)
 
     def _readable(self) -> None:
         if self.parted or self._stalled:

@@ -71,7 +71,7 @@ TABLE: list[Row] = [
     Row(0x83, BUS, m.Name, EMPTY, m.NameResponse, Layout("", IDENTITY)),
     Row(0x84, BUS, m.Sources, EMPTY, m.SourcesResponse, Layout("II", DATA)),
     Row(0x85, BUS, m.Release, EMPTY, m.ReleaseResponse, EMPTY),
-    Row(0x86, BUS, m.ChannelOpen, Layout("BB2xI", NAME), m.ChannelOpenResponse, Layout("IB3xIQQ")),
+    Row(0x86, BUS, m.ChannelOpen, Layout("BB2xII", NAME), m.ChannelOpenResponse, Layout("B3xIQQ")),
     Row(0x87, BUS, m.ChannelClose, Layout("I"), m.ChannelCloseResponse, EMPTY),
     Row(0x8A, BUS, m.Doorbell, Layout("III"), m.DoorbellResponse, Layout("I")),
     Row(0x8B, BUS, m.NextChannel, Layout("", NAME), m.NextChannelResponse, Layout("B3xI", NAME)),

@@ -411,19 +411,22 @@ class ReleaseResponse(Body):
 
 @dataclass(frozen=True, slots=True)
 class ChannelOpen(Body):
-    """Open the event channel of this name; with `ChannelFlags.CREATE` make it, with `memory` bytes of a region."""
+    """Open the event channel of this name; with `ChannelFlags.CREATE` make it, with `memory` bytes of a region.
+
+    `channel` is the number that it shall have on this link.
+    """
 
     priority: int
     flags: int
     memory: int
+    channel: int
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelOpenResponse(Body):
-    """The channel's id on this link, its priority and window, and its region in the shared area (or its size alone)."""
+    """The channel's priority and window, and its region in the shared area (or its size alone)."""
 
-    channel: int
     priority: int
     window: int
     memory_offset: int

@@ -7,7 +7,8 @@ The device's side makes it, the driver's side maps it. Each word is written by e
     to device     event rings, one a priority, and their counters                driver's side writes
                   taken and sleep words                                           device's side writes
     to driver     the same, with the sides exchanged
-    channels      regions of event channels, 64 KiB aligned (none yet)
+    channels      rings of messages of event channels, one each way and priority
+                  regions of event channels, 64 KiB aligned                      both sides write
 
 Nobody trusts the other's words: the driver's side checks the header once, with the limits below, and keeps its copy.
 """
@@ -26,7 +27,7 @@ from vbus.errors import Violation
 MAGIC = 0x0031_6165_7261_6276
 """`vbarea1` in ASCII."""
 VERSION = 1
-HEADER = struct.Struct("<QIIQIIII" + "QQ" + "QQQQ" + "QQQQ")
+HEADER = struct.Struct("<QIIQIIII" + "QQ" + "QQQQ" + "QQQQ" + "QQQQ")
 HEADER_SIZE = 4096
 PRIORITIES = 8
 LINK_SIZE = 64 * 1024
@@ -36,6 +37,13 @@ STATS_SIZE = 32
 LINE = 64
 MAX_AREA = 64 << 20
 MAX_SOURCES = 1 << 16
+CHANNEL_SOURCES = PRIORITIES
+"""The last sources of an area are those of its channels, one a priority."""
+CHANNEL_RING_SIZE = 64 * 1024
+CHANNEL_RING_STRIDE = LINK_HEADER + CHANNEL_RING_SIZE
+REGION_ALIGN = 64 * 1024
+REGIONS_SIZE = 16 << 20
+"""Bytes for the regions of one driver's channels; they take memory when they are written."""
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -59,6 +67,9 @@ class Geometry:
     link_to_driver: int
     events_to_device: EventPlaces
     events_to_driver: EventPlaces
+    channels_to_device: int
+    channels_to_driver: int
+    regions: int
 
     @classmethod
     def plan(cls, max_sources: int) -> Geometry:
@@ -83,8 +94,20 @@ class Geometry:
             )
 
         to_device, to_driver = events(), events()
-        total = take(0, 64 * 1024)
-        return cls(total, max_sources, link_to_device, link_to_driver, to_device, to_driver)
+        rings = PRIORITIES * CHANNEL_RING_STRIDE
+        channels_to_device, channels_to_driver = take(rings), take(rings)
+        regions = take(REGIONS_SIZE, REGION_ALIGN)
+        return cls(
+            at,
+            max_sources,
+            link_to_device,
+            link_to_driver,
+            to_device,
+            to_driver,
+            channels_to_device,
+            channels_to_driver,
+            regions,
+        )
 
     def pack(self) -> bytes:
         """The header's bytes, magic included."""
@@ -101,6 +124,10 @@ class Geometry:
             self.link_to_driver,
             *_offsets(self.events_to_device),
             *_offsets(self.events_to_driver),
+            self.channels_to_device,
+            self.channels_to_driver,
+            self.regions,
+            REGIONS_SIZE,
         )
 
     @classmethod
@@ -115,7 +142,7 @@ class Geometry:
             raise Violation("area-magic", f"the area begins with {magic:#x}, not {MAGIC:#x}")
         if version != VERSION or size != HEADER.size:
             raise Violation("area-version", f"the area has layout {version}, this side speaks {VERSION}")
-        if not 0 < max_sources <= MAX_SOURCES or max_sources & (max_sources - 1):
+        if not CHANNEL_SOURCES <= max_sources <= MAX_SOURCES or max_sources & (max_sources - 1):
             raise Violation("area-geometry", f"{max_sources} event sources")
         plan = cls.plan(max_sources)
         found = (total, priorities, shards, link_size, *offsets)
@@ -128,6 +155,10 @@ class Geometry:
             plan.link_to_driver,
             *_offsets(plan.events_to_device),
             *_offsets(plan.events_to_driver),
+            plan.channels_to_device,
+            plan.channels_to_driver,
+            plan.regions,
+            REGIONS_SIZE,
         )
         if found != wanted:
             raise Violation("area-geometry", "sizes or offsets are not those of this layout")
@@ -185,6 +216,23 @@ class Area:
         """The ring of messages of one direction."""
         g = self.geometry
         return _core.LinkRing(self.mapping, g.link_to_device if to_device else g.link_to_driver, LINK_SIZE)
+
+    def channel_ring(self, priority: int, *, to_device: bool) -> _core.LinkRing:
+        """The ring of the channels of one priority, in one direction."""
+        g = self.geometry
+        first = g.channels_to_device if to_device else g.channels_to_driver
+        return _core.LinkRing(self.mapping, first + priority * CHANNEL_RING_STRIDE, CHANNEL_RING_SIZE)
+
+    def channel_source(self, priority: int) -> int:
+        """The event source of the channels of one priority."""
+        return self.geometry.max_sources - CHANNEL_SOURCES + priority
+
+    def region(self, offset: int, size: int) -> memoryview:
+        """A channel's region. Violation: channel-region, when it lies elsewhere."""
+        start = self.geometry.regions
+        if offset % REGION_ALIGN or not start <= offset <= offset + size <= start + REGIONS_SIZE:
+            raise Violation("channel-region", f"{offset:#x} + {size:#x} is no region of this area")
+        return self._view[offset : offset + size]
 
     def _places(self, to_device: bool) -> EventPlaces:
         return self.geometry.events_to_device if to_device else self.geometry.events_to_driver

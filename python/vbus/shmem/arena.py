@@ -1,9 +1,7 @@
 """An arena: memory that a driver's side owns, in one sealed memfd, and gives out as buffers and rings.
 
 Both ends that drive a ring use it: the proxy, whose arena the device's side maps too, and a connector over a byte
-stream, which drives a private ring of its own. Memory is given out by the buddy method: sizes are rounded up to powers
-of two, freed halves join again, so that a long life of mixed sizes never wears it out. Pages that were never touched
-take no memory.
+stream, which drives a private ring of its own. Pages that were never touched take no memory.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import weakref
 
 from vbus import _core
 from vbus.shmem.area import sealed_memfd
+from vbus.shmem.buddy import Buddy
 
 DEFAULT_SIZE = 64 << 20
 SMALLEST = 256
@@ -31,8 +30,7 @@ class Arena:
         self._closer = weakref.finalize(self, os.close, self.fd)
         self.mapping = _core.Mapping(self.fd, size)
         self.view = memoryview(self.mapping)
-        self._free: dict[int, set[int]] = {size: {0}}
-        self._taken: dict[int, int] = {}
+        self._buddy = Buddy(size, SMALLEST)
 
     @property
     def largest(self) -> int:
@@ -41,36 +39,16 @@ class Arena:
 
     def take(self, size: int) -> int | None:
         """The offset of `size` bytes, aligned to their size up to a page; None when there is no room now."""
-        wanted = max(SMALLEST, 1 << (size - 1).bit_length())
-        block = wanted
-        while not self._free.get(block):
-            block *= 2
-            if block > self.size:
-                return None
-        offset = self._free[block].pop()
-        while block > wanted:
-            block //= 2
-            self._free.setdefault(block, set()).add(offset + block)
-        self._taken[offset] = wanted
-        return offset
+        return self._buddy.take(size)
 
     def give_back(self, offset: int) -> None:
         """Take a buffer back. KeyError when `offset` is none."""
-        block = self._taken.pop(offset)
-        while block < self.size:
-            buddy = offset ^ block
-            free = self._free.setdefault(block, set())
-            if buddy not in free:
-                break
-            free.remove(buddy)
-            offset &= ~block
-            block *= 2
-        self._free.setdefault(block, set()).add(offset)
+        self._buddy.give_back(offset)
 
     @property
     def in_use(self) -> int:
         """Bytes that are given out, as rounded."""
-        return sum(self._taken.values())
+        return self._buddy.in_use
 
     def close(self) -> None:
         """Give the descriptor back; the memory lives on while a ring or a view uses it, but not for this arena."""
