@@ -17,6 +17,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vbus.errors import Error, Violation
@@ -72,7 +73,7 @@ class Carrier(Protocol):
         """Tell `end.take_credit()`, now or as soon as there is room."""
 
     def leave(self, end: ChannelEnd) -> None:
-        """This side closes the end."""
+        """Tell the other side that this one closes the channel."""
 
 
 class Waiters:
@@ -120,7 +121,7 @@ class Inbox:
     """Events that wait for the program: taken one by one, iterated over, or handed to a callback."""
 
     def __init__(self, schedule: Callable[[Callable[[], bool]], None]) -> None:
-        """`schedule` has a function called soon, in the thread and priority of callbacks, and again while it is True."""
+        """`schedule` has a function called soon, in the thread and priority of callbacks, again while it gives True."""
         self._schedule = schedule
         self._events: deque[Event] = deque()
         self._callback: Callable[[Event], object] | None = None
@@ -272,6 +273,10 @@ class ChannelEnd:
         if self.ended(reason):
             self._carrier.leave(self)
 
+    def held(self) -> AbstractContextManager[object]:
+        """For the carrier: keep every thread from sending for a moment."""
+        return self._lock
+
     # What carries it says. `arrived` and `credited` check what the other side wrote.
 
     def arrived(self, data: bytes) -> None:
@@ -356,7 +361,7 @@ class Channel(ChannelEnd):
 class Mirror:
     """A region where no memory is shared: a copy here, and what was written to it since the last look.
 
-    Both sides may write; bytes that only one of them wrote are never lost, those that both wrote have one of the values.
+    Both sides may write; bytes that only one of them wrote are never lost, those that both wrote have one of the two.
     """
 
     def __init__(self, size: int) -> None:

@@ -53,6 +53,7 @@ class Connector(ABC):
     def unplugged(self, slot: Slot) -> None:
         """A device is gone."""
 
+    @abstractmethod
     def channels_changed(self) -> None:
         """Event channels came or went."""
 

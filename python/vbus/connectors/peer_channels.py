@@ -138,11 +138,14 @@ class PeerChannels:
         self._channels[number] = channel, place
         self._ends[number] = end
         self._names.add(channel.name)
-        self._peer.send(msg.ChannelOpenResponse(channel.priority, WINDOW, offset, size), token=frame.token)
-        try:
-            channel.joined(end)
-        except ChannelClosedError:
-            end.close()
+        # Whoever speaks on the channel from now on waits until the answer is under way: it says what the region is.
+        with end.held():
+            try:
+                channel.joined(end)
+            except ChannelClosedError:
+                self._forget(end)
+                raise
+            self._peer.send(msg.ChannelOpenResponse(channel.priority, WINDOW, offset, size), token=frame.token)
 
     # What the bus says: the carrier of the ends. From any thread.
 

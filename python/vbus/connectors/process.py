@@ -102,6 +102,10 @@ class ProcessPeer(MessagePeer):
                 handshake.send_packet(sock, Greeting(self.signal_kind, PRIORITIES).pack(), [self.area.fd, *raw])
             finally:
                 self.area.close()
+        except BaseException:
+            # It died before it was greeted. Its keys must not keep the area.
+            self.actor.close()
+            raise
         finally:
             handshake.close_all(raw)
         to_device, to_driver = bells[2 : 2 + PRIORITIES], bells[2 + PRIORITIES :]

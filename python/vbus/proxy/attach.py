@@ -32,6 +32,7 @@ def attach(address: str, *, timeout: float = 5.0) -> Remote:
 
             connector = StreamConnector(where, loop, timeout)
         hello = connector.call(msg.Hello(REVISION, MAX_MESSAGE, 0), msg.HelloResponse)
+        connector.max_message = min(MAX_MESSAGE, hello.max_msg_size)
         connector.accept(hello)
         remote = Remote(connector, hello)
         remote.discover()

@@ -10,12 +10,16 @@ import errno
 import itertools
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vbus import msg
+from vbus.channel import Mirror
 from vbus.errors import DriverError, Violation
+from vbus.proxy.channels import RemoteChannels
 from vbus.proxy.loop import Loop
 from vbus.proxy.queue import RemoteQueue
 from vbus.shmem.arena import Arena
@@ -24,6 +28,12 @@ if TYPE_CHECKING:
     from vbus.proxy.remote import Remote, RemoteDevice
 
 R = TypeVar("R")
+
+
+def _checked(wanted: type[R], on_answer: Callable[[R], None], result: object) -> None:
+    """Call back with an answer of the kind that was asked for; `call` says what is wrong with another."""
+    if isinstance(result, wanted):
+        on_answer(result)
 
 
 class GuestConnector(ABC):
@@ -37,9 +47,12 @@ class GuestConnector(ABC):
         self.arena_lock = threading.Lock()
         self.max_request = 0
         self._tokens = itertools.cycle(range(1, 0x10000))
-        self._calls: dict[int, Future[Any]] = {}
+        self._calls: dict[int, tuple[Future[Any], Callable[[Any], None] | None]] = {}
         self._call_lock = threading.Lock()
         self.lost: DriverError | None = None
+        self.max_message = 0
+        """Bytes of a message that both sides take; known when the bus has introduced itself."""
+        self.channels = RemoteChannels(self)
 
     # Messages.
 
@@ -51,8 +64,20 @@ class GuestConnector(ABC):
         """Send one message that wants no answer."""
         self.transmit(msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token)))
 
-    def call(self, body: msg.Body, answer: type[R], dev_num: int = 0, timeout: float | None = None) -> R:
-        """Ask, and wait for the answer. DriverError: what the bus refused, ETIMEDOUT, ECONNRESET, EPROTO."""
+    def call(
+        self,
+        body: msg.Body,
+        answer: type[R],
+        dev_num: int = 0,
+        timeout: float | None = None,
+        on_answer: Callable[[R], None] | None = None,
+        priority: int | None = None,
+    ) -> R:
+        """Ask, and wait for the answer. DriverError: what the bus refused, ETIMEDOUT, ECONNRESET, EPROTO.
+
+        `on_answer` is called with it on the loop's thread, before anything else that the bus says is looked at. With
+        `priority` the question travels behind what was said on the channels of this priority.
+        """
         if self.loop.is_here:
             raise RuntimeError("this thread answers the bus and must not wait for it; use a hook")
         future: Future[Any] = Future()
@@ -60,10 +85,12 @@ class GuestConnector(ABC):
             if self.lost is not None:
                 raise DriverError(self.lost.errno or errno.ECONNRESET, self.lost.strerror)
             token = next(t for t in self._tokens if t not in self._calls)
-            self._calls[token] = future
+            self._calls[token] = future, None if on_answer is None else partial(_checked, answer, on_answer)
         limit = self.timeout if timeout is None else timeout
         try:
-            self.send(body, dev_num, token)
+            message = msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token))
+            if priority is None or not self.transmit_on_channel(priority, message):
+                self.transmit(message)
             result = future.result(limit)
         except FutureTimeoutError:
             raise DriverError(
@@ -97,8 +124,28 @@ class GuestConnector(ABC):
         elif isinstance(body, msg.EventConfig):
             if self.remote is not None:
                 self.remote.config_event(frame.dev_num, body)
-        elif not self.data_received(frame):
+        elif not self.data_received(frame) and not self.channels.heard(body):
             self._answer(frame.token, result=body)
+
+    def received_on_channel(self, data: bytes) -> None:
+        """Handle a message that came where only channels speak. Violation."""
+        frame = msg.decode(data)
+        if isinstance(frame, msg.Malformed):
+            raise Violation("malformed-message", str(frame))
+        if not self.channels.heard(frame.body):
+            raise Violation("not-on-channels", f"{type(frame.body).__name__} in a ring of channels")
+
+    @abstractmethod
+    def transmit_on_channel(self, priority: int, message: bytes) -> bool:
+        """Send what is said on a channel; False when there is no room now: `channels.room` is called when there is."""
+
+    @abstractmethod
+    def has_room(self) -> bool:
+        """Whether the bus has read most of what was sent."""
+
+    @abstractmethod
+    def map_region(self, offset: int, size: int) -> memoryview | Mirror:
+        """A channel's region. Violation: channel-region."""
 
     def data_received(self, frame: msg.Frame) -> bool:
         """Handle a message of the data path, where the link has one; False when it is none."""
@@ -106,14 +153,20 @@ class GuestConnector(ABC):
 
     def _answer(self, token: int, *, result: Any = None, error: DriverError | None = None) -> None:
         with self._call_lock:
-            future = self._calls.pop(token, None)
+            future, on_answer = self._calls.pop(token, (None, None))
         # An answer that nobody waits for any more: the call timed out.
         if future is None:
             return
         if error is not None:
             future.set_exception(error)
-        else:
-            future.set_result(result)
+            return
+        try:
+            if on_answer is not None:
+                on_answer(result)
+        except Violation as violation:
+            future.set_exception(violation)
+            raise
+        future.set_result(result)
 
     def end(self, error: DriverError) -> None:
         """The link is gone: every call and every request ends with `error`."""
@@ -121,11 +174,12 @@ class GuestConnector(ABC):
             if self.lost is not None:
                 return
             self.lost = error
-            calls = list(self._calls.values())
+            calls = [future for future, _ in self._calls.values()]
             self._calls.clear()
         for call in calls:
             with contextlib.suppress(Exception):
                 call.set_exception(DriverError(error.errno or errno.ECONNRESET, error.strerror))
+        self.channels.end(error.strerror)
         if self.remote is not None:
             self.remote.link_lost(error)
 

@@ -6,6 +6,7 @@ the bus. Hooks of drivers and callbacks of users may ask the bus questions: they
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from vbus import _core
 
 log = logging.getLogger("vbus.proxy")
+LAST = 8
+"""Behind every priority: the end."""
 
 
 class Loop:
@@ -23,7 +26,8 @@ class Loop:
         self.scheduler = _core.Scheduler()
         self._callbacks: dict[int, Callable[[], bool]] = {}
         self._actor = self.scheduler.actor()
-        self._hooks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._hooks: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
+        self._order = itertools.count()
         self._threads = [
             threading.Thread(target=self._turns, name=f"vbus-{name}", daemon=True),
             threading.Thread(target=self._run_hooks, name=f"vbus-{name}-hooks", daemon=True),
@@ -42,9 +46,9 @@ class Loop:
         self.scheduler.drop_key(key)
         self._callbacks.pop(key, None)
 
-    def hook(self, callback: Callable[[], None]) -> None:
-        """Run what may wait for the bus."""
-        self._hooks.put(callback)
+    def hook(self, callback: Callable[[], None], priority: int = 4) -> None:
+        """Run what may wait for the bus: the more urgent first, those of a priority in order."""
+        self._hooks.put((priority, next(self._order), callback))
 
     @property
     def is_here(self) -> bool:
@@ -64,7 +68,7 @@ class Loop:
                 self.scheduler.done(actor, key, again=again)
 
     def _run_hooks(self) -> None:
-        while (callback := self._hooks.get()) is not None:
+        while (callback := self._hooks.get()[2]) is not None:
             try:
                 callback()
             except Exception:
@@ -73,7 +77,7 @@ class Loop:
     def close(self) -> None:
         """End both threads."""
         self.scheduler.close()
-        self._hooks.put(None)
+        self._hooks.put((LAST, next(self._order), None))
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5)

@@ -18,7 +18,9 @@ from typing import TypeVar
 from uuid import UUID
 
 from vbus import hints, msg
+from vbus.channel import Channel
 from vbus.errors import DriverError, NoSuchNameError, UsageError
+from vbus.proxy.channels import ChannelInfo
 from vbus.proxy.connector import GuestConnector
 from vbus.proxy.driver import Driver
 from vbus.proxy.queue import RemoteQueue
@@ -339,6 +341,23 @@ class Remote:
                 f"device {name!r} has device id {device.device_id}; a {cls.__name__} driver wants {cls.device_id}"
             )
         return cls(device)
+
+    # Channels.
+
+    def open_channel(
+        self, name: str, *, create: bool = False, priority: int = 4, memory: int | str = 0, wait: float = 0.0
+    ) -> Channel:
+        """Open the event channel of this name, waiting up to `wait` seconds until there is one; or make it.
+
+        One that is made is this side's alone, has `priority` (0, the most urgent, to 7) and a region of `memory` bytes
+        ("64 KiB"), and is gone when this side closes it. DriverError: ENOENT, EEXIST, EBUSY (another's alone), EALREADY
+        (open already), EMFILE, ENOMEM, EINVAL.
+        """
+        return self.connector.channels.open(name, create=create, priority=priority, memory=memory, wait=wait)
+
+    def channels(self) -> list[ChannelInfo]:
+        """The event channels that may be opened, by name."""
+        return list(self.connector.channels.list())
 
     @property
     def lost(self) -> DriverError | None:

@@ -1,7 +1,7 @@
 """The buddy method: who has which part of a piece of memory.
 
-Sizes are rounded up to powers of two and freed halves join again, so that a long life of mixed sizes never wears it out.
-Places are aligned to their size.
+Sizes are rounded up to powers of two and freed halves join again, so that a long life of mixed sizes never wears it
+out. Places are aligned to their size.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vbus import _core, msg
+from vbus.channel import Mirror
 from vbus.errors import DriverError, Violation
 from vbus.proxy.connector import GuestConnector
 from vbus.proxy.loop import Loop
@@ -17,6 +18,7 @@ from vbus.proxy.queue import RemoteQueue
 from vbus.proxy.remote import RemoteDevice
 from vbus.shmem import handshake
 from vbus.shmem.area import PRIORITIES, Area
+from vbus.shmem.channels import ChannelRings
 from vbus.shmem.handshake import Greeting
 from vbus.shmem.link import Link
 from vbus.virtio import features
@@ -64,6 +66,9 @@ class ProcessConnector(GuestConnector):
         self.link: Link | None = Link(self.area, device_side=False, bell_in=bells[1], bell_out=bells[0])
         self.sender = self.area.sender(to_device, to_device=True)
         self.receiver = self.area.receiver(to_device=False)
+        self.rings = ChannelRings(self.area, device_side=False)
+        self.rings.listen(self.receiver, self._rings_key)
+        self.rings.speak(self.sender)
         scheduler = loop.scheduler
         self._link_key = loop.key(self._link_turn, 0)
         self._socket_key = loop.key(self._socket_turn, 0)
@@ -125,6 +130,39 @@ class ProcessConnector(GuestConnector):
             self._broken(f"the bus broke the link: {violation}")
             return False
         return link.more
+
+    def _rings_key(self, priority: int) -> int:
+        return self.loop.key(lambda: self._rings_turn(priority), priority)
+
+    def _rings_turn(self, priority: int) -> bool:
+        if self.lost is not None or self.link is None:
+            return False
+        try:
+            for message in self.rings.receive(priority):
+                self.received_on_channel(message)
+        except Violation as violation:
+            self._broken(f"the bus broke the rings of channels: {violation}")
+            return False
+        self.channels.room(priority)
+        return self.rings.more
+
+    def transmit_on_channel(self, priority: int, message: bytes) -> bool:
+        """Send through the ring of this priority."""
+        if self.link is None:
+            return False
+        try:
+            return self.rings.send(priority, message)
+        except Violation as violation:
+            self._broken(f"the bus broke the rings of channels: {violation}")
+            return False
+
+    def has_room(self) -> bool:
+        """The rings say so themselves."""
+        return True
+
+    def map_region(self, offset: int, size: int) -> memoryview | Mirror:
+        """A part of the area."""
+        return self.area.region(offset, size)
 
     def _socket_turn(self) -> bool:
         """The socket only shows that the bus is alive."""
@@ -246,7 +284,7 @@ class ProcessConnector(GuestConnector):
         self._sources.clear()
         self.arena.close()
         self.link = None
-        del self.sender, self.receiver, self.area
+        del self.sender, self.receiver, self.rings, self.area
 
 
 def _connect(path: Path, timeout: float) -> socket.socket:

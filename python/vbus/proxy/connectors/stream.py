@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from vbus import _core, msg
 from vbus.address import Address
+from vbus.channel import Mirror
 from vbus.errors import DriverError, Violation
 from vbus.msg.wire import WireWriter, tune
 from vbus.proxy.connector import GuestConnector
@@ -24,6 +25,8 @@ from vbus.virtio import features
 MAX_MESSAGE = 65528
 READ_SIZE = 1 << 18
 TAKE = 64
+MAX_QUEUED_CHANGES = 1 << 20
+MAX_REGION = 4 << 20
 HEADROOM = 64
 """Bytes of a message that are not payload, at most."""
 
@@ -77,6 +80,20 @@ class StreamConnector(GuestConnector):
         """Queue for the writer."""
         if not self._writer.send(message) and not self._cannot_write:
             raise DriverError(errno.ECONNRESET, "the bus does not read, or is gone")
+
+    def transmit_on_channel(self, priority: int, message: bytes) -> bool:
+        """Queue for the writer."""
+        return self._writer.send(message)
+
+    def has_room(self) -> bool:
+        """Whether little waits for the bus."""
+        return self._writer.queued < MAX_QUEUED_CHANGES
+
+    def map_region(self, offset: int, size: int) -> memoryview | Mirror:
+        """A copy of the region."""
+        if size > MAX_REGION:
+            raise Violation("channel-region", f"a region of {size} bytes; {MAX_REGION} are the most")
+        return Mirror(size)
 
     def _write_failed(self, why: str) -> None:
         """The bus is gone, or refused: what it said before is read first."""
