@@ -174,6 +174,8 @@ class Scheduler:
     def remove_events(self, receiver: EventReceiver) -> None: ...
     def next(self, timeout: float | None = None) -> tuple[int, int] | None:
         """(actor, key), whose turn begins; None when `timeout` seconds passed or the scheduler was closed."""
+    def urgent(self, actor: int, priority: int) -> bool:
+        """Whether a key more urgent than `priority` waits for a thread, or for `actor` to end its turn."""
     def done(self, actor: int, key: int, *, again: bool = False) -> None:
         """The turn is over; `again`: the key goes to the end of its priority."""
     @property

@@ -82,6 +82,10 @@ impl Scheduler {
         Ok(py.detach(|| self.0.next(timeout)))
     }
 
+    fn urgent(&self, actor: u64, priority: u32) -> bool {
+        self.0.urgent(actor, priority)
+    }
+
     #[pyo3(signature = (actor, key, *, again = false))]
     fn done(&self, actor: u64, key: u64, again: bool) -> PyResult<()> {
         self.0.done(actor, key, again).map_err(raise)

@@ -355,6 +355,22 @@ impl Scheduler {
         turn
     }
 
+    /// Whether a key that is more urgent than `priority` waits for a thread, or for `actor` to end its turn.
+    pub fn urgent(&self, actor: u64, priority: u32) -> bool {
+        let mut state = lock(&self.state);
+        self.drain(&mut state);
+        if !state.leading {
+            let mut events: Events = [libc::epoll_event { events: 0, u64: 0 }; BATCH];
+            let found = self.poll(&mut events, 0);
+            self.found(&mut state, &events[..found]);
+        }
+        if !state.ready.is_empty() && state.followers > 0 {
+            self.rouse(&mut state);
+        }
+        let before = |entry: Option<&Entry>| entry.is_some_and(|entry| entry.0 < priority);
+        before(state.ready.first()) || before(state.actors.get(&actor).and_then(|actor| actor.ready.first()))
+    }
+
     fn follow<'a>(&self, mut state: MutexGuard<'a, State>, left: Option<Duration>) -> MutexGuard<'a, State> {
         state.followers += 1;
         state = match left {

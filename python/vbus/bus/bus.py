@@ -13,7 +13,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 from uuid import NAMESPACE_OID, UUID, uuid5
@@ -86,17 +86,21 @@ class Bus:
         *,
         uuid: UUID | str | None = None,
         priority: int = 4,
+        queue_priorities: Mapping[str, int] | None = None,
         mask: Iterable[str] = (),
         type_name: str | None = None,
     ) -> D:
         """Give the device a place on the bus and offer it to every driver; returns the device.
 
-        `priority` is 0 (the most urgent) to 7. `mask` names feature bits that drivers shall not see. UsageError: a
-        name that is taken or is none, a feature that the device has not, no room for its queues.
+        `priority` is 0 (the most urgent) to 7; `queue_priorities` has those of queues that differ. `mask` names feature
+        bits that drivers shall not see. UsageError: a name that is taken or is none, a feature that the device has not,
+        no room for its queues.
         """
         kind = type_name or device_type_name(device.device_id)
-        if not 0 <= priority <= 7:
-            raise UsageError(f"priority {priority}: 0 (the most urgent) to 7")
+        _check_priority("priority", priority)
+        for queue_name, value in (queue_priorities or {}).items():
+            device.queue(queue_name)
+            _check_priority(f"priority of queue {queue_name}", value)
         with self._lock:
             name = check_name("device", name if name is not None else self._free_name(kind))
             if name in self._slots:
@@ -110,7 +114,17 @@ class Bus:
             identity = _uuid(uuid) if uuid is not None else uuid5(self.uuid, name)
             number = self._free_number()
             self._start_pool()
-            slot = Slot(self, device, number, name, identity, type_name=kind, priority=priority, mask=masked)
+            slot = Slot(
+                self,
+                device,
+                number,
+                name,
+                identity,
+                type_name=kind,
+                priority=priority,
+                queue_priorities=queue_priorities or {},
+                mask=masked,
+            )
             slot.first_source = self._take_sources(number, len(slot.queues), name)
             device._slot = slot
             for queue in slot.queues:
@@ -381,7 +395,7 @@ class Bus:
                     "name": queue.name,
                     "size": queue.core.size,
                     "running": queue.core.running,
-                    "priority": slot.priority,
+                    "priority": slot.queue_priorities[queue.index],
                 }
                 for queue in slot.queues
             ],
@@ -431,6 +445,12 @@ class Bus:
             {"bus": self.name, "name": name, "type": connector.type_name, **connector.describe()}
             for name, connector in list(self.connectors.items())
         ]
+
+
+def _check_priority(what: str, value: int) -> int:
+    if not 0 <= value <= 7:
+        raise UsageError(f"{what} {value}: 0 (the most urgent) to 7")
+    return value
 
 
 def _uuid(text: UUID | str) -> UUID:

@@ -161,6 +161,10 @@ class Actor:
         """Make a key ready."""
         self.pool.scheduler.mark(key)
 
+    def is_something_more_urgent(self, priority: int) -> bool:
+        """Whether a key more urgent than `priority` waits for a thread, or for this actor's turn to end."""
+        return priority > 0 and self.pool.scheduler.urgent(self.id, priority)
+
     @property
     def is_here(self) -> bool:
         """Whether the calling thread is in a turn of this actor."""

@@ -8,9 +8,13 @@ takes no more off the ring than the device may have under way.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
+from queue import PriorityQueue
 from typing import TYPE_CHECKING, Any
 
 from vbus.bus.device import Device, handles_batches
@@ -32,25 +36,37 @@ class SyncRunner:
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
+        self._taken: dict[int, deque[Request]] = {queue.index: deque() for queue in slot.queues}
+        """Requests that are off the ring and wait for a turn, because something more urgent came between."""
 
-    def turn(self, queue: Queue) -> bool:
-        """Handle what the queue holds, within the budget; True when there may be more."""
+    def turn(self, queue: Queue, *, finish: bool = False) -> bool:
+        """Handle what the queue holds, within the budget; True when there may be more.
+
+        With `finish`, only what was taken off the ring before.
+        """
         device: Device = self.slot.device
         if queue.pull:
             queue.wake()
             self.hook(device.available, queue, of=queue)
             return False
-        requests = queue.take_batch(BUDGET)
-        if not requests:
+        taken = self._taken[queue.index]
+        if not taken and not finish:
+            taken.extend(queue.take_batch(BUDGET))
+        if not taken:
             return False
         try:
             if handles_batches(device):
+                requests = list(taken)
+                taken.clear()
                 device.handle_batch(queue, requests)
                 queue.complete(*requests)
             else:
-                for request in requests:
+                while taken:
+                    request = taken.popleft()
                     device.handle(queue, request)
                     queue.complete(request)
+                    if taken and self.slot.is_something_more_urgent(queue):
+                        break
         except Violation as violation:
             self.slot.violated(violation, queue)
             return False
@@ -77,7 +93,9 @@ class SyncRunner:
         self.slot.device.plugged()
 
     def cancel(self) -> None:
-        """Nothing is under way outside a turn."""
+        """Forget what was taken and not begun: its ring is stopped."""
+        for taken in self._taken.values():
+            taken.clear()
 
     def stop(self) -> None:
         """Nothing of a plain device outlives its turns."""
@@ -86,17 +104,20 @@ class SyncRunner:
 class AsyncRunner:
     """Runs an `async` device on an event loop; a turn waits there only for hooks, never for handlers."""
 
-    def __init__(self, slot: Slot, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, slot: Slot, starts: UrgentFirst) -> None:
         self.slot = slot
-        self.loop = loop
+        self.starts = starts
+        self.loop = starts.loop
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = slot.device.concurrency
         self._lock = threading.Lock()
         self._starved: set[Queue] = set()
         self._main: Future[None] | None = None
 
-    def turn(self, queue: Queue) -> bool:
+    def turn(self, queue: Queue, *, finish: bool = False) -> bool:
         """Start handlers for what the queue holds, as far as there is room; True when there may be more."""
+        if finish:
+            return False
         if queue.pull:
             queue.wake()
             self.hook(self.slot.device.available, queue, of=queue)
@@ -111,11 +132,12 @@ class AsyncRunner:
         self._give_back(limit - len(requests))
         if not requests:
             return False
+        priority = self.slot.queue_priorities[queue.index]
         if handles_batches(self.slot.device):
-            self.loop.call_soon_threadsafe(self._start, queue, requests)
+            self.starts.call_soon(priority, partial(self._start, queue, requests))
         else:
             for request in requests:
-                self.loop.call_soon_threadsafe(self._start, queue, [request])
+                self.starts.call_soon(priority, partial(self._start, queue, [request]))
         return True
 
     def _give_back(self, room: int) -> None:
@@ -211,17 +233,43 @@ class AsyncRunner:
             self._main.cancel()
 
 
+class UrgentFirst:
+    """Calls on an event loop, of which each time the most urgent is next."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
+        self._order = itertools.count()
+
+    def call_soon(self, priority: int, call: Callable[[], None]) -> None:
+        """Call on the loop, before what is less urgent. From any thread."""
+        self._waiting.put((priority, next(self._order), call))
+        self.loop.call_soon_threadsafe(self._next)
+
+    def _next(self) -> None:
+        self._waiting.get_nowait()[2]()
+
+
 class BusLoop:
     """The event loop that `async` devices run on: the caller's under `async with`, else a thread's own."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starts: UrgentFirst | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def use(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run devices on the caller's loop."""
         self._loop = loop
+
+    def starts(self) -> UrgentFirst:
+        """Where handlers of all devices on the loop begin."""
+        loop = self.get()
+        with self._lock:
+            if self._starts is None or self._starts.loop is not loop:
+                self._starts = UrgentFirst(loop)
+            return self._starts
 
     def get(self) -> asyncio.AbstractEventLoop:
         """The loop, started when this is the first that asks for it."""

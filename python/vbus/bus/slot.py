@@ -13,7 +13,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -79,7 +79,17 @@ class Slot:
     """A device's address, name and virtio state on one bus."""
 
     def __init__(
-        self, bus: Bus, device: Device, number: int, name: str, uuid: UUID, *, type_name: str, priority: int, mask: int
+        self,
+        bus: Bus,
+        device: Device,
+        number: int,
+        name: str,
+        uuid: UUID,
+        *,
+        type_name: str,
+        priority: int,
+        queue_priorities: Mapping[str, int],
+        mask: int,
     ) -> None:
         self.bus = bus
         self.device = device
@@ -105,22 +115,34 @@ class Slot:
         self._lock = threading.RLock()
         self.available = sum(1 << bit for bit in RING_FEATURES) | device.features.mask(device.offered_features())
         self.actor = Actor(bus.pool, f"device {name}")
-        self.runner = AsyncRunner(self, bus.loop.get()) if is_async(device) else SyncRunner(self)
-        self._keys = [self.actor.key(self._turn_of(queue), priority) for queue in self.queues]
+        self.runner = AsyncRunner(self, bus.loop.starts()) if is_async(device) else SyncRunner(self)
+        self._wanted_priorities = dict(queue_priorities)
+        self.queue_priorities = [queue_priorities.get(queue.name, priority) for queue in self.queues]
+        """From 0, the most urgent, to 7: the device's, but for queues that have one of their own."""
+        self._keys = [self.actor.key(self._turn_of(q), self.queue_priorities[q.index]) for q in self.queues]
         self._bells: dict[int, _core.Doorbell] = {}
         self._past: list[SignalCounters] = [((0, 0, 0), (0, 0, 0)) for _ in self.queues]
 
     def __repr__(self) -> str:
         return f"<Slot {self.number} {self.name}>"
 
+    @property
+    def least_urgent(self) -> int:
+        """The priority of the least urgent of its queues."""
+        return max(self.queue_priorities, default=7)
+
     # Turns.
+
+    def is_something_more_urgent(self, queue: Queue) -> bool:
+        """Whether a turn that serves this queue should make room: for another device, or another queue of this one."""
+        return self.actor.is_something_more_urgent(self.queue_priorities[queue.index])
 
     def _turn_of(self, queue: Queue) -> Callable[[], bool]:
         def turn() -> bool:
             bell = self._bells.get(queue.index)
             if bell is not None:
                 bell.drain()
-            return queue.core.running and not self.draining and self.runner.turn(queue)
+            return queue.core.running and self.runner.turn(queue, finish=self.draining)
 
         return turn
 
@@ -143,6 +165,28 @@ class Slot:
         bell = self._bells.pop(queue.index, None)
         if bell is not None:
             self.actor.pool.scheduler.remove_fd(bell.fileno())
+
+    # Priorities.
+
+    def set_priority(self, priority: int, queue: str | None = None) -> None:
+        """Make the device, or one of its queues, this urgent; from the next reset on when a driver has it now."""
+        with self._lock:
+            if queue is None:
+                self.priority = priority
+            else:
+                self._wanted_priorities[queue] = priority
+        self.actor.post(lambda: None if self.status else self._apply_priorities())
+
+    def _apply_priorities(self) -> None:
+        """In a turn, with nobody driving: both sides of a connector learn priorities when a driver begins."""
+        with self._lock:
+            wanted = [self._wanted_priorities.get(queue.name, self.priority) for queue in self.queues]
+            if wanted == self.queue_priorities:
+                return
+            self.queue_priorities = wanted
+            old, self._keys = self._keys, [self.actor.key(self._turn_of(q), wanted[q.index]) for q in self.queues]
+        for key in old:
+            self.actor.drop_key(key)
 
     # Features (section 2.2).
 
@@ -299,6 +343,7 @@ class Slot:
             self.generation = (self.generation + 1) & 0xFFFF_FFFF
         if owner is not None:
             self._part(owner)
+        self._apply_priorities()
         if was:
             self.runner.hook(self.device.reset)
 

@@ -30,6 +30,7 @@ log = logging.getLogger("vbus.connector")
 REVISION = 1
 FEATURE_BLOCKS = 4
 """128 feature bits, in blocks of 32."""
+LEAST_URGENT = 7
 MAX_BLOCKS = 16
 """Blocks of features in one answer."""
 LEAST_MESSAGE = 128
@@ -72,8 +73,8 @@ class MessagePeer(Attachment):
     # What a connector's own peer adds.
 
     @abstractmethod
-    def transmit(self, message: bytes) -> None:
-        """Send one message. Never blocks; Violation when the other side does not read."""
+    def transmit(self, message: bytes, priority: int) -> None:
+        """Send one message, before less urgent ones if the link can. Never blocks; Violation when nobody reads."""
 
     @abstractmethod
     def has_room(self) -> bool:
@@ -103,12 +104,19 @@ class MessagePeer(Attachment):
 
     # Sending.
 
-    def send(self, body: msg.Body, dev_num: int = 0, token: int = 0) -> None:
-        """Send one message; a driver that does not read is parted from."""
+    def send(self, body: msg.Body, dev_num: int = 0, token: int = 0, priority: int | None = None) -> None:
+        """Send one message; a driver that does not read is parted from.
+
+        Without `priority`, what is about a device is behind everything that was sent of its queues: the answer to a
+        reset must not overtake completions from before it.
+        """
         if self.parted:
             return
+        if priority is None:
+            slot = self.bus.slot_at(dev_num) if dev_num else None
+            priority = slot.least_urgent if slot is not None else LEAST_URGENT if dev_num else 0
         try:
-            self.transmit(msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token)))
+            self.transmit(msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token)), priority)
         except Violation as violation:
             self.part(str(violation))
         except OSError as error:
@@ -253,7 +261,7 @@ class MessagePeer(Attachment):
                 if slot.owner is not self:
                     raise RefusedError(f"{slot.name} has not been claimed: set its status first")
                 self.open_sources(slot)
-                priorities = bytes([slot.priority] * len(slot.queues))
+                priorities = bytes(slot.queue_priorities)
                 answer(msg.SourcesResponse(slot.first_source, slot.generation, priorities))
             case _:
                 self.refuse(frame, errno.EOPNOTSUPP, f"{type(frame.body).__name__} is not for this side of the link")
@@ -306,12 +314,14 @@ class MessagePeer(Attachment):
         """Offer a device that arrived."""
         if self.greeted:
             self.held.add(slot.number)
-            self.send(msg.EventDevice(slot.number, msg.DeviceState.READY))
+            # Behind the removal of what had this number before.
+            self.send(msg.EventDevice(slot.number, msg.DeviceState.READY), priority=LEAST_URGENT)
 
     def unplugged(self, slot: Slot) -> None:
         """Say that a device is gone."""
         if self.greeted:
-            self.send(msg.EventDevice(slot.number, msg.DeviceState.REMOVED))
+            # Behind the completions of its last requests.
+            self.send(msg.EventDevice(slot.number, msg.DeviceState.REMOVED), priority=LEAST_URGENT)
         gone = sum(self.bus.slot_at(number) is None for number in list(self.held))
         if gone > MAX_UNRELEASED:
             self.part(f"removed-devices-held: it does not let go of {gone} devices that were removed")

@@ -154,8 +154,8 @@ class ProcessPeer(MessagePeer):
 
     # The link and the socket.
 
-    def transmit(self, message: bytes) -> None:
-        """Send through the area."""
+    def transmit(self, message: bytes, priority: int) -> None:
+        """Send through the area, in order: nothing but control travels there."""
         self.link.send(message)
 
     def has_room(self) -> bool:
@@ -294,7 +294,7 @@ class ProcessPeer(MessagePeer):
                 raise Violation("doorbell-missing", f"queue {queue.index} has no doorbell") from None
             signal = _core.Signal.direct(bell, self.area.stats_place(source, to_device=False))
         else:
-            signal = self.sender.open(source, slot.generation, slot.priority)
+            signal = self.sender.open(source, slot.generation, slot.queue_priorities[queue.index])
         self._signals[slot.number, queue.index] = signal
         return signal
 

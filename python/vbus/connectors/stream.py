@@ -29,7 +29,6 @@ from vbus.virtio import features
 MAX_MESSAGE = 65528
 MAX_REQUEST = 4 << 20
 READ_SIZE = 1 << 18
-MAX_QUEUED_EVENTS = 1 << 16
 REAP = 64
 
 
@@ -124,7 +123,8 @@ class Bridge:
             indirect=bool(slot.negotiated >> features.RING_INDIRECT_DESC & 1),
             signal=_core.Signal.local(peer.bus.pool.scheduler, slot.key(queue)),
         )
-        self.key = peer.actor.key(self.reap, slot.priority)
+        self.priority = slot.queue_priorities[queue.index]
+        self.key = peer.actor.key(self.reap, self.priority)
         self.requests = 0
         self.completions = 0
         self._arriving: dict[int, Transfer] = {}
@@ -195,12 +195,15 @@ class Bridge:
             sent = 0
             while written - sent > fragment:
                 part = data[sent : sent + fragment]
-                self.peer.send(msg.Data(self.index, transfer.id, msg.Direction.TO_DRIVER, sent, part), self.number)
+                self._say(msg.Data(self.index, transfer.id, msg.Direction.TO_DRIVER, sent, part))
                 sent += fragment
-            self.peer.send(msg.Complete(self.index, transfer.id, written, data[sent:]), self.number)
+            self._say(msg.Complete(self.index, transfer.id, written, data[sent:]))
         if used:
             self.peer.resume()
         return len(used) == REAP
+
+    def _say(self, body: msg.Body) -> None:
+        self.peer.send(body, self.number, priority=self.priority)
 
     def close(self) -> None:
         """Give the arena's memory back. The ring is stopped already; in the peer's turn."""
@@ -232,24 +235,29 @@ class StreamPeer(MessagePeer):
         self._inbox: deque[bytes] = deque()
         self._stalled = False
         self._bridges: dict[tuple[int, int], Bridge] = {}
-        self._writer = WireWriter(sock, bus.name, lambda why: self.part(f"the stream broke: {why}"))
+        self._writer = WireWriter(sock, bus.name, lambda why: self.part(f"the stream broke: {why}"), self._room)
         self.actor.watch(sock.fileno(), self._readable)
 
-    def transmit(self, message: bytes) -> None:
+    def transmit(self, message: bytes, priority: int) -> None:
         """Queue for the writer."""
-        if not self._writer.send(message) and not self.parted:
+        if not self._writer.send(message, priority) and not self.parted:
             raise Violation("link-not-read", "the driver does not read what it asked for")
 
     def has_room(self) -> bool:
         """Whether little waits for the driver."""
-        return self._writer.queued < MAX_QUEUED_EVENTS
+        return self._writer.has_room
+
+    def _room(self) -> None:
+        """The driver has read what waited: changes and channels may speak again."""
+        self.actor.post(self.flush_events)
+        self.actor.post(self.channels.room)
 
     def transmit_on_channel(self, priority: int, message: bytes) -> bool:
         """Queue for the writer."""
         if self.parted:
             return False
         try:
-            self.transmit(message)
+            self.transmit(message, priority)
         except Violation as violation:
             self.part(str(violation))
             return False

@@ -1,7 +1,8 @@
 """Messages over a byte stream: a thread that writes, so that nobody who sends ever waits for the other side.
 
-Messages follow each other without anything between them; `msg_size` delimits. What is queued is limited in bytes: a
-reader that does not read is told apart from a slow one by that limit alone.
+Messages follow each other without anything between them; `msg_size` delimits. Of what waits, the most urgent is written
+first; messages of one priority keep their order. What is queued is limited in bytes: a reader that does not read is
+told apart from a slow one by that limit alone.
 """
 
 from __future__ import annotations
@@ -14,16 +15,32 @@ from collections.abc import Callable
 
 MAX_QUEUED = 192 << 20
 """Bytes that may wait for the other side: more than all requests that a link may have outstanding."""
+TCP_NOTSENT_LOWAT = 25
+LOW = 1 << 20
+"""Bytes that may wait before whoever can do without sending should hold back."""
 MAX_PIECES = 64
+MAX_WRITE = 1 << 17
+"""Bytes that are written in one go, about: what becomes urgent meanwhile waits for no more of them."""
+PRIORITIES = 8
 
 
 class WireWriter:
-    """Writes queued messages to a connected socket, several with one system call. `broken` hears why it ended."""
+    """Writes queued messages to a connected socket, several with one system call.
 
-    def __init__(self, sock: socket.socket, name: str, broken: Callable[[str], None]) -> None:
+    `broken` hears why it ended; `room`, from the writer's thread, that less than LOW waits again.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        broken: Callable[[str], None],
+        room: Callable[[], None] = lambda: None,
+    ) -> None:
         self._sock = sock
         self._broken = broken
-        self._queue: deque[bytes] = deque()
+        self._room = room
+        self._queues: list[deque[bytes]] = [deque() for _ in range(PRIORITIES)]
         self._queued = 0
         self._closed = False
         self._wake = threading.Condition()
@@ -35,12 +52,17 @@ class WireWriter:
         """Bytes that wait for the other side."""
         return self._queued
 
-    def send(self, message: bytes) -> bool:
-        """Queue a message; False when too much waits already, or the writer has ended."""
+    @property
+    def has_room(self) -> bool:
+        """Whether little waits."""
+        return self._queued < LOW
+
+    def send(self, message: bytes, priority: int = 0) -> bool:
+        """Queue a message of a priority from 0, the most urgent; False when too much waits, or the writer has ended."""
         with self._wake:
             if self._closed or self._queued + len(message) > MAX_QUEUED:
                 return False
-            self._queue.append(message)
+            self._queues[priority].append(message)
             self._queued += len(message)
             self._wake.notify()
         return True
@@ -48,10 +70,10 @@ class WireWriter:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._queue or self._closed)
+                self._wake.wait_for(lambda: self._queued or self._closed)
                 if self._closed:
                     return
-                pieces = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_PIECES))]
+                pieces = self._next()
             try:
                 self._write(pieces)
             except OSError as error:
@@ -62,12 +84,28 @@ class WireWriter:
                     self._broken(error.strerror or str(error))
                 return
             with self._wake:
-                if not self._closed:
-                    self._queued -= sum(map(len, pieces))
+                if self._closed:
+                    return
+                was_full = not self.has_room
+                self._queued -= sum(map(len, pieces))
+                room = self._room if was_full and self.has_room else None
+            if room is not None:
+                room()
+
+    def _next(self) -> list[bytes]:
+        """What to write now, the most urgent first. With the lock."""
+        pieces: list[bytes] = []
+        size = 0
+        for waiting in self._queues:
+            while waiting and len(pieces) < MAX_PIECES and size < MAX_WRITE:
+                pieces.append(waiting.popleft())
+                size += len(pieces[-1])
+        return pieces
 
     def _forget(self) -> None:
         """What can no longer be sent holds no memory. With the lock."""
-        self._queue.clear()
+        for waiting in self._queues:
+            waiting.clear()
         self._queued = 0
 
     def _write(self, pieces: list[bytes]) -> None:
@@ -93,6 +131,7 @@ class WireWriter:
             self._thread.join(timeout=5)
         # Whoever is told holds this writer: let go, so that neither outlives the link.
         self._broken = lambda _why: None
+        self._room = lambda: None
 
 
 def tune(sock: socket.socket) -> None:
@@ -100,6 +139,8 @@ def tune(sock: socket.socket) -> None:
     sock.setblocking(True)
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # What the kernel has taken cannot be overtaken: let it take little more than it can send at once.
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, MAX_WRITE)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)

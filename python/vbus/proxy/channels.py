@@ -203,7 +203,7 @@ class RemoteChannels:
         closing = msg.ChannelClose(end.number)
         if not connector.loop.is_here:
             with contextlib.suppress(DriverError):
-                connector.call(closing, msg.ChannelCloseResponse, priority=end.priority)
+                connector.call(closing, msg.ChannelCloseResponse, channel_priority=end.priority)
         elif not self._say(end, closing):
             connector.send(closing)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vbus.proxy.remote import Remote, RemoteDevice
 
 R = TypeVar("R")
+LEAST_URGENT = 7
 
 
 def _checked(wanted: type[R], on_answer: Callable[[R], None], result: object) -> None:
@@ -57,12 +58,12 @@ class GuestConnector(ABC):
     # Messages.
 
     @abstractmethod
-    def transmit(self, message: bytes) -> None:
-        """Put one message on the link. Never blocks for the other side; OSError or Violation when it cannot."""
+    def transmit(self, message: bytes, priority: int) -> None:
+        """Put one message on the link, before less urgent ones if it can. Never blocks; OSError or Violation."""
 
-    def send(self, body: msg.Body, dev_num: int = 0, token: int = 0) -> None:
+    def send(self, body: msg.Body, dev_num: int = 0, token: int = 0, priority: int = 0) -> None:
         """Send one message that wants no answer."""
-        self.transmit(msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token)))
+        self.transmit(msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token)), priority)
 
     def call(
         self,
@@ -71,12 +72,13 @@ class GuestConnector(ABC):
         dev_num: int = 0,
         timeout: float | None = None,
         on_answer: Callable[[R], None] | None = None,
-        priority: int | None = None,
+        channel_priority: int | None = None,
     ) -> R:
         """Ask, and wait for the answer. DriverError: what the bus refused, ETIMEDOUT, ECONNRESET, EPROTO.
 
         `on_answer` is called with it on the loop's thread, before anything else that the bus says is looked at. With
-        `priority` the question travels behind what was said on the channels of this priority.
+        `channel_priority` the question travels behind what was said on the channels of this priority; one about a
+        device behind everything that was sent to its queues: a reset must not overtake requests from before it.
         """
         if self.loop.is_here:
             raise RuntimeError("this thread answers the bus and must not wait for it; use a hook")
@@ -89,8 +91,8 @@ class GuestConnector(ABC):
         limit = self.timeout if timeout is None else timeout
         try:
             message = msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token))
-            if priority is None or not self.transmit_on_channel(priority, message):
-                self.transmit(message)
+            if channel_priority is None or not self.transmit_on_channel(channel_priority, message):
+                self.transmit(message, LEAST_URGENT if dev_num else 0)
             result = future.result(limit)
         except FutureTimeoutError:
             raise DriverError(

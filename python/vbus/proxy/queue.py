@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vbus import _core
 from vbus.errors import DriverError, Violation
@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from vbus.shmem.arena import Arena
 
 Buffer = bytes | bytearray | memoryview
-BATCH = 256
+BATCH = 32
+"""Requests that are finished in one turn: what is more urgent waits for no more callbacks than theirs."""
+
+
+class Answer(Protocol):
+    """Where what becomes of a request goes: a future, or whatever else has these two. Neither may wait for the bus."""
+
+    def set_result(self, result: bytes, /) -> None:
+        """The device has finished, and written these bytes. On the loop's thread, in the ring's order."""
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """The request failed, with a DriverError. On any thread."""
 
 
 class RemoteQueue:
@@ -36,8 +47,8 @@ class RemoteQueue:
         self._arena_lock = arena_lock
         self._ring = ring
         self._lock = threading.Lock()
-        self._pending: dict[int, tuple[Future[bytes], int, int, int]] = {}
-        self._waiting: deque[tuple[Future[bytes], Sequence[Buffer], int]] = deque()
+        self._pending: dict[int, tuple[Answer, int, int, int]] = {}
+        self._waiting: deque[tuple[Answer, Sequence[Buffer], int]] = deque()
         self._error: DriverError | None = None
         self.requests = 0
         self.bytes_sent = 0
@@ -60,25 +71,39 @@ class RemoteQueue:
         ECONNRESET, ESHUTDOWN (the device was reset here). The future's callbacks must not wait for the bus.
         ValueError when there is nothing to send, EMSGSIZE when it is more than the link or the arena ever takes.
         """
-        readable = [part for part in readable if len(part)]
-        total = sum(map(len, readable)) + writable
-        if total == 0:
-            raise ValueError("a request needs bytes to read or room to write")
-        limit = min(self._arena.largest, self.device.max_request or self._arena.largest)
-        if total > limit:
-            raise DriverError(errno.EMSGSIZE, f"a request of {total} bytes; {limit} is the most here")
         future: Future[bytes] = Future()
         future.set_running_or_notify_cancel()
+        self.submit_many([(future, readable, writable)])
+        return future
+
+    def submit_many(self, requests: Iterable[tuple[Answer, Sequence[Buffer], int]]) -> None:
+        """Submit several, shown to the device together: (what is told the outcome, readable, writable) each.
+
+        Raises what `submit` raises, and then none of them is submitted.
+        """
+        limit = min(self._arena.largest, self.device.max_request or self._arena.largest)
+        checked = []
+        for answer, parts, writable in requests:
+            readable = [part for part in parts if len(part)]
+            total = sum(map(len, readable)) + writable
+            if total == 0:
+                raise ValueError("a request needs bytes to read or room to write")
+            if total > limit:
+                raise DriverError(errno.EMSGSIZE, f"a request of {total} bytes; {limit} is the most here")
+            checked.append((answer, readable, writable, total))
         with self._lock:
             if self._error is not None:
                 raise DriverError(self._error.errno or errno.EIO, self._error.strerror)
-            if self._waiting or not self._add(future, readable, writable, total):
-                self._waiting.append((future, [bytes(part) for part in readable], writable))
-            else:
+            added = False
+            for answer, readable, writable, total in checked:
+                if self._waiting or not self._add(answer, readable, writable, total):
+                    self._waiting.append((answer, [bytes(part) for part in readable], writable))
+                else:
+                    added = True
+            if added:
                 self._ring.publish()
-        return future
 
-    def _add(self, future: Future[bytes], readable: Sequence[Buffer], writable: int, total: int) -> bool:
+    def _add(self, future: Answer, readable: Sequence[Buffer], writable: int, total: int) -> bool:
         """Put a request on the ring, unpublished; False when there is no room now."""
         with self._arena_lock:
             start = self._arena.take(total)
@@ -106,7 +131,7 @@ class RemoteQueue:
 
     def reap(self) -> bool:
         """Resolve what the device has finished, and add what waited for room. True when there may be more."""
-        finished: list[tuple[Future[bytes], bytes]] = []
+        finished: list[tuple[Answer, bytes]] = []
         with self._lock:
             if self._error is not None:
                 return False

@@ -54,6 +54,8 @@ class RemoteDevice:
         self.needs_reset = False
         self.queues: list[RemoteQueue] = []
         self.driver: Driver | None = None
+        self.priorities = b""
+        """Of each queue, from 0, the most urgent, to 7; known while a driver has the device."""
 
     def __repr__(self) -> str:
         return f"<RemoteDevice {self.address} {self.name}>"
@@ -62,6 +64,10 @@ class RemoteDevice:
     def max_request(self) -> int:
         """Bytes that the link takes in one request, readable and writable together; 0 when it has no limit."""
         return self.remote.connector.max_request
+
+    def queue_priority(self, index: int) -> int:
+        """The priority of a queue; 4 for one of which the bus said nothing."""
+        return min(self.priorities[index], 7) if index < len(self.priorities) else 4
 
     # What a driver asks of the device (section 2 of the specification).
 

@@ -112,8 +112,8 @@ class ProcessConnector(GuestConnector):
 
     # Turns.
 
-    def transmit(self, message: bytes) -> None:
-        """Send through the area. DriverError ESHUTDOWN once parted."""
+    def transmit(self, message: bytes, priority: int) -> None:
+        """Send through the area, in order: nothing but control travels there. DriverError ESHUTDOWN once parted."""
         link = self.link
         if link is None:
             raise DriverError(errno.ESHUTDOWN, "detached")
@@ -195,6 +195,7 @@ class ProcessConnector(GuestConnector):
         answer = self.call(msg.Sources(), msg.SourcesResponse, device.address)
         if answer.first_source + len(answer.priorities) > self.area.geometry.max_sources:
             raise DriverError(errno.EPROTO, "the bus gives event sources that it has not")
+        device.priorities = answer.priorities
         self._sources[device.address] = _Sources(answer.first_source, answer.generation, answer.priorities)
 
     def open_queue(self, device: RemoteDevice, index: int, size: int) -> RemoteQueue:
@@ -202,7 +203,7 @@ class ProcessConnector(GuestConnector):
         sources = self._sources[device.address]
         if index >= len(sources.priorities):
             raise DriverError(errno.EPROTO, f"the bus gives no event source for queue {index}")
-        source, priority = sources.first + index, min(sources.priorities[index], PRIORITIES - 1)
+        source, priority = sources.first + index, device.queue_priority(index)
         with self.arena_lock:
             place = self.arena.take(_core.DriverQueue.bytes_needed(size))
         if place is None:
@@ -242,7 +243,12 @@ class ProcessConnector(GuestConnector):
         finally:
             handshake.close_all(fds)
         self.call(msg.Doorbell(index, *cookies), msg.DoorbellResponse, device.address)
-        bell_key = self.loop.key(lambda: bool(call.drain()) and queues[0].reap() if queues else False)
+
+        def rung() -> bool:
+            call.drain()
+            return queues[0].reap() if queues else False
+
+        bell_key = self.loop.key(rung, device.queue_priority(index))
         self._sources[device.address].keys.append(bell_key)
         self._sources[device.address].bells.append(call)
         self.loop.scheduler.add_fd(call.fileno(), bell_key)

@@ -25,7 +25,6 @@ from vbus.virtio import features
 MAX_MESSAGE = 65528
 READ_SIZE = 1 << 18
 TAKE = 64
-MAX_QUEUED_CHANGES = 1 << 20
 MAX_REGION = 4 << 20
 HEADROOM = 64
 """Bytes of a message that are not payload, at most."""
@@ -46,6 +45,7 @@ class _End:
     queue: RemoteQueue
     core: _core.DeviceQueue
     place: int
+    priority: int
     keys: list[int] = field(default_factory=list)
     outstanding: dict[int, _Outstanding] = field(default_factory=dict)
     sent: int = 0
@@ -66,7 +66,7 @@ class StreamConnector(GuestConnector):
         tune(self._sock)
         self._cannot_write = ""
         self._key = loop.key(self._readable, 0)
-        self._writer = WireWriter(self._sock, "driver", self._write_failed)
+        self._writer = WireWriter(self._sock, "driver", self._write_failed, self.channels.room)
         loop.scheduler.add_fd(self._sock.fileno(), self._key)
 
     def accept(self, hello: msg.HelloResponse) -> None:
@@ -76,18 +76,18 @@ class StreamConnector(GuestConnector):
         if self._fragment < HEADROOM:
             raise DriverError(errno.EPROTO, f"the bus takes messages of {hello.max_msg_size} bytes only")
 
-    def transmit(self, message: bytes) -> None:
+    def transmit(self, message: bytes, priority: int) -> None:
         """Queue for the writer."""
-        if not self._writer.send(message) and not self._cannot_write:
+        if not self._writer.send(message, priority) and not self._cannot_write:
             raise DriverError(errno.ECONNRESET, "the bus does not read, or is gone")
 
     def transmit_on_channel(self, priority: int, message: bytes) -> bool:
         """Queue for the writer."""
-        return self._writer.send(message)
+        return self._writer.send(message, priority)
 
     def has_room(self) -> bool:
         """Whether little waits for the bus."""
-        return self._writer.queued < MAX_QUEUED_CHANGES
+        return self._writer.has_room
 
     def map_region(self, offset: int, size: int) -> memoryview | Mirror:
         """A copy of the region."""
@@ -183,11 +183,12 @@ class StreamConnector(GuestConnector):
             total = request.readable
             first = request.read(self._fragment)
             body = msg.Request(end.index, request.index, total, request.writable, first)
-            self.send(body, end.device.address)
+            self.send(body, end.device.address, priority=end.priority)
             at = len(first)
             while at < total:
                 part = request.read(self._fragment)
-                self.send(msg.Data(end.index, request.index, msg.Direction.TO_DEVICE, at, part), end.device.address)
+                more = msg.Data(end.index, request.index, msg.Direction.TO_DEVICE, at, part)
+                self.send(more, end.device.address, priority=end.priority)
                 at += len(part)
         # Once more after the last: the ring turns its notifications on when it gives none.
         return bool(requests)
@@ -195,7 +196,8 @@ class StreamConnector(GuestConnector):
     # Queues.
 
     def prepare(self, device: RemoteDevice) -> None:
-        """Nothing is shared: the stream carries the signals."""
+        """Nothing is shared: the stream carries the signals. What is urgent is still asked for."""
+        device.priorities = self.call(msg.Sources(), msg.SourcesResponse, device.address).priorities
 
     def open_queue(self, device: RemoteDevice, index: int, size: int) -> RemoteQueue:
         """Make a local ring with both its sides here, and tell the bus how much may be outstanding."""
@@ -204,8 +206,9 @@ class StreamConnector(GuestConnector):
         if place is None:
             raise DriverError(errno.ENOMEM, f"no room for a queue of {size} in the arena")
         ends: list[_End] = []
-        take = self.loop.key(lambda: self._take(ends[0]) if ends else False)
-        reap = self.loop.key(lambda: ends[0].queue.reap() if ends else False)
+        priority = device.queue_priority(index)
+        take = self.loop.key(lambda: self._take(ends[0]) if ends else False, priority)
+        reap = self.loop.key(lambda: ends[0].queue.reap() if ends else False, priority)
         event_idx = bool(device.negotiated >> features.RING_EVENT_IDX & 1)
         indirect = bool(device.negotiated >> features.RING_INDIRECT_DESC & 1)
         ring = _core.DriverQueue(
@@ -229,7 +232,7 @@ class StreamConnector(GuestConnector):
             signal=_core.Signal.local(self.loop.scheduler, reap),
         )
         queue = RemoteQueue(device, index, self.arena, self.arena_lock, ring)
-        end = _End(device, index, queue, core, place, [take, reap])
+        end = _End(device, index, queue, core, place, priority, [take, reap])
         ends.append(end)
         with self._ends_lock:
             self._ends[device.address, index] = end
