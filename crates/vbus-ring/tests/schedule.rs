@@ -374,3 +374,47 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_turn_hears_of_what_is_more_urgent() {
+    let scheduler = Scheduler::new().unwrap();
+    let (busy, other) = (scheduler.actor(), scheduler.actor());
+    let (bulk, own) = (scheduler.key(busy, 7).unwrap(), scheduler.key(busy, 1).unwrap());
+    let (equal, fast) = (scheduler.key(other, 7).unwrap(), scheduler.key(other, 0).unwrap());
+    scheduler.mark(bulk);
+    assert_eq!(scheduler.next(NOW), Some((busy, bulk)));
+    assert!(!scheduler.urgent(busy, 7));
+    scheduler.mark(bulk);
+    scheduler.mark(equal);
+    assert!(!scheduler.urgent(busy, 7), "its own key and its equals can wait");
+    scheduler.mark(own);
+    assert!(scheduler.urgent(busy, 7), "another key of the same actor");
+    assert!(!scheduler.urgent(busy, 1));
+    scheduler.mark(fast);
+    assert!(scheduler.urgent(busy, 1), "a key of another actor");
+    assert!(!scheduler.urgent(busy, 0), "nothing is more urgent");
+    assert_eq!(scheduler.next(NOW), Some((other, fast)));
+    scheduler.done(busy, bulk, true).unwrap();
+    assert_eq!(scheduler.next(NOW), Some((busy, own)));
+}
+
+#[test]
+fn a_turn_hears_of_events_and_descriptors() {
+    let scheduler = Scheduler::new().unwrap();
+    let (busy, other) = (scheduler.actor(), scheduler.actor());
+    let bulk = scheduler.key(busy, 7).unwrap();
+    let (event, socket) = (scheduler.key(other, 1).unwrap(), scheduler.key(scheduler.actor(), 0).unwrap());
+    let events = events();
+    scheduler.add_events(&events.receiver, &events.bells, bulk).unwrap();
+    let source = events.open(3, 1, event);
+    let (here, mut there) = UnixStream::pair().unwrap();
+    scheduler.add_fd(here.as_raw_fd(), socket).unwrap();
+    scheduler.mark(bulk);
+    assert_eq!(scheduler.next(NOW), Some((busy, bulk)));
+    assert!(!scheduler.urgent(busy, 7));
+    events.producer.signal(&source);
+    assert!(scheduler.urgent(busy, 7));
+    assert!(!scheduler.urgent(busy, 1));
+    there.write_all(b"x").unwrap();
+    assert!(scheduler.urgent(busy, 1));
+}

@@ -357,13 +357,30 @@ class Bus:
         return {key: getattr(device, key) for key in attributes_of(device)}
 
     def set(self, name: str, attribute: str, text: str) -> Any:
-        """Set an attribute to what an operator typed; returns its value. NoSuchNameError, UsageError."""
-        device = self.slot(name).device
+        """Set an attribute to what an operator typed; returns its value. NoSuchNameError, UsageError.
+
+        Beside the attributes of the device there are `priority` and `priority.QUEUE`, which hold from the next time on
+        that a driver begins.
+        """
+        slot = self.slot(name)
+        device = slot.device
         known = attributes_of(device)
+        if attribute.partition(".")[0] == "priority" and attribute not in known:
+            return self._set_priority(slot, attribute, text)
         if attribute not in known:
             raise NoSuchNameError(hints.no_such("attribute", attribute, known, f"device {name}"))
         setattr(device, attribute, known[attribute].parse(text))
         return getattr(device, attribute)
+
+    def _set_priority(self, slot: Slot, attribute: str, text: str) -> int:
+        _, dot, queue = attribute.partition(".")
+        if not text.isdecimal():
+            raise UsageError(f"{attribute}: {text!r} is not a whole number: 0 (the most urgent) to 7")
+        if dot:
+            slot.device.queue(queue)
+        value = _check_priority(attribute, int(text[:6]))
+        slot.set_priority(value, queue if dot else None)
+        return value
 
     def describe(self) -> list[dict[str, Any]]:
         """One row a device: what `vbus ls` lists."""
