@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 import time
@@ -36,16 +35,6 @@ class Gated(vbus.Device):
         assert self.gate.wait(20)
         # Long enough for the other threads to get the interpreter.
         time.sleep(0.002)
-        self.order.append(f"{self.name} {queue.name}")
-        request.write(request.read())
-
-
-class AsyncGated(Gated):
-    """The same, on an event loop."""
-
-    async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
-        self.entered.release()
-        await asyncio.to_thread(self.gate.wait, 20)
         self.order.append(f"{self.name} {queue.name}")
         request.write(request.read())
 
