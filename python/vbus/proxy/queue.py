@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from vbus.shmem.arena import Arena
 
 Buffer = bytes | bytearray | memoryview
-BATCH = 32
-"""Requests that are finished in one turn: what is more urgent waits for no more callbacks than theirs."""
+BATCH = 256
 
 
 class Answer(Protocol):

@@ -2,6 +2,7 @@
 
 from vbus.proxy.drivers.blk import Blk
 from vbus.proxy.drivers.console import Console
+from vbus.proxy.drivers.net import Net, OffloadNet
 from vbus.proxy.drivers.rng import Rng
 
-__all__ = ["Blk", "Console", "Rng"]
+__all__ = ["Blk", "Console", "Net", "OffloadNet", "Rng"]
