@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from vbus.shmem.arena import Arena
 
 Buffer = bytes | bytearray | memoryview
-BATCH = 256
+BATCH = 32
+"""Requests that are finished in one turn: what is more urgent waits for no more callbacks than theirs."""
 
 
 class Answer(Protocol):
