@@ -8,12 +8,14 @@ from vbus.bus.bus import Bus, check_name
 from vbus.bus.channel import Channel, ChannelExistsError, ChannelTakenError, NoSuchChannelError
 from vbus.bus.connector import Connector
 from vbus.bus.device import Device, attribute, attributes_of
+from vbus.bus.limits import Account, reserve_all
 from vbus.bus.members import Credentials, Members, peer_credentials
 from vbus.bus.pool import Actor, Pool, shared_pool
 from vbus.bus.queue import Queue, Request
 from vbus.bus.slot import Attachment, InUseError, RefusedError, Slot
 
 __all__ = [
+    "Account",
     "Actor",
     "Attachment",
     "Bus",
@@ -35,5 +37,6 @@ __all__ = [
     "attributes_of",
     "check_name",
     "peer_credentials",
+    "reserve_all",
     "shared_pool",
 ]

@@ -22,7 +22,8 @@ from vbus import hints
 from vbus.bus.channel import Channel, Channels
 from vbus.bus.connector import Connector
 from vbus.bus.device import Device, attributes_of
-from vbus.bus.members import Members
+from vbus.bus.limits import MEMBER_LIMITS, Account, parse_limit
+from vbus.bus.members import Credentials, Members
 from vbus.bus.pool import shared_pool
 from vbus.bus.runner import BusLoop
 from vbus.bus.slot import Slot
@@ -68,6 +69,7 @@ class Bus:
         self.loop = BusLoop()
         self.connectors: dict[str, Connector] = {}
         self.channels = Channels(self)
+        self._accounts: dict[str, Account] = {}
         self._slots: dict[str, Slot] = {}
         self._numbers: dict[int, Slot] = {}
         self._last_number = 0
@@ -277,6 +279,39 @@ class Bus:
             raise NoSuchNameError(hints.no_such("connector", name, self.connectors, f"bus {self.name}"))
         connector.stop()
 
+    # Members.
+
+    def accounts_of(self, who: Credentials | None) -> list[Account]:
+        """The accounts of the members that a peer is: its user, its groups, the names in its certificate."""
+        with self._lock:
+            names = who.identities if who is not None else []
+            return [self._accounts.setdefault(name, Account(name)) for name in names]
+
+    def set_member(self, name: str, limit: str, text: str) -> int | None:
+        """Set `limit.NAME` of a member (`uid:1000`, `uid:alice`, `gid:kvm`, ...). NoSuchNameError, UsageError."""
+        member = Members.canonical(name)
+        parse_limit(limit.removeprefix("limit."), text, MEMBER_LIMITS)
+        with self._lock:
+            account = self._accounts.setdefault(member, Account(member))
+        value = account.set(limit.removeprefix("limit."), text)
+        for slot in self.slots():
+            slot.completed()
+        return value
+
+    def describe_members(self) -> list[dict[str, Any]]:
+        """One row a member that has limits, or is here: its limits, and what it uses."""
+        return [
+            {
+                "bus": self.name,
+                "member": account.name,
+                "limits": dict(account.limits),
+                "channels": account.channels,
+                "memory": account.memory,
+                "held": account.held,
+            }
+            for account in sorted(self._accounts.values(), key=lambda account: account.name)
+        ]
+
     # Life.
 
     def _start_pool(self) -> None:
@@ -360,13 +395,17 @@ class Bus:
         """Set an attribute to what an operator typed; returns its value. NoSuchNameError, UsageError.
 
         Beside the attributes of the device there are `priority` and `priority.QUEUE`, which hold from the next time on
-        that a driver begins.
+        that a driver begins, and `limit.NAME` (see `vbus.bus.limits`; "none" takes a limit away).
         """
         slot = self.slot(name)
         device = slot.device
         known = attributes_of(device)
         if attribute.partition(".")[0] == "priority" and attribute not in known:
             return self._set_priority(slot, attribute, text)
+        if attribute.startswith("limit."):
+            value = slot.gate.device.set(attribute.removeprefix("limit."), text)
+            slot.completed()
+            return value
         if attribute not in known:
             raise NoSuchNameError(hints.no_such("attribute", attribute, known, f"device {name}"))
         setattr(device, attribute, known[attribute].parse(text))
@@ -426,6 +465,8 @@ class Bus:
         return self._row(slot) | {
             "class": f"{type(slot.device).__module__}:{type(slot.device).__qualname__}",
             "attributes": self.attributes(name),
+            "limits": dict(slot.gate.device.limits),
+            "held": slot.gate.device.held,
             "config": {"generation": generation, "bytes": config.hex(), "fields": slot.device.config.to_dict()},
             "reasons": [{"time": when, "reason": reason} for when, reason in slot.reasons],
             "stat": [self._stat_row(slot, index) for index in range(len(slot.queues))],

@@ -30,6 +30,11 @@ class Credentials:
     gids: frozenset[int] = field(default_factory=frozenset)
     pid: int = 0
 
+    @property
+    def identities(self) -> list[str]:
+        """The members that this is, as a bus names them."""
+        return [f"uid:{self.uid}", *(f"gid:{gid}" for gid in sorted(self.gids))]
+
     def __str__(self) -> str:
         return f"uid {self.uid}" + (f" pid {self.pid}" if self.pid else "")
 
@@ -50,6 +55,16 @@ class Members:
                 self._gids.add(_group(name))
             else:
                 raise UsageError(f"member {member!r}: write uid:NUMBER, uid:NAME, gid:NUMBER or gid:NAME")
+
+    @staticmethod
+    def canonical(member: str) -> str:
+        """The member with its number: `uid:1000` for `uid:alice`. UsageError for one that is none."""
+        kind, _, name = member.partition(":")
+        if kind == "uid" and name:
+            return f"uid:{_user(name)}"
+        if kind == "gid" and name:
+            return f"gid:{_group(name)}"
+        raise UsageError(f"member {member!r}: write uid:NUMBER, uid:NAME, gid:NUMBER or gid:NAME")
 
     def admits(self, who: Credentials) -> bool:
         """Whether this peer may connect."""

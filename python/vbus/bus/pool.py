@@ -8,6 +8,7 @@ when all threads are held for long, the pool grows, so that the others are still
 
 from __future__ import annotations
 
+import heapq
 import logging
 import threading
 import time
@@ -39,6 +40,8 @@ class Pool:
         self._turns: dict[threading.Thread, float] = {}
         self._supervisor: threading.Thread | None = None
         self._stopping = threading.Event()
+        self._timers: list[tuple[float, int]] = []
+        self._timer_set = threading.Condition()
         self._poison = [self._make_poison() for _ in range(THREADS)]
 
     def _make_poison(self) -> int:
@@ -66,6 +69,8 @@ class Pool:
             if self._users:
                 return
             self._stopping.set()
+            with self._timer_set:
+                self._timer_set.notify()
             threads = list(self._threads)
             supervisor = self._supervisor
         deadline = time.monotonic() + 1.0
@@ -113,8 +118,34 @@ class Pool:
     def _stuck_count(self) -> int:
         return sum(self._stuck(thread) for thread in list(self._turns))
 
+    def mark_later(self, key: int, delay: float) -> None:
+        """Make a key ready in `delay` seconds, or a little later."""
+        with self._timer_set:
+            heapq.heappush(self._timers, (time.monotonic() + delay, key))
+            if self._timers[0][1] == key:
+                self._timer_set.notify()
+
+    def _due(self, deadline: float) -> list[int]:
+        """Wait for the next timer, or until `deadline`; the keys whose time has come."""
+        with self._timer_set:
+            until = min(deadline, self._timers[0][0]) if self._timers else deadline
+            delay = until - time.monotonic()
+            if delay > 0 and not self._stopping.is_set():
+                self._timer_set.wait(delay)
+            now = time.monotonic()
+            keys = []
+            while self._timers and self._timers[0][0] <= now:
+                keys.append(heapq.heappop(self._timers)[1])
+            return keys
+
     def _supervise(self, stopping: threading.Event) -> None:
-        while not stopping.wait(STUCK_SECONDS):
+        check = time.monotonic() + STUCK_SECONDS
+        while not stopping.is_set():
+            for key in self._due(check):
+                self.scheduler.mark(key)
+            if time.monotonic() < check:
+                continue
+            check = time.monotonic() + STUCK_SECONDS
             with self._lock:
                 stuck = self._stuck_count()
                 if len(self._threads) - stuck < 1 and len(self._threads) < MAX_THREADS and not stopping.is_set():
@@ -160,6 +191,10 @@ class Actor:
     def mark(self, key: int) -> None:
         """Make a key ready."""
         self.pool.scheduler.mark(key)
+
+    def mark_later(self, key: int, delay: float) -> None:
+        """Make a key ready in `delay` seconds, or a little later."""
+        self.pool.mark_later(key, delay)
 
     def is_something_more_urgent(self, priority: int) -> bool:
         """Whether a key more urgent than `priority` waits for a thread, or for this actor's turn to end."""

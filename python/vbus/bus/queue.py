@@ -63,13 +63,22 @@ class Queue:
         return taken[0] if taken else None
 
     def take_batch(self, limit: int) -> list[Request]:
-        """Up to `limit` buffers, in ring order."""
+        """Up to `limit` buffers, in ring order; none while a limit that an operator set is reached."""
+        slot = self._slot
+        gate = slot.gate if slot is not None and not slot.gate.is_open else None
+        if gate is not None and slot is not None:
+            limit = slot.admit(self, limit)
+            if limit == 0:
+                return []
         try:
-            return self.core.take(limit)
+            requests = self.core.take(limit)
         except Violation as violation:
-            if self._slot is not None:
-                self._slot.violated(violation, self)
+            if slot is not None:
+                slot.violated(violation, self)
             return []
+        if gate is not None and not self.pull:
+            gate.charge(len(requests), sum(request.readable + request.writable for request in requests))
+        return requests
 
     async def get(self) -> Request:
         """The next buffer of a pull queue, as soon as there is one."""
@@ -95,11 +104,18 @@ class Queue:
 
     def complete(self, *requests: Request) -> None:
         """Give requests back to the driver, published together (merged receive buffers show all at once)."""
+        slot = self._slot
+        gate = slot.gate if slot is not None and not slot.gate.is_open else None
+        if gate is not None and self.pull:
+            # How much a waiting buffer is used for is known only now.
+            gate.charge(len(requests), sum(request.written for request in requests))
         try:
             self.core.complete(requests)
         except Violation as violation:
-            if self._slot is not None:
-                self._slot.violated(violation, self)
+            if slot is not None:
+                slot.violated(violation, self)
+        if gate is not None and slot is not None:
+            slot.completed()
 
 
 def _finish(waiter: asyncio.Future[None]) -> None:

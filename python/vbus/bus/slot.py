@@ -19,6 +19,7 @@ from uuid import UUID
 
 from vbus import _core
 from vbus.bus.device import Device, is_async
+from vbus.bus.limits import DEVICE_LIMITS, Account, Gate
 from vbus.bus.pool import Actor
 from vbus.bus.queue import Queue
 from vbus.bus.runner import AsyncRunner, SyncRunner
@@ -57,6 +58,8 @@ class Attachment(ABC):
     connector_name: str
     memory: _core.Memory
     """Where the driver's buffers are."""
+    accounts: list[Account]
+    """Of the members that this is."""
 
     @abstractmethod
     def signal(self, slot: Slot, queue: Queue) -> _core.Signal:
@@ -113,6 +116,9 @@ class Slot:
         self._told: set[str] = set()
         self._places: dict[int, tuple[int, int, int, int]] = {}
         self._lock = threading.RLock()
+        self.gate = Gate(Account(name, DEVICE_LIMITS))
+        self._held: set[Queue] = set()
+        """Queues that wait for a request to end, because of a limit on outstanding ones."""
         self.available = sum(1 << bit for bit in RING_FEATURES) | device.features.mask(device.offered_features())
         self.actor = Actor(bus.pool, f"device {name}")
         self.runner = AsyncRunner(self, bus.loop.starts()) if is_async(device) else SyncRunner(self)
@@ -187,6 +193,38 @@ class Slot:
             old, self._keys = self._keys, [self.actor.key(self._turn_of(q), wanted[q.index]) for q in self.queues]
         for key in old:
             self.actor.drop_key(key)
+
+    # Limits.
+
+    def admit(self, queue: Queue, wanted: int) -> int:
+        """How many of `wanted` requests the queue may take; when none, it gets a turn as soon as there may be room."""
+        with self._lock:
+            # A request that ends from now on finds this queue waiting.
+            self._held.add(queue)
+        allowed, wait = self.gate.admit(wanted, self._outstanding)
+        if allowed or wait:
+            with self._lock:
+                self._held.discard(queue)
+        if not allowed and wait:
+            self.actor.mark_later(self.key(queue), wait)
+        return allowed
+
+    def _outstanding(self, account: Account) -> int:
+        """Requests under way that count for this account; buffers that wait in pull queues are none."""
+        if account is self.gate.device:
+            slots = [self]
+        else:
+            slots = [slot for slot in self.bus.slots() if account in slot.gate.members]
+        return sum(queue.core.in_flight for slot in slots for queue in slot.queues if not queue.pull)
+
+    def completed(self) -> None:
+        """Requests ended: queues that waited for that, of this device or of its driver's others, look again."""
+        slots = [self] if not self.gate.members else [s for s in self.bus.slots() if s.owner is not None]
+        for slot in slots:
+            with slot._lock:
+                held, slot._held = slot._held, set()
+            for queue in held:
+                slot.mark(queue)
 
     # Features (section 2.2).
 
@@ -273,6 +311,7 @@ class Slot:
                 raise RefusedError(f"{self.name} is being removed")
             if value:
                 self.owner = attachment
+                self.gate.members = attachment.accounts
         if value == 0:
             self.actor.post(lambda: self._change_status(None, reply))
         else:
@@ -335,6 +374,8 @@ class Slot:
         self.runner.cancel()
         with self._lock:
             owner, self.owner = self.owner, None
+            self.gate.members = []
+            self._held.clear()
             was = self.status
             self.status = Status(0)
             self.negotiated = 0

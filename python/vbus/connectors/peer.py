@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vbus import _core, msg
-from vbus.bus import Actor, Attachment, Bus, InUseError, RefusedError, Slot
+from vbus.bus import Account, Actor, Attachment, Bus, InUseError, RefusedError, Slot
 from vbus.channel import Mirror
 from vbus.connectors.peer_channels import PeerChannels
 from vbus.errors import Violation
@@ -51,12 +51,13 @@ class MessagePeer(Attachment):
     max_message: int
     max_request = 0
 
-    def __init__(self, host: PeerHost, bus: Bus, label: str) -> None:
+    def __init__(self, host: PeerHost, bus: Bus, label: str, accounts: list[Account]) -> None:
         self.host = host
         self.bus = bus
         self.label = label
         self.connector_name = host.name
         self.memory = _core.Memory(max_bytes=MAX_DRIVER_MEMORY)
+        self.accounts = accounts
         self.actor = Actor(bus.pool, f"peer {label}")
         self.since = time.time()
         self.parted = False

@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from vbus import msg
-from vbus.bus import Channel, ChannelExistsError, ChannelTakenError, NoSuchChannelError, check_name
+from vbus.bus import Channel, ChannelExistsError, ChannelTakenError, NoSuchChannelError, check_name, reserve_all
 from vbus.channel import WINDOW, ChannelClosedError, ChannelEnd, Mirror
 from vbus.errors import UsageError
 from vbus.shmem.area import REGION_ALIGN, REGIONS_SIZE
@@ -82,13 +82,31 @@ class PeerChannels:
         return True
 
     def _open(self, frame: msg.Frame, wanted: msg.ChannelOpen) -> None:
-        peer, channels = self._peer, self._peer.bus.channels
+        peer = self._peer
         if len(self._ends) >= MAX_CHANNELS:
             peer.refuse(frame, errno.EMFILE, f"{MAX_CHANNELS} channels are open, the most for one driver")
             return
         if wanted.channel in self._ends:
             peer.refuse(frame, errno.EALREADY, f"there is a channel {wanted.channel} on this link")
             return
+        refusing = reserve_all(peer.accounts, "channels", 1)
+        if refusing is not None:
+            limit = refusing.limits["channels"]
+            peer.refuse(frame, errno.EMFILE, f"{refusing.name} may have {limit} channels open here")
+            return
+        before = len(self._ends)
+        try:
+            self._open_within_limits(frame, wanted)
+        finally:
+            if len(self._ends) == before:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        for account in self._peer.accounts:
+            account.give_back("channels", 1)
+
+    def _open_within_limits(self, frame: msg.Frame, wanted: msg.ChannelOpen) -> None:
+        peer, channels = self._peer, self._peer.bus.channels
         created = None
         try:
             if wanted.flags & msg.ChannelFlags.CREATE:
@@ -143,7 +161,7 @@ class PeerChannels:
             try:
                 channel.joined(end)
             except ChannelClosedError:
-                self._forget(end)
+                self._remove(end)
                 raise
             self._peer.send(msg.ChannelOpenResponse(channel.priority, WINDOW, offset, size), token=frame.token)
 
@@ -191,15 +209,21 @@ class PeerChannels:
     # The end.
 
     def _forget(self, end: ChannelEnd) -> None:
+        channel = self._remove(end)
+        if channel is not None:
+            self._give_back()
+            channel.left(end)
+
+    def _remove(self, end: ChannelEnd) -> Channel | None:
         if self._ends.pop(end.number, None) is None:
-            return
+            return None
         channel, place = self._channels.pop(end.number)
         self._names.discard(end.name)
         if place is not None:
             self._regions.give_back(place)
         with self._lock:
             self._owing.discard(end)
-        channel.left(end)
+        return channel
 
     def close(self) -> None:
         """The driver's side is gone: so are its ends, and the channels that it made."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vbus.bus import Actor, Bus, Connector, Credentials, Slot, peer_credentials
+from vbus.bus import Account, Actor, Bus, Connector, Credentials, Slot, peer_credentials
 from vbus.connectors.peer import MessagePeer
 from vbus.errors import UsageError
 
@@ -48,7 +48,7 @@ class PeerHost(Connector):
         """A bound socket. UsageError."""
 
     @abstractmethod
-    def greet(self, sock: socket.socket, bus: Bus, label: str) -> MessagePeer:
+    def greet(self, sock: socket.socket, bus: Bus, label: str, accounts: list[Account]) -> MessagePeer:
         """Make a peer of an admitted connection. OSError."""
 
     @abstractmethod
@@ -97,7 +97,7 @@ class PeerHost(Connector):
                 elif not self._has_place():
                     self._refuse(sock, label, f"has no place: {MAX_PEERS} drivers are connected")
                 else:
-                    peer = self.greet(sock, bus, label)
+                    peer = self.greet(sock, bus, label, bus.accounts_of(who))
                     stack.pop_all()
                     with self._peers_lock:
                         # Its turns may have parted from it already.

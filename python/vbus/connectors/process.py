@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from vbus import _core, msg, rundir
-from vbus.bus import Bus, Queue, Slot
+from vbus.bus import Account, Bus, Queue, Slot, reserve_all
 from vbus.bus.slot import SignalCounters
 from vbus.channel import Mirror
 from vbus.connectors.peer import MAX_DRIVER_MEMORY, MessagePeer
@@ -26,6 +26,7 @@ from vbus.shmem.area import PRIORITIES, Area, check_sealed
 from vbus.shmem.channels import ChannelRings
 from vbus.shmem.handshake import Greeting
 from vbus.shmem.link import Link
+from vbus.units import format_size
 
 MAX_MESSAGE = 16384
 MAX_WAITING_FDS = 32
@@ -66,9 +67,9 @@ class Process(PeerHost):
             self.socket = rundir.socket_path(bus.name, name)
         return self.unix_listener(self.socket, socket.SOCK_SEQPACKET)
 
-    def greet(self, sock: socket.socket, bus: Bus, label: str) -> ProcessPeer:
+    def greet(self, sock: socket.socket, bus: Bus, label: str, accounts: list[Account]) -> ProcessPeer:
         """Make the area and the doorbells, and send them."""
-        return ProcessPeer(self, bus, label, sock)
+        return ProcessPeer(self, bus, label, accounts, sock)
 
     def refuse(self, sock: socket.socket, reason: str) -> None:
         """Greet with the reason and nothing else."""
@@ -82,12 +83,14 @@ class ProcessPeer(MessagePeer):
     memory_kind = msg.MemoryKind.SHARED
     max_message = MAX_MESSAGE
 
-    def __init__(self, host: Process, bus: Bus, label: str, sock: socket.socket) -> None:
-        super().__init__(host, bus, label)
+    def __init__(self, host: Process, bus: Bus, label: str, accounts: list[Account], sock: socket.socket) -> None:
+        super().__init__(host, bus, label, accounts)
         self.signal_kind = SIGNAL_KINDS[host.signal]
         self._direct = host.signal == "direct"
         self._sock = sock
         self._fds: dict[int, int] = {}
+        self._mapped: dict[int, int] = {}
+        """Bytes of each region that are on the members' accounts, by its address."""
         self._bells: dict[tuple[int, int], tuple[_core.Doorbell, _core.Doorbell]] = {}
         self._signals: dict[tuple[int, int], _core.Signal] = {}
         sock.setblocking(False)
@@ -232,11 +235,20 @@ class ProcessPeer(MessagePeer):
     def bodied(self, frame: msg.Frame) -> bool:
         """Memory and doorbells."""
         match frame.body:
-            case msg.MemoryAdd(address=address, size=size, offset=offset, protection=protection, cookie=cookie):
-                self._add_memory(address, size, offset, protection, cookie)
+            case msg.MemoryAdd(size=size) as region:
+                refusing = reserve_all(self.accounts, "memory", size)
+                if refusing is not None:
+                    os.close(self._claim_descriptor(region.cookie))
+                    limit = format_size(refusing.limits["memory"])
+                    self.refuse(frame, errno.ENOMEM, f"{refusing.name} may have {limit} of memory mapped here")
+                    return True
+                # Counted from now on, so that whatever fails below is given back at the end of the link.
+                self._mapped[region.address] = self._mapped.get(region.address, 0) + size
+                self._add_memory(region.address, size, region.offset, region.protection, region.cookie)
                 self.send(msg.MemoryAddResponse(0), token=frame.token)
             case msg.MemoryRemove(address=address):
                 self.memory.remove(address)
+                self._unmapped(self._mapped.pop(address, 0))
                 self.send(msg.MemoryRemoveResponse(0), token=frame.token)
             case msg.Doorbell(vq_index=index, kick_cookie=kick, call_cookie=call):
                 self._pair_doorbells(frame.dev_num, index, kick, call)
@@ -244,6 +256,10 @@ class ProcessPeer(MessagePeer):
             case _:
                 return False
         return True
+
+    def _unmapped(self, size: int) -> None:
+        for account in self.accounts:
+            account.give_back("memory", size)
 
     def _add_memory(self, address: int, size: int, offset: int, protection: int, cookie: int) -> None:
         fd = self._claim_descriptor(cookie)
@@ -324,6 +340,8 @@ class ProcessPeer(MessagePeer):
         self._sock.close()
         handshake.close_all(list(self._fds.values()))
         self._fds.clear()
+        self._unmapped(sum(self._mapped.values()))
+        self._mapped.clear()
         self._bells.clear()
         self._signals.clear()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vbus import _core, address, msg
-from vbus.bus import Bus, Credentials, Queue, Slot
+from vbus.bus import Account, Bus, Credentials, Queue, Slot
 from vbus.bus.slot import SignalCounters
 from vbus.channel import Mirror
 from vbus.connectors.peer import HEADROOM, MessagePeer
@@ -80,9 +80,9 @@ class Stream(PeerHost):
         """Members, and over insecure TCP whoever comes."""
         return super().admits(bus, who) or (self._insecure and self._where.kind == "tcp")
 
-    def greet(self, sock: socket.socket, bus: Bus, label: str) -> StreamPeer:
+    def greet(self, sock: socket.socket, bus: Bus, label: str, accounts: list[Account]) -> StreamPeer:
         """The driver speaks first; there is nothing to send."""
-        return StreamPeer(self, bus, label, sock)
+        return StreamPeer(self, bus, label, accounts, sock)
 
     def refuse(self, sock: socket.socket, reason: str) -> None:
         """Say why, as an answer to the HELLO that is on its way."""
@@ -225,8 +225,8 @@ class StreamPeer(MessagePeer):
     max_message = MAX_MESSAGE
     max_request = MAX_REQUEST
 
-    def __init__(self, host: Stream, bus: Bus, label: str, sock: socket.socket) -> None:
-        super().__init__(host, bus, label)
+    def __init__(self, host: Stream, bus: Bus, label: str, accounts: list[Account], sock: socket.socket) -> None:
+        super().__init__(host, bus, label, accounts)
         tune(sock)
         self._sock = sock
         self.arena = Arena()
