@@ -1,0 +1,1 @@
+"""Benchmarks: each changes one thing, holds the rest, and runs both sides in one go."""
