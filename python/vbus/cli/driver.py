@@ -24,6 +24,7 @@ from vbus.errors import DriverError, Error, UsageError
 if TYPE_CHECKING:
     from vbus.proxy import Remote, RemoteDevice
     from vbus.proxy.drivers import Blk, Console, Rng
+    from vbus.proxy.drivers.net_tap import Joined
 
 PIECE = 8 << 20
 """Bytes that are in memory at a time."""
@@ -49,6 +50,9 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option("--write", "source", metavar="FILE", help="Write FILE ('-': stdin) onto the disk.")
 @click.option("--copy-to", "target", metavar="FILE", help="Copy the whole disk into FILE ('-': stdout).")
 @click.option("--quit", "quit_after", type=float, metavar="SECONDS", help="Leave a console so long after stdin ended.")
+@click.option("--tap", metavar="NAME", help="Make the device an interface of this network namespace.")
+@click.option("--address", "own", metavar="ADDRESS/PREFIX", help="The interface's address, such as 10.0.0.2/24.")
+@click.option("--gateway", metavar="ADDRESS", help="The interface's default route.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Seconds for an answer.")
 @output.json_option
 def driver_command(
@@ -59,6 +63,9 @@ def driver_command(
     source: str | None,
     target: str | None,
     quit_after: float | None,
+    tap: str | None,
+    own: str | None,
+    gateway: str | None,
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -66,9 +73,11 @@ def driver_command(
 
     Without DEVICE: list what the bus offers. An entropy device (rng): --read. A disk (blk): --read and --write with
     --offset, --copy-to; else what it is like. A console: joined with stdin and stdout, until the device is gone or
-    --read LENGTH bytes came; a terminal leaves with Control-]. Sizes may be written as "64 MiB".
+    --read LENGTH bytes came; a terminal leaves with Control-]. A network device (net): --tap, with --address and
+    --gateway, until it is interrupted; else what it is like. Sizes may be written as "64 MiB".
     """
     wants = {"--read": length, "--write": source, "--copy-to": target, "--offset": offset, "--quit": quit_after}
+    wants |= {"--tap": tap, "--address": own, "--gateway": gateway}
     given = [name for name, value in wants.items() if value is not None]
     if device is None:
         if given:
@@ -87,6 +96,11 @@ def driver_command(
             case DeviceID.BLOCK if given:
                 _only(given, found, "--read", "--write", "--copy-to", "--offset")
                 _use_disk(remote.driver(device, drivers.Blk), length, offset, source, target)
+            case DeviceID.NETWORK if given:
+                _only(given, found, "--tap", "--address", "--gateway")
+                if tap is None:
+                    raise UsageError(f"{given[0]} is for an interface: name it with --tap NAME")
+                _be_interface(remote, device, tap, own, gateway, as_json)
             case DeviceID.CONSOLE if not as_json:
                 _only(given, found, "--read", "--quit")
                 _join(remote, remote.driver(device, drivers.Console), length, quit_after)
@@ -163,9 +177,12 @@ def _print_facts(remote: Remote, device: RemoteDevice, as_json: bool) -> None:
 
 
 def _facts(remote: Remote, device: RemoteDevice) -> dict[str, Any]:
-    """What a disk or a console is like. Its driver is asked; one that somebody else has still shows its config."""
+    """What a device is like. A disk's driver is asked; a disk that somebody else has still shows its config."""
     from vbus.proxy import drivers
     from vbus.virtio import DeviceID, console
+
+    if device.device_id == DeviceID.NETWORK:
+        return _net_config(device)
 
     if device.device_id == DeviceID.CONSOLE:
         config = console.Config.from_bytes(device.config())
@@ -199,6 +216,20 @@ def _disk_config(device: RemoteDevice) -> dict[str, Any]:
         "size": config.capacity * blk.SECTOR,
         "block_size": config.blk_size if "BLK_SIZE" in offered else blk.SECTOR,
         "read_only": "RO" in offered,
+    }
+
+
+def _net_config(device: RemoteDevice) -> dict[str, Any]:
+    """What it says without a driver, so that a driver that has it is not disturbed; null for what it does not say."""
+    from vbus.virtio import net
+
+    config = net.Config.from_bytes(device.config())
+    offered = net.FEATURES.names_of(device.offered)
+    return {
+        "mac": config.mac.hex(":") if "MAC" in offered else None,
+        "mtu": config.mtu if "MTU" in offered else None,
+        "link": bool(config.status & net.LinkStatus.LINK_UP) if "STATUS" in offered else None,
+        "queue_pairs": config.max_virtqueue_pairs if "MQ" in offered else 1,
     }
 
 
@@ -330,3 +361,53 @@ def _raw_terminal() -> Iterator[bool]:
     finally:
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)
         signal.signal(signal.SIGTERM, old)
+
+
+# Network devices.
+
+
+def _be_interface(
+    remote: Remote, device: str, name: str, address: str | None, gateway: str | None, as_json: bool
+) -> None:
+    """Join the device with a tap until a signal (which is how this ends well), or until either is gone."""
+    from vbus.proxy.drivers import OffloadNet
+    from vbus.proxy.drivers.net_tap import Joined, check_gateway, parse_address
+
+    own = None if address is None else parse_address(address)
+    if gateway is not None:
+        gateway = check_gateway(gateway, own)
+    stop = (signal.SIGTERM, signal.SIGINT)
+    # Until there is something to end: what is half made is taken down again.
+    before = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in stop}
+    try:
+        joined = Joined(remote.driver(device, OffloadNet), name, address=own, gateway=gateway)
+        try:
+            for number in stop:
+                signal.signal(number, lambda *_: joined.end())
+            _say_ready(joined, as_json)
+            joined.wait()
+        finally:
+            joined.close()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say_ready(joined: Joined, as_json: bool) -> None:
+    driver = joined.driver
+    row = {
+        "name": driver.device.name,
+        "tap": joined.name,
+        "mac": driver.mac.hex(":"),
+        "mtu": joined.mtu,
+        "link": driver.link,
+        "address": None if joined.address is None else str(joined.address),
+    }
+    if as_json:
+        output.print_json([row], indent=None)
+    else:
+        facts = [f"{row['tap']} is up", str(row["mac"]), f"mtu {row['mtu']}"]
+        facts += [str(row["address"])] if row["address"] else []
+        facts += [] if row["link"] else ["no carrier"]
+        click.echo(f"{output.plain(row['name'])}: {', '.join(facts)}")
+    sys.stdout.flush()

@@ -264,6 +264,11 @@ class Net(Driver):
         """Pairs of queues in use."""
         return self._pairs
 
+    @property
+    def failed(self) -> DriverError | None:
+        """Why the device serves no more, if it does not."""
+        return self._error
+
     # Sending.
 
     def send(self, frames: Iterable[Buffer], *, pair: int = 0) -> Future[int]:
