@@ -26,12 +26,13 @@ from test_hostile_peers import RawPeer, dial
 from vbus import msg
 from vbus.bus import Bus
 from vbus.shmem.area import sealed_memfd
+from vbus.shmem.channels import ChannelRings
 
 ROUNDS = 60
 MESSAGES = 60
 NUMBERS = (0, 1, 2, 3, 4, 7, 8, 11, 15, 16, 64, 128, 255, 256, 4096, 0x10000, 0x11000, 2**31, 2**32 - 1)
 
-FATAL = (msg.Hello, msg.MemoryAdd, msg.MemoryRemove, msg.Doorbell, msg.Data)
+FATAL = (msg.Hello, msg.MemoryAdd, msg.MemoryRemove, msg.Doorbell, msg.Data, msg.ChannelCredit, msg.ChannelMemory)
 """What a bus parts from a peer for when it is wrong: seldom said, so that conversations last."""
 
 
@@ -76,6 +77,8 @@ def over_shared_memory(path: Path, chance: random.Random) -> None:
     peer = RawPeer(path)
     try:
         peer.sock.settimeout(1)
+        rings = ChannelRings(peer.area, device_side=False)
+        rings.speak(peer.area.sender(peer.bells[2:10], to_device=True))
         peer.link.send(msg.encode(msg.Frame(msg.Hello(1, 65535, 0), 0, 1)))
         fd = sealed_memfd("random", 1 << 16)
         with contextlib.suppress(OSError):
@@ -86,7 +89,11 @@ def over_shared_memory(path: Path, chance: random.Random) -> None:
             data = some_message(chance)
             if chance.random() < 0.02:
                 data = bytes(chance.choice((b ^ 1, b)) for b in data[:6]) + data[6:]
-            peer.link.send(data)
+            if chance.random() < 0.3:
+                # Where only channels should speak.
+                rings.send(chance.randrange(8), data)
+            else:
+                peer.link.send(data)
             if chance.random() < 0.3:
                 chance.choice(peer.bells).ring()
             list(peer.link.receive())
@@ -113,6 +120,8 @@ def test_nothing_that_peers_say_surprises_the_bus(
     bus = make_bus()
     for name, device in (("echo", Echo()), ("lamp", Lamp()), ("async", AsyncEcho())):
         bus.plug(device, name)
+    for name in ("x", "echo"):
+        bus.open_channel(name, memory=4096, relay=True)
     shared = bus.connect(vbus.connectors.Process(tmp_path / "a.sock"), "a")
     direct = bus.connect(vbus.connectors.Process(tmp_path / "b.sock", signal="direct"), "b")
     stream = bus.connect(vbus.connectors.Stream("tcp:127.0.0.1:0"), "c")
