@@ -107,6 +107,8 @@ class DeviceDetails(DeviceRow):
 
     class_: str = Field(alias="class", description="module:Class")
     attributes: dict[str, Any]
+    limits: dict[str, int] = Field(description="What an operator set: see `vbus set --help`.")
+    held: int = Field(description="How often a queue had to wait for a limit.")
     config: ConfigSpace
     reasons: list[Reason] = Field(description="The latest violations, oldest first.")
     stat: list[StatRow]
@@ -118,6 +120,7 @@ class PeerRow(Model):
     peer: str
     since: float = Field(description="Seconds since 1970.")
     devices: list[str] = Field(description="The devices that it has.")
+    channels: list[str] = Field(description="The event channels that it has open.")
 
 
 class DepartedRow(Model):
