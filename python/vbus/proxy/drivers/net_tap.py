@@ -89,6 +89,7 @@ class Joined:
         self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._writing = threading.Lock()
+        self._configuring = threading.Lock()
         self._closed = False
         self._windows: list[_Window] = []
         self._threads: list[threading.Thread] = []
@@ -166,8 +167,8 @@ class Joined:
         self.driver.on_change = self.driver.on_failed = None
         with contextlib.suppress(DriverError):
             self.driver.close()
-        # Frames that are being delivered at this moment must not reach descriptors that are somebody else's by then.
-        with self._writing:
+        # What is being written or changed at this moment must not reach descriptors that are somebody else's by then.
+        with self._writing, self._configuring:
             self._closed = True
         if self._tap is not None:
             # With the interface go its addresses and routes.
@@ -178,14 +179,14 @@ class Joined:
     # What the device says.
 
     def _changed(self) -> None:
-        tap = self._tap
-        if tap is None or self._over:
-            return
-        try:
-            tap.set_carrier(self.driver.link)
-            tap.configure(mtu=self.mtu)
-        except (OSError, Error) as error:
-            self.end(self._vanished(error))
+        with self._configuring:
+            if self._tap is None or self._closed:
+                return
+            try:
+                self._tap.set_carrier(self.driver.link)
+                self._tap.configure(mtu=self.mtu)
+            except (OSError, Error) as error:
+                self.end(self._vanished(error))
 
     def _vanished(self, error: BaseException) -> Error:
         if isinstance(error, OSError) and not isinstance(error, Error):
