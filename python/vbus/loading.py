@@ -25,6 +25,7 @@ BUILT_IN = {
     "rng": "vbus.devices.rng:Rng",
     "console": "vbus.devices.console:Console",
     "blk": "vbus.devices.blk:Blk",
+    "net": "vbus.devices.net:Net",
 }
 PLACE = re.compile(r"(?P<module>.+):(?P<name>[A-Za-z_][A-Za-z0-9_.]*)")
 """What is no plain name: the last colon parts a module, or a file, from a class."""

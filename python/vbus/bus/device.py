@@ -127,13 +127,17 @@ class Device:
         if not hasattr(cls, "device_id"):
             raise UsageError(f"{cls.__name__} has no device_id: set it to a vbus.DeviceID or a number of your own")
         device = super().__new__(cls)
-        declared = [queue if isinstance(queue, Queue) else Queue(queue) for queue in cls.queues]
-        device._queues = [queue.live(index) for index, queue in enumerate(declared)]
         device.config = cls.Config()
         device._slot = None
+        device.declare_queues(cls.queues)
         device._lock = threading.RLock()
         device._values = {}
         return device
+
+    def declare_queues(self, queues: Sequence[str | Queue]) -> None:
+        """Give this very device other queues than its class declares. In `__init__` only."""
+        declared = [queue if isinstance(queue, Queue) else Queue(queue) for queue in queues]
+        self._queues = [queue.live(index) for index, queue in enumerate(declared)]
 
     def offered_features(self) -> Iterable[str]:
         """Names of the feature bits that this very device offers; all of its class unless overridden."""

@@ -2,6 +2,7 @@
 
 from vbus.devices.blk import Blk
 from vbus.devices.console import Console
+from vbus.devices.net import Net
 from vbus.devices.rng import Rng
 
-__all__ = ["Blk", "Console", "Rng"]
+__all__ = ["Blk", "Console", "Net", "Rng"]

@@ -1,0 +1,538 @@
+"""A network card (virtio 1.4, section 5.1), plugged into itself, into a file, or into a tap of this machine.
+
+What a driver sends comes in batches; each frame's header is read once and checked, and header and frame go to the
+backend in one system call on the driver's own memory. What the backend has for the driver is read only as fast as the
+driver gives buffers: a tap is not watched while there are none, so that frames wait in the kernel, which tells its
+stack about it. Commands change the filter, the pairs in use, and what the tap leaves to the driver.
+
+A frame that is wrong is dropped and counted by what is wrong with it, and the next one goes on; only what breaks the
+rules of the queue itself, so that there is nobody to answer, is a violation of the driver.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+from vbus import virtio
+from vbus.bus import Device, Queue, Request, attribute
+from vbus.devices.buffers import clear, skip, split_last
+from vbus.devices.net_backends import LONGEST, make_backend
+from vbus.devices.net_control import LONGEST_COMMAND, Filter, is_station, obey
+from vbus.devices.net_receive import Receiver
+from vbus.errors import Error, UsageError, Violation
+from vbus.virtio.net import (
+    ACK_ERR,
+    ACK_OK,
+    DUPLEX_UNKNOWN,
+    HEADER,
+    MIN_MTU,
+    SPEED_UNKNOWN,
+    Gso,
+    GsoFlags,
+    HeaderFlags,
+    LinkStatus,
+    controlq,
+    receiveq,
+)
+
+ETHERNET = 14
+"""Bytes of a frame's own header: the shortest frame that there is."""
+MAX_MTU = 65535
+MAX_QUEUE_PAIRS = 8
+BUDGET = 64
+"""Frames for the driver in one turn; then whatever else waits for this device gets its turn."""
+ALWAYS = (
+    "MAC",
+    "STATUS",
+    "MTU",
+    "MRG_RXBUF",
+    "CTRL_VQ",
+    "CTRL_RX",
+    "CTRL_RX_EXTRA",
+    "CTRL_VLAN",
+    "CTRL_MAC_ADDR",
+    "GUEST_ANNOUNCE",
+)
+_PLAIN = bytes(10)
+"""A header, without num_buffers, of a frame that is finished."""
+_NEEDS_CSUM = int(HeaderFlags.NEEDS_CSUM)
+_HOST_KINDS = {"HOST_TSO4": Gso.TCPV4, "HOST_TSO6": Gso.TCPV6, "HOST_USO": Gso.UDP_L4}
+_GUEST_KINDS = {
+    "GUEST_TSO4": Gso.TCPV4,
+    "GUEST_TSO6": Gso.TCPV6,
+    "GUEST_USO4": Gso.UDP_L4,
+    "GUEST_USO6": Gso.UDP_L4,
+}
+_QUEUE_SIZE = 256
+
+
+class Net(Device):
+    """A network device (virtio 1.4, section 5.1).
+
+    `backend`: `loopback` (what is sent comes back), `tap:NAME` (an interface of this machine, made at plug and gone at
+    unplug, or a persistent tap that is there already) or `pcap:FILE` (what is sent is written for Wireshark). `mac`:
+    such as "52:54:00:12:34:56", by default one that follows from the device's UUID. `mtu`: 68 to 65535. `queue_pairs`:
+    1 to 8. `link`: whether it begins up.
+    """
+
+    device_id = virtio.DeviceID.NETWORK
+    features = virtio.net.FEATURES
+    queues = (Queue("receive0", pull=True, size=_QUEUE_SIZE), Queue("transmit0", size=_QUEUE_SIZE), "control")
+    Config = virtio.net.Config
+    config: virtio.net.Config
+
+    link = attribute(
+        bool,
+        get=lambda net: bool(net.config.status & LinkStatus.LINK_UP),
+        set=lambda net, up: net._set_link(up),
+        writable=True,
+        doc="Whether the link is up. A tap's carrier follows.",
+    )
+    mac = attribute(
+        str,
+        get=lambda net: net.config.mac.hex(":"),
+        set=lambda net, text: net._set_mac(text),
+        writable=True,
+        doc='The address that the driver is told, such as "52:54:00:12:34:56".',
+    )
+    mtu = attribute(
+        int, config="mtu", set=lambda net, mtu: net._set_mtu(mtu), doc="Bytes of the longest packet, 68 to 65535."
+    )
+    announce = attribute(
+        bool,
+        get=lambda net: bool(net.config.status & LinkStatus.ANNOUNCE),
+        set=lambda net, on: net._set_announce(on),
+        writable=True,
+        doc="Whether the driver is asked to announce its addresses; off again when it has.",
+    )
+    backend = attribute(str, get=lambda net: str(net._backend), doc="What the device is plugged into.")
+    queue_pairs = attribute(int, get=lambda net: net._max_pairs, doc="Pairs of queues that a driver may use.")
+    pairs = attribute(int, get=lambda net: net._pairs, doc="Pairs of queues that the driver uses.")
+    promiscuous = attribute(bool, get=lambda net: net.filter.promiscuous, doc="Whether frames to any address pass.")
+
+    rx_packets = attribute(int, get=lambda net: sum(r.packets for r in net._receivers), doc="Frames given the driver.")
+    rx_bytes = attribute(int, get=lambda net: sum(r.bytes for r in net._receivers), doc="Bytes of those.")
+    rx_filtered = attribute(int, get=lambda net: net._counts["filtered"], doc="Frames that the driver did not want.")
+    rx_too_long = attribute(
+        int, get=lambda net: sum(r.too_long for r in net._receivers), doc="Frames longer than the driver's buffers."
+    )
+    rx_dropped = attribute(
+        int,
+        get=lambda net: net._backend.unread + net._counts["unread"],
+        doc="Frames for the driver that were dropped: no buffer, link down, or an offload that it does not do.",
+    )
+    tx_packets = attribute(int, get=lambda net: net._counts["sent"], doc="Frames of the driver that went out.")
+    tx_bytes = attribute(int, get=lambda net: net._counts["sent_bytes"], doc="Bytes of those.")
+    tx_dropped = attribute(
+        int, get=lambda net: net._counts["unsent"], doc="Good frames that did not go out: link down, or nobody there."
+    )
+    tx_errors = attribute(
+        int, get=lambda net: sum(net._wrong.values()), doc="Frames of the driver that were wrong, as told below."
+    )
+    tx_too_short = attribute(int, get=lambda net: net._wrong["too_short"], doc="Shorter than an Ethernet header.")
+    tx_too_long = attribute(int, get=lambda net: net._wrong["too_long"], doc="Longer than any packet.")
+    tx_bad_checksum = attribute(
+        int, get=lambda net: net._wrong["checksum"], doc="Checksum outside the frame, or not negotiated."
+    )
+    tx_bad_segments = attribute(
+        int, get=lambda net: net._wrong["segments"], doc="Segments of no kind, size or checksum, or not negotiated."
+    )
+    tx_bad_header = attribute(int, get=lambda net: net._wrong["header"], doc="Headers longer than the frame.")
+    tx_bad_queue = attribute(int, get=lambda net: net._wrong["queue"], doc="On a pair that is not in use.")
+    tx_refused = attribute(int, get=lambda net: net._wrong["refused"], doc="Refused by the kernel behind the tap.")
+    commands = attribute(int, get=lambda net: net._counts["obeyed"], doc="Control commands that were obeyed.")
+    commands_refused = attribute(int, get=lambda net: net._counts["refused"], doc="Control commands that were not.")
+    tap_lost = attribute(int, get=lambda net: net._counts["lost"], doc="Times that the tap was deleted under us.")
+
+    def __init__(
+        self,
+        backend: str = "loopback",
+        *,
+        mac: str | None = None,
+        mtu: int = 1500,
+        queue_pairs: int = 1,
+        link: bool = True,
+    ) -> None:
+        if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
+            raise UsageError(f"net: queue_pairs {queue_pairs} is out of range: 1 to {MAX_QUEUE_PAIRS}")
+        self._backend = make_backend(backend)
+        self._max_pairs = queue_pairs
+        self._pairs = 1
+        self._own_mac = None if mac is None else _parse_mac(mac, "net")
+        self._counts: Counter[str] = Counter()
+        self._wrong: Counter[str] = Counter()
+        queues = []
+        for pair in range(queue_pairs):
+            queues.append(Queue(f"receive{pair}", pull=True, size=_QUEUE_SIZE))
+            queues.append(Queue(f"transmit{pair}", size=_QUEUE_SIZE))
+        self.declare_queues([*queues, "control"])
+        self._receivers = [Receiver(self._queues[receiveq(pair)]) for pair in range(queue_pairs)]
+        self.config.mac = self._own_mac or bytes(6)
+        self.config.status = int(LinkStatus.LINK_UP) if link else 0
+        self.config.max_virtqueue_pairs = queue_pairs
+        self.config.speed = SPEED_UNKNOWN
+        self.config.duplex = DUPLEX_UNKNOWN
+        self.mtu = mtu
+        self.filter = Filter(self.config.mac)
+        self._csum = False
+        self._host_kinds: set[int] = set()
+        self._guest_csum = False
+        self._guest_kinds: set[int] = set()
+
+    def offered_features(self) -> Iterable[str]:
+        """What the class can, as far as the backend and the number of pairs go."""
+        return (*ALWAYS, *(["MQ"] if self._max_pairs > 1 else []), *self._backend.features)
+
+    # Coming and going.
+
+    def plugged(self) -> None:
+        """Open the backend. UsageError when it cannot be opened."""
+        if self._own_mac is None:
+            # Of one station, and given by nobody who gives addresses worldwide.
+            digest = hashlib.sha256(self.slot.uuid.bytes).digest()
+            self._own_mac = bytes([digest[0] & 0xFC | 0x02]) + digest[1:6]
+            self.config.mac = self._own_mac
+        with self._lock:
+            if self._backend.lost:
+                self.config.status |= LinkStatus.LINK_UP
+            self._backend.open(self.log, pairs=self._max_pairs, mtu=self.config.mtu, link=self.link)
+
+    def unplugged(self) -> None:
+        """Close the backend; a tap that was made for this is gone then."""
+        self._unwatch()
+        with self._lock:
+            self._backend.close()
+
+    def ready(self) -> None:
+        """A driver is there: what it negotiated decides what goes through."""
+        self.filter = Filter(self.config.mac, vlans=self.has("CTRL_VLAN"))
+        self._csum = self.has("CSUM")
+        self._host_kinds = _kinds(_HOST_KINDS, [name for name in self.features if self.has(name)], "HOST_ECN")
+        for receiver in self._receivers:
+            receiver.reset()
+            receiver.merge = self.has("MRG_RXBUF")
+        self.use_offloads(tuple(name for name in self._backend.features if name[:6] == "GUEST_" and self.has(name)))
+        self._watch(0)
+
+    def reset(self) -> None:
+        """Forget the driver and all that it said."""
+        self._unwatch()
+        self._backend.forget()
+        for receiver in self._receivers:
+            receiver.reset()
+        if self.config.status & LinkStatus.ANNOUNCE or self.config.mac != self._own_mac:
+            with self._lock:
+                self.config.status &= ~LinkStatus.ANNOUNCE
+                self.config.mac = self._own_mac or self.config.mac
+            self.config_changed()
+        self.filter = Filter(self.config.mac)
+        self._csum = False
+        self._host_kinds = set()
+        self.use_offloads(())
+        self.use_pairs(1)
+
+    def _watch(self, pair: int) -> None:
+        fd = self._backend.fileno(pair)
+        if fd is not None:
+            self.watch(fd, partial(self._pump, pair))
+
+    def _unwatch(self) -> None:
+        for pair in range(self._max_pairs):
+            fd = self._backend.fileno(pair)
+            if fd is not None:
+                self.unwatch(fd)
+
+    # What an operator sets.
+
+    def _set_link(self, up: bool) -> bool:
+        with self._lock:
+            if up == self.link:
+                return up
+            if self._slot is not None:
+                if up and self._backend.lost:
+                    raise UsageError(f"{self.name}: {self._backend} is gone: unplug the device, and plug it again")
+                try:
+                    if not self._backend.lost:
+                        self._backend.set_link(up)
+                except OSError as error:
+                    raise UsageError(f"{self.name}: {self._backend}: {error.strerror}") from None
+            status = self.config.status & ~LinkStatus.LINK_UP
+            if up:
+                status |= LinkStatus.LINK_UP
+                # Others may have learned meanwhile that the driver's addresses are elsewhere.
+                if self._slot is not None and self.has("GUEST_ANNOUNCE"):
+                    status |= LinkStatus.ANNOUNCE
+            self.config.status = int(status)
+        self.config_changed()
+        return up
+
+    def _set_mac(self, text: str) -> str:
+        mac = _parse_mac(text, self.name)
+        with self._lock:
+            self._own_mac = self.config.mac = self.filter.mac = mac
+        self.config_changed()
+        return text
+
+    def _set_mtu(self, mtu: int) -> int:
+        if not MIN_MTU <= mtu <= MAX_MTU:
+            raise UsageError(f"{self.name}: mtu {mtu} is out of range: {MIN_MTU} to {MAX_MTU}")
+        if self._slot is not None and mtu != self.config.mtu:
+            with self._lock:
+                try:
+                    self._backend.set_mtu(mtu)
+                except Error as error:
+                    raise UsageError(f"{self.name}: {error}") from None
+        return mtu
+
+    def _set_announce(self, on: bool) -> bool:
+        with self._lock:
+            if on and not self.has("GUEST_ANNOUNCE"):
+                raise UsageError(f"{self.name}: there is no driver that could announce anything")
+            rest = self.config.status & ~LinkStatus.ANNOUNCE
+            self.config.status = int(rest | LinkStatus.ANNOUNCE if on else rest)
+        self.config_changed()
+        return on
+
+    # From the driver.
+
+    def handle_batch(self, queue: Queue, requests: Sequence[Request]) -> None:
+        """Send frames, or obey commands, in order. Violation: tx-header-short, control-no-ack, control-elsewhere."""
+        pair, is_transmit = divmod(queue.index, 2)
+        done = 0
+        try:
+            for request in requests:
+                if is_transmit:
+                    self._transmit(pair, request)
+                else:
+                    self._command(queue, request)
+                done += 1
+        finally:
+            # Those before a bad one are answered, whatever it was.
+            if is_transmit:
+                lost = self._backend.flush()
+                self._counts["sent"] -= lost
+                self._counts["unsent"] += lost
+            queue.complete(*requests[:done])
+        if is_transmit and self._backend.echoes:
+            self._pump(pair)
+
+    def _transmit(self, pair: int, request: Request) -> None:
+        size = request.readable_total - HEADER.size
+        if size < 0:
+            raise Violation("tx-header-short", f"{request.readable_total} readable bytes; a header has {HEADER.size}")
+        header = request.read(HEADER.size)
+        wrong = None
+        if size < ETHERNET:
+            wrong = "too_short"
+        elif size > LONGEST:
+            wrong = "too_long"
+        elif pair >= self._pairs:
+            wrong = "queue"
+        elif header[:10] != _PLAIN:
+            header, wrong = self._checked(header, size)
+        if wrong is not None:
+            self._wrong[wrong] += 1
+            return
+        if not self.config.status & LinkStatus.LINK_UP:
+            self._counts["unsent"] += 1
+            return
+        try:
+            self._backend.write(pair, header, skip(request.views()[0], HEADER.size))
+        except OSError as error:
+            self._not_sent(error)
+            return
+        self._counts["sent"] += 1
+        self._counts["sent_bytes"] += size
+
+    def _checked(self, header: bytes, size: int) -> tuple[bytes, str | None]:
+        """What of a frame's header may go on, and what is wrong with it. `size`: bytes of the frame."""
+        flags, gso, header_size, gso_size, start, offset, _ = HEADER.unpack(header)
+        # Bits that a driver must not set, or that nobody knows, mean nothing (section 5.1.6.2.2).
+        flags &= _NEEDS_CSUM
+        if flags and (not self._csum or start < ETHERNET or start + offset + 2 > size):
+            return header, "checksum"
+        if header_size > size:
+            return header, "header"
+        if gso == Gso.NONE:
+            gso_size = 0
+        elif gso not in self._host_kinds or not flags or not 0 < gso_size <= size:
+            return header, "segments"
+        return HEADER.pack(flags, gso, header_size, gso_size, start, offset, 0), None
+
+    def _not_sent(self, error: OSError) -> None:
+        match error.errno:
+            case errno.EINVAL | errno.EMSGSIZE:
+                self._wrong["refused"] += 1
+            case errno.EIO | errno.EAGAIN | errno.ENOBUFS | errno.ENOMEM:
+                # A tap that an operator has set down, or a kernel without memory.
+                self._counts["unsent"] += 1
+            case _:
+                self._counts["unsent"] += 1
+                self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        """The other end is gone for good: to the driver, a link without a partner."""
+        if self._backend.lost:
+            return
+        self._unwatch()
+        with self._lock:
+            self._backend.lost = True
+            self._counts["lost"] += 1
+            self.config.status &= ~LinkStatus.LINK_UP
+        self.log.error("%s is gone (%s): the link is down until it is plugged again", self._backend, error.strerror)
+        self.config_changed()
+
+    # To the driver.
+
+    def available(self, queue: Queue) -> None:
+        """The driver has put up buffers, or, where pairs were not negotiated, commands."""
+        if queue.index == controlq(1) and not self.has("MQ"):
+            self._commands(queue)
+            return
+        pair = queue.index // 2
+        receiver = self._receivers[pair]
+        if receiver.waiting and pair < self._pairs:
+            receiver.waiting = False
+            self._watch(pair)
+        self._pump(pair)
+
+    def _pump(self, pair: int) -> None:
+        """Give the driver what there is for this pair, within the budget."""
+        if pair >= self._pairs:
+            return
+        receiver = self._receivers[pair]
+        try:
+            self._fill(pair, receiver)
+        except Violation as violation:
+            receiver.publish()
+            self.slot.violated(violation, receiver.queue)
+        except OSError as error:
+            self._lose(error)
+        receiver.publish()
+
+    def _fill(self, pair: int, receiver: Receiver) -> None:
+        read = self._backend.read
+        for _ in range(BUDGET):
+            if not receiver.has_room():
+                self._pause(pair, receiver)
+                return
+            packet = read(pair)
+            if packet is None:
+                return
+            if self._admits(packet) and not receiver.put(packet):
+                self._pause(pair, receiver)
+                return
+        # A descriptor that is still readable brings us back by itself.
+        if self._backend.fileno(pair) is None:
+            self.slot.mark(receiver.queue)
+
+    def _pause(self, pair: int, receiver: Receiver) -> None:
+        """Leave what comes where it is, until there are buffers."""
+        receiver.waiting = True
+        fd = self._backend.fileno(pair)
+        if fd is not None:
+            self.unwatch(fd)
+
+    def _admits(self, packet: memoryview) -> bool:
+        """Whether the driver gets this packet; what it must not see of the header is taken out."""
+        if len(packet) > HEADER.size + LONGEST or not self.config.status & LinkStatus.LINK_UP:
+            self._counts["unread"] += 1
+            return False
+        # What was in the tap before the driver's choice is as it was.
+        if (packet[1] and packet[1] not in self._guest_kinds) or (packet[0] & _NEEDS_CSUM and not self._guest_csum):
+            self._counts["unread"] += 1
+            return False
+        if not self._guest_csum:
+            packet[0] = 0
+        if not self.filter.is_open and not self.filter.passes(packet[HEADER.size :]):
+            self._counts["filtered"] += 1
+            return False
+        return True
+
+    # Commands.
+
+    def _commands(self, queue: Queue) -> None:
+        for _ in range(BUDGET):
+            request = queue.take()
+            if request is None:
+                return
+            self._command(queue, request)
+            queue.complete(request)
+        self.slot.mark(queue)
+
+    def _command(self, queue: Queue, request: Request) -> None:
+        if queue.index != controlq(self._max_pairs if self.has("MQ") else 1):
+            raise Violation("control-elsewhere", f"commands on queue {queue.index}, without MQ")
+        if not request.writable_total:
+            raise Violation("control-no-ack", "no writable byte for the answer")
+        fits = request.readable_total <= LONGEST_COMMAND
+        obeyed = fits and self.has("CTRL_VQ") and obey(self, request.read())
+        self._counts["obeyed" if obeyed else "refused"] += 1
+        rest, ack = split_last(request.views()[1])
+        clear(rest)
+        ack[0] = ACK_OK if obeyed else ACK_ERR
+        request.written = request.writable_total
+
+    def use_mac(self, mac: bytes) -> None:
+        """The driver changes its address, until it is reset."""
+        with self._lock:
+            self.config.mac = self.filter.mac = mac
+        self.config_changed()
+
+    def announced(self) -> None:
+        """The driver has announced its addresses."""
+        with self._lock:
+            self.config.status &= ~LinkStatus.ANNOUNCE
+        self.config_changed()
+
+    def use_pairs(self, pairs: int) -> None:
+        """Use the first `pairs`; what the tap had for others is lost, as it is when a queue of it is taken away."""
+        before, self._pairs = self._pairs, pairs
+        if pairs == before:
+            return
+        for pair in range(pairs, before):
+            fd = self._backend.fileno(pair)
+            if fd is not None:
+                self.unwatch(fd)
+            self._counts["unread"] += self._receivers[pair].forget()
+        try:
+            self._backend.set_pairs(pairs)
+        except OSError as error:
+            self._lose(error)
+        for pair in range(before, pairs):
+            self._watch(pair)
+
+    def use_offloads(self, names: tuple[str, ...]) -> None:
+        """What the driver finishes by itself: without checksums nothing at all (section 5.1.3.1)."""
+        if "GUEST_CSUM" not in names:
+            names = ()
+        self._guest_csum = bool(names)
+        self._guest_kinds = _kinds(_GUEST_KINDS, names, "GUEST_ECN")
+        if not self._guest_kinds & {Gso.TCPV4, Gso.TCPV6}:
+            names = tuple(name for name in names if name != "GUEST_ECN")
+        try:
+            self._backend.set_offloads(names)
+        except OSError as error:
+            self._lose(error)
+
+
+def _kinds(known: Mapping[str, Gso], names: Iterable[str], ecn: str) -> set[int]:
+    """The values of gso_type that go with these features."""
+    chosen = set(names)
+    kinds = {int(kind) for name, kind in known.items() if name in chosen}
+    return kinds | {kind | int(GsoFlags.ECN) for kind in kinds - {Gso.UDP_L4} if ecn in chosen}
+
+
+def _parse_mac(text: str, where: str) -> bytes:
+    """An address that a person wrote, with colons or dashes. UsageError."""
+    try:
+        mac = bytes(int(part, 16) for part in text.replace("-", ":").split(":"))
+    except ValueError:
+        mac = b""
+    if not is_station(mac):
+        raise UsageError(f"{where}: mac {text!r} is no address of a device, such as 52:54:00:12:34:56")
+    return mac
