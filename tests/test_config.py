@@ -116,6 +116,45 @@ def test_everything_that_a_file_says_arrives(folder: Path, runtime_dir: Path) ->
     assert not (folder / "far.sock").exists()
 
 
+def test_channels_limits_and_priorities_arrive(folder: Path, runtime_dir: Path) -> None:
+    (folder / "talk.toml").write_text(
+        """
+        [channel.alarm]
+        priority = 0
+        memory = "64 KiB"
+
+        [channel.quiet]
+        relay = false
+
+        [device.rng0]
+        type = "rng"
+        priority = 6
+        queue_priority.requests = 1
+        limit.iops = 500
+        limit.bps = "1 MiB"
+
+        [member."uid:0"]
+        limit.channels = 7
+        """
+    )
+    bus = config.make(config.load(folder / "talk.toml"))
+    try:
+        rows = [(r["name"], r["priority"], r["memory"], r["relay"]) for r in bus.describe_channels()]
+        assert rows == [("alarm", 0, 65536, True), ("quiet", 4, 0, False)]
+        shown = bus.show("rng0")
+        assert shown["priority"] == 6
+        assert [queue["priority"] for queue in shown["queues"]] == [1]
+        assert shown["limits"] == {"iops": 500, "bps": 1 << 20}
+        assert [(row["member"], row["limits"]) for row in bus.describe_members()] == [("uid:0", {"channels": 7})]
+    finally:
+        bus.stop()
+
+
+def test_a_queue_that_is_not_there_has_no_priority(folder: Path, runtime_dir: Path) -> None:
+    text = '[device.x]\ntype = "rng"\nqueue_priority.request = 1\n'
+    assert problems(folder, text, made=True) == ["device.x: Rng has no queue 'request': did you mean 'requests'?"]
+
+
 def test_a_bus_is_called_as_its_file_and_listens_somewhere(folder: Path) -> None:
     spec = load(folder, '[device.rng0]\ntype = "rng"\n')
     assert spec.name == "bus"
@@ -223,7 +262,38 @@ def test_a_file_that_is_no_text(folder: Path) -> None:
 
 KEYS = [
     ("[devices.x]\n", "devices: unknown table: did you mean 'device'?"),
-    ("[channel.alarm]\npriority = 0\n", "channel: channels are not there yet: take this table out"),
+    (
+        "[channel.Alarm]\n",
+        "channel.Alarm: channel 'Alarm': a name is 1 to 63 of a-z 0-9 . _ - and begins with a letter or a digit",
+    ),
+    ("[channel]\nalarm = 3\n", "channel.alarm: is no table: write [channel.NAME], and 'alarm' below it"),
+    ("[channel.alarm]\npriorty = 0\n", "channel.alarm.priorty: unknown key: did you mean 'priority'?"),
+    (
+        "[channel.alarm]\npriority = 8\n",
+        "channel.alarm.priority: 8: should be less than or equal to 7",
+    ),
+    (
+        '[channel.alarm]\nmemory = "1 GiB"\n',
+        "channel.alarm.memory: memory: 1 GiB is too much: 4 MiB is the most",
+    ),
+    ("[member.root]\n", "member.'root': member 'root': write uid:NUMBER, uid:NAME, gid:NUMBER or gid:NAME"),
+    ('[member."uid:0"]\niops = 3\n', "member.'uid:0'.iops: unknown key: there is limit"),
+    (
+        '[member."uid:0"]\nlimit.iops = 0\n',
+        "member.'uid:0'.limit.iops: 0 would stop everything: from 1 on, or none to take the limit away",
+    ),
+    (
+        '[device.x]\ntype = "rng"\nlimit.iosp = 3\n',
+        "device.x.limit.iosp: what is served here has no limit 'iosp': did you mean 'iops'?",
+    ),
+    (
+        '[device.x]\ntype = "rng"\nlimit.bps = "ten"\n',
+        "device.x.limit.bps: 'ten' is no size: write a number of bytes, or a text such as '64 MiB'",
+    ),
+    (
+        '[device.x]\ntype = "rng"\nqueue_priority.requests = 8\n',
+        "device.x.queue_priority.requests: 8 is no priority: 0 (the most urgent) to 7",
+    ),
     ("bus = 3\n", "bus: is no table: write [bus]"),
     ("[device]\nrng0 = 3\n", "device.rng0: is no table: write [device.NAME], and 'rng0' below it"),
     ('[bus]\nnmae = "x"\n', "bus.nmae: unknown key: did you mean 'name'?"),
@@ -241,7 +311,7 @@ KEYS = [
         '[bus]\nmembers = ["uid:nobody-at-all"]\n',
         "bus.members: member uid:nobody-at-all: there is no user 'nobody-at-all'",
     ),
-    ("[bus]\nmax_sources = 100\n", "bus.max_sources: 100 is not a power of two up to 65536: write 1024"),
+    ("[bus]\nmax_sources = 100\n", "bus.max_sources: 100 is not a power of two from 16 to 65536: write 1024"),
     ('[bus]\nuuid = "x"\n', 'bus.uuid: "x" does not fit: write a UUID'),
     (
         "[device.a]\n",

@@ -23,6 +23,8 @@ from pydantic import Field
 
 from vbus import loading
 from vbus.bus import Bus, Connector, Device, Members, check_name
+from vbus.bus.channel import check_region
+from vbus.bus.limits import DEVICE_LIMITS, MEMBER_LIMITS, parse_limit
 from vbus.connectors import CONNECTORS
 from vbus.errors import UsageError
 from vbus.hints import did_you_mean
@@ -30,7 +32,7 @@ from vbus.options import OptionErrors, Options, about
 from vbus.virtio import features
 
 T = TypeVar("T")
-TABLES = ("bus", "device", "connector")
+TABLES = ("bus", "device", "channel", "connector", "member")
 DEFAULT_CONNECTOR = "local"
 """The connector of a bus whose file names none, of type `process`."""
 MAX_FILE = 1 << 20
@@ -56,19 +58,25 @@ class DeviceSpec:
     priority: int = 4
     uuid: UUID | None = None
     mask: list[str] = field(default_factory=list)
+    queue_priorities: dict[str, int] = field(default_factory=dict)
+    limits: dict[str, str] = field(default_factory=dict)
 
     def plug(self, bus: Bus) -> Device:
         """Make the device and plug it. UsageError in one line, also for what the device's own code raises."""
         try:
             device: Device = self.cls(**self.options)
-            return bus.plug(
+            bus.plug(
                 device,
                 self.name,
                 uuid=self.uuid,
                 priority=self.priority,
+                queue_priorities=self.queue_priorities,
                 mask=self.mask,
                 type_name=self.type_name,
             )
+            for name, text in self.limits.items():
+                bus.set(device.name, f"limit.{name}", text)
+            return device
         except UsageError:
             raise
         except TimeoutError:
@@ -98,6 +106,9 @@ class BusSpec:
     max_sources: int = 1024
     devices: list[DeviceSpec] = field(default_factory=list)
     connectors: list[ConnectorSpec] = field(default_factory=list)
+    channels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What `Bus.open_channel` takes, by name."""
+    members_limits: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def error(self, key: str, text: object) -> ConfigError:
         """A mistake that shows only when the bus is made."""
@@ -116,7 +127,13 @@ def _bus_keys(
 ) -> None: ...
 
 
-def _device_keys(*, type: str, priority: Annotated[int, Field(ge=0, le=7)] = 4, uuid: UUID | None = None) -> None: ...
+Priority = Annotated[int, Field(ge=0, le=7)]
+
+
+def _device_keys(*, type: str, priority: Priority = 4, uuid: UUID | None = None) -> None: ...
+
+
+def _channel_keys(*, priority: Priority = 4, memory: int | str = 0, relay: bool = True) -> None: ...
 
 
 def _feature_keys(*, mask: list[str] | None = None) -> None: ...
@@ -127,6 +144,8 @@ def _connector_keys(*, type: str) -> None: ...
 
 BUS_KEYS = Options(_bus_keys, "bus")
 DEVICE_KEYS = Options(_device_keys, "device")
+CHANNEL_KEYS = Options(_channel_keys, "channel")
+DEVICE_TABLES = ("features", "limit", "queue_priority")
 FEATURE_KEYS = Options(_feature_keys, "features")
 CONNECTOR_KEYS = Options(_connector_keys, "connector")
 
@@ -197,6 +216,11 @@ def make(spec: BusSpec) -> Bus:
         raise spec.error("bus", error) from None
     lines: list[str] = []
     try:
+        for member, limits in spec.members_limits.items():
+            for limit, text in limits.items():
+                _attempt(spec, lines, f"member.{member}", {}, lambda m=member, k=limit, t=text: bus.set_member(m, k, t))
+        for name, options in spec.channels.items():
+            _attempt(spec, lines, f"channel.{name}", options, lambda n=name, o=options: bus.open_channel(n, **o))
         for connector in spec.connectors:
             _attempt(spec, lines, f"connector.{connector.name}", connector.options, lambda c=connector: _bind(bus, c))
         for device in spec.devices:
@@ -316,13 +340,14 @@ class _Reader:
     def bus(self, tables: dict[str, Any], stem: str) -> BusSpec:
         spec = BusSpec(self.source, "")
         for key in tables:
-            if key == "channel":
-                self.problem(key, "channels are not there yet: take this table out")
-            elif key not in TABLES:
+            if key not in TABLES:
                 self.problem(key, f"unknown table: {did_you_mean(key, TABLES)}")
         self._bus_table(spec, self._table("bus", tables.get("bus", {})), stem)
         spec.devices = list(filter(None, (self._device(*item) for item in self._named("device", tables))))
         spec.connectors = list(filter(None, (self._connector(*item) for item in self._named("connector", tables))))
+        spec.channels = {name: self._channel(name, table) for name, table in self._named("channel", tables)}
+        members = self._table("member", tables.get("member", {}))
+        spec.members_limits = {name: self._member(name, value) for name, value in members.items()}
         if not tables.get("connector"):
             spec.connectors = [default_connector()]
         self._check_carrying(spec, tables)
@@ -363,8 +388,8 @@ class _Reader:
                 with self.problems_at("bus.members"):
                     Members([member])
             sources = spec.max_sources
-            if not 0 < sources <= 1 << 16 or sources & (sources - 1):
-                self.problem("bus.max_sources", f"{sources} is not a power of two up to {1 << 16}: write 1024")
+            if not 16 <= sources <= 1 << 16 or sources & (sources - 1):
+                self.problem("bus.max_sources", f"{sources} is not a power of two from 16 to {1 << 16}: write 1024")
 
     def _split(self, keys: Options, table: dict[str, Any], options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
         """The values of the file's own keys, and of the class's."""
@@ -397,10 +422,12 @@ class _Reader:
         with self.problems_at(f"{key}.type"):
             cls = loading.find(kind, self.directory)
             options = Options.of(cls)
-            for clash in {*DEVICE_KEYS.options, "features"} & set(options.options):
+            for clash in {*DEVICE_KEYS.options, *DEVICE_TABLES} & set(options.options):
                 raise UsageError(f"{cls.__name__} has a keyword {clash!r}, which is a key of every device: rename it")
             table = dict(table)
             mask = self._mask(f"{key}.features", cls, table.pop("features", {}))
+            limits = self._limits(f"{key}.limit", table.pop("limit", {}), DEVICE_LIMITS)
+            priorities = self._priorities(f"{key}.queue_priority", table.pop("queue_priority", {}))
             with self.problems_at(key):
                 own, given = self._split(DEVICE_KEYS, table, options)
                 return DeviceSpec(
@@ -411,8 +438,52 @@ class _Reader:
                     own.get("priority", 4),
                     own.get("uuid"),
                     mask,
+                    priorities,
+                    limits,
                 )
         return None
+
+    def _limits(self, key: str, value: Any, known: Mapping[str, str]) -> dict[str, str]:
+        """A table of limits: what is written, checked."""
+        limits: dict[str, str] = {}
+        for name, limit in self._table(key, value).items():
+            with self.problems_at(f"{key}.{name}"):
+                if isinstance(limit, bool) or not isinstance(limit, int | str):
+                    raise UsageError('write a whole number, or a size such as "10 MiB"')
+                try:
+                    parse_limit(name, str(limit), known)
+                except UsageError as error:
+                    raise UsageError(str(error).removeprefix(f"limit.{name}: ")) from None
+                limits[name] = str(limit)
+        return limits
+
+    def _priorities(self, key: str, value: Any) -> dict[str, int]:
+        """A table of priorities, by the names of queues."""
+        priorities: dict[str, int] = {}
+        for name, priority in self._table(key, value).items():
+            if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 7:
+                self.problem(f"{key}.{name}", f"{priority!r} is no priority: 0 (the most urgent) to 7")
+            else:
+                priorities[name] = priority
+        return priorities
+
+    def _channel(self, name: str, table: dict[str, Any]) -> dict[str, Any]:
+        with self.problems_at(f"channel.{name}"):
+            options = CHANNEL_KEYS.check(table, self.directory)
+            with self.problems_at(f"channel.{name}.memory"):
+                check_region(options.get("memory", 0))
+            # In a daemon nobody else would hear what a driver says: the other drivers do.
+            return {"relay": True, **options}
+        return {}
+
+    def _member(self, name: str, value: Any) -> dict[str, str]:
+        key = f"member.{name!r}"
+        with self.problems_at(key):
+            Members.canonical(name)
+        table = self._table(key, value)
+        for other in set(table) - {"limit"}:
+            self.problem(f"{key}.{other}", f"unknown key: {did_you_mean(other, ['limit'])}")
+        return self._limits(f"{key}.limit", table.get("limit", {}), MEMBER_LIMITS)
 
     def _mask(self, key: str, cls: type[Device], value: Any) -> list[str]:
         with self.problems_at(key):

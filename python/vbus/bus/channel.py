@@ -34,6 +34,14 @@ Tap = Callable[[str, str, bytes], None]
 """Called with "sent" or "received", whose end, and the bytes; from any thread."""
 
 
+def check_region(memory: int | str, what: str = "memory") -> int:
+    """The bytes of a region that somebody asked for. UsageError."""
+    size = parse_size(memory, what)
+    if size > MAX_REGION:
+        raise UsageError(f"{what}: {format_size(size)} is too much: {format_size(MAX_REGION)} is the most")
+    return size
+
+
 class NoSuchChannelError(Error):
     """There is no channel of this name, for this driver's side."""
 
@@ -259,9 +267,7 @@ class Channels:
         relay: bool = False,
     ) -> Channel:
         """Make a channel. UsageError: no name, no priority, no size, too many; ChannelExistsError."""
-        size = parse_size(memory, f"channel {name}: memory")
-        if size > MAX_REGION:
-            raise UsageError(f"channel {name}: memory {format_size(size)}: {format_size(MAX_REGION)} is the most")
+        size = check_region(memory, f"channel {name}: memory")
         channel = Channel(self._bus, name, priority=priority, memory=size, owner=owner, relay=relay)
         with self._lock:
             if name in self._by_name:

@@ -91,7 +91,12 @@ def unplug_command(device: str, surprise: bool) -> None:
 @click.argument("values", nargs=-1, required=True, metavar="ATTRIBUTE=VALUE...")
 @output.json_option
 def set_command(device: str, values: tuple[str, ...], as_json: bool) -> None:
-    """Set attributes of DEVICE (or BUS/DEVICE); drivers see the change at once. `vbus show` lists them."""
+    """Set attributes of DEVICE (or BUS/DEVICE); drivers see the change at once. `vbus show` lists them.
+
+    Also priority=0..7 and priority.QUEUE=0..7, for the next time that a driver begins; and limits, where none takes one
+    away: limit.iops, limit.iops_burst, limit.bps, limit.bps_burst, limit.outstanding. A member instead of a device
+    (uid:1000, gid:kvm, BUS/uid:alice) has limits too, shared by all of its drivers: also limit.channels, limit.memory.
+    """
     wanted: dict[str, str] = {}
     for value in values:
         name, equals, text = value.partition("=")
@@ -100,8 +105,13 @@ def set_command(device: str, values: tuple[str, ...], as_json: bool) -> None:
         if name in wanted:
             raise UsageError(f"attribute {name!r} is given twice")
         wanted[name] = text
-    bus, name = buses.the_device(device)
-    now = bus.set(name, wanted)
+    member = device.rpartition("/")[2]
+    if ":" in member:
+        bus, name = buses.the_bus(device.rpartition("/")[0] or None), member
+        now = bus.set_member(name, wanted)
+    else:
+        bus, name = buses.the_device(device)
+        now = bus.set(name, wanted)
     if as_json:
         output.print_json([{"bus": bus.name, "device": name, "attributes": now}])
     else:

@@ -9,7 +9,8 @@ import click
 
 from vbus import rundir
 from vbus.cli import buses, output
-from vbus.errors import Error
+from vbus.control.client import BusClient
+from vbus.errors import Error, UsageError
 
 Row = dict[str, Any]
 
@@ -19,15 +20,24 @@ Row = dict[str, Any]
 @click.option(
     "--connectors", is_flag=True, help="List connectors: their addresses, their drivers, and why others went."
 )
+@click.option("--members", is_flag=True, help="List members that have limits, or are here.")
 @output.json_option
-def ls_command(bus: str | None, connectors: bool, as_json: bool) -> None:
+def ls_command(bus: str | None, connectors: bool, members: bool, as_json: bool) -> None:
     """List the devices of BUS, or of every bus that runs."""
+    if connectors and members:
+        raise UsageError("--connectors and --members are two lists: ask for one")
     found = buses.some_buses(bus)
     if not found:
         click.echo(f"no bus runs in {rundir.root()}", err=True)
-    rows = [row for one in found for row in (one.connectors() if connectors else one.devices())]
+    ask = BusClient.connectors if connectors else BusClient.members if members else BusClient.devices
+    rows = [row for one in found for row in ask(one)]
     if as_json:
         output.print_json(rows)
+    elif members:
+        output.print_table(
+            ("BUS", "MEMBER", "LIMITS", "CHANNELS", "MEMORY", "HELD"),
+            ([r["bus"], r["member"], r["limits"], r["channels"], r["memory"], r["held"]] for r in rows),
+        )
     elif connectors:
         _print_connectors(rows)
     else:
@@ -56,8 +66,11 @@ def _print_connectors(rows: list[Row]) -> None:
     if peers:
         click.echo("\ndrivers that are here")
         output.print_table(
-            ("BUS", "SINCE", "DRIVER", "DEVICES"),
-            ([row["bus"], output.when(peer["since"]), peer["peer"], peer["devices"]] for row, peer in peers),
+            ("BUS", "SINCE", "DRIVER", "DEVICES", "CHANNELS"),
+            (
+                [row["bus"], output.when(peer["since"]), peer["peer"], peer["devices"], peer["channels"]]
+                for row, peer in peers
+            ),
             indent="  ",
         )
     departed = [(row, peer) for row in rows for peer in row["departed"]]
@@ -96,7 +109,9 @@ def show_command(device: str, as_json: bool) -> None:
             ("address", row["address"]),
             ("uuid", row["uuid"]),
             ("type", f"{row['type']} (device id {row['device_id']}, class {row['class']})"),
-            ("priority", row["priority"]),
+            ("priority", _priorities(row)),
+            ("limits", row["limits"]),
+            *([("held", f"{row['held']} times by a limit")] if row["held"] else []),
             ("status", " ".join(row["status"]) or "free"),
             ("driver", row["owner"]),
             ("connectors", row["connectors"]),
@@ -113,6 +128,12 @@ def show_command(device: str, as_json: bool) -> None:
     _print_stat(row["stat"], indent="  ")
     _section("violations", list(row["violations"].items()))
     _section("reasons", [(output.when(reason["time"]), reason["reason"]) for reason in row["reasons"]])
+
+
+def _priorities(row: Row) -> str:
+    """The device's priority, and those of queues that differ."""
+    own = [f"{q['name']}: {q['priority']}" for q in row["queues"] if q["priority"] != row["priority"]]
+    return ", ".join([str(row["priority"]), *own])
 
 
 def _section(title: str, facts: list[tuple[str, object]]) -> None:

@@ -22,8 +22,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import vbus
-from vbus import config
+from vbus import config, hints
 from vbus.bus import Bus
+from vbus.bus.limits import MEMBER_LIMITS
 from vbus.control import models
 from vbus.errors import Error, NoSuchNameError, UsageError
 from vbus.options import OptionErrors
@@ -123,6 +124,18 @@ def _set(call: Call) -> dict[str, Any]:
     return {key: bus.set(name, key, text) for key, text in sorted(texts.items(), key=lambda item: item[0] in known)}
 
 
+def _set_member(call: Call) -> dict[str, Any]:
+    bus, name = call.bus, call.path["name"]
+    values = call.body
+    if not isinstance(values, dict) or not values:
+        raise UsageError("write an object of limits and their values")
+    known = {f"limit.{limit}" for limit in MEMBER_LIMITS}
+    for key in values:
+        if key not in known:
+            raise NoSuchNameError(hints.no_such("limit", key, known, "a member"))
+    return {key: bus.set_member(name, key, str(value)) for key, value in values.items()}
+
+
 def _stat(call: Call) -> list[dict[str, Any]]:
     rows = call.bus.stat()
     device = call.query.get("device")
@@ -157,6 +170,22 @@ ENDPOINTS = (
     ),
     Endpoint(
         "PATCH", "/v1/devices/{name}/attributes", "set", "Set attributes; the answer has their new values.", _set, None
+    ),
+    Endpoint(
+        "GET",
+        "/v1/members",
+        "members",
+        "Members that have limits, or are here.",
+        lambda call: call.bus.describe_members(),
+        list[models.MemberRow],
+    ),
+    Endpoint(
+        "PATCH",
+        "/v1/members/{name}/limits",
+        "set_member",
+        "Set limits of a member; the answer has their new values.",
+        _set_member,
+        None,
     ),
     Endpoint("GET", "/v1/stat", "stat", "Counters of every queue.", _stat, list[models.StatRow], query=("device",)),
     Endpoint(

@@ -94,6 +94,16 @@ class BusClient:
         rows: list[Row] = self.request("GET", "/v1/connectors")
         return rows
 
+    def members(self) -> list[Row]:
+        """One row a member."""
+        rows: list[Row] = self.request("GET", "/v1/members")
+        return rows
+
+    def set_member(self, member: str, values: Mapping[str, str]) -> Row:
+        """Set limits of a member; their new values."""
+        row: Row = self.request("PATCH", f"/v1/members/{quote(member, safe='')}/limits", dict(values))
+        return row
+
     def plug(self, kind: str, name: str | None = None, **rest: Any) -> Row:
         """Plug a device; its row. `rest`: options, directory, priority, uuid, mask."""
         row: Row = self.request("POST", "/v1/devices", {"type": kind, "name": name, **rest})

@@ -123,6 +123,17 @@ class PeerRow(Model):
     channels: list[str] = Field(description="The event channels that it has open.")
 
 
+class MemberRow(Model):
+    """A member of a bus that has limits, or is here: a row of `vbus ls --members --json`."""
+
+    bus: str
+    member: str
+    limits: dict[str, int]
+    channels: int = Field(description="Event channels that it has open.")
+    memory: int = Field(description="Bytes of its memory that are mapped.")
+    held: int = Field(description="How often a queue had to wait for one of its limits.")
+
+
 class DepartedRow(Model):
     """A driver's side that is gone, and why."""
 
