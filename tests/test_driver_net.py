@@ -16,6 +16,7 @@ import vbus
 from conftest import Attached, wait_until
 from vbus import virtio
 from vbus.bus import Queue, Request
+from vbus.devices.net import Net as NetDevice
 from vbus.errors import DriverError, UsageError
 from vbus.proxy.drivers import Net, OffloadNet
 from vbus.proxy.drivers.net import ETHERNET, LONGEST, UNREAD_FRAMES, VLAN_TAG, gratuitous_arp
@@ -327,6 +328,13 @@ def test_link_and_mtu_are_followed(attached: Attached) -> None:
     card.mtu = 9000
     assert wait_until(lambda: seen[2:] == [(True, 9000)])
     driver.send([frame(1, 9014)]).result(10)
+    card.config.mac = b"\x02\0\0\0\0\2"
+    card.config_changed()
+    assert wait_until(lambda: driver.mac == b"\x02\0\0\0\0\2")
+    driver.set_mac(b"\x02\0\0\0\0\3")
+    card.mtu = 8000
+    assert wait_until(lambda: driver.mtu == 8000)
+    assert driver.mac == b"\x02\0\0\0\0\3"
     card.mtu = 67
     with fails(errno.EIO, "net-mtu"):
         driver.recv(timeout=10)
@@ -404,6 +412,36 @@ def test_several_pairs_of_queues(attached: Attached) -> None:
     assert [pair for pair, _ in card.sent].count(1) == 100
     driver.set_queue_pairs(1)
     assert driver.pairs == 1
+
+
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_with_the_device_that_is_built_in(attached: Attached, pairs: int) -> None:
+    bus, remote = attached(net0=NetDevice("loopback", mtu=9000, mac="52:54:00:12:34:56", queue_pairs=pairs))
+    driver = remote.driver("net0", Net)
+    assert (driver.mac.hex(":"), driver.mtu, driver.link) == ("52:54:00:12:34:56", 9000, True)
+    driver.set_queue_pairs(pairs)
+    driver.set_promiscuous(True)
+    device = bus.get("net0", NetDevice)
+    assert (device.pairs, device.promiscuous) == (pairs, True)
+    sent = [frame(n, 60 + n * 99) for n in range(90)]
+    for n in range(12):
+        driver.send(sent, pair=n % pairs)
+        assert received(driver, len(sent)) == sent
+    driver.set_mac(b"\x02\0\0\0\0\1")
+    assert device.mac == "02:00:00:00:00:01"
+    for nonsense in (b"", b"\0\0", b"\xff\xff", bytes([pairs + 1, 0])):
+        with fails(errno.EINVAL):
+            driver.control(ControlClass.MQ, MqCommand.VQ_PAIRS_SET, nonsense)
+    seen: list[bool] = []
+    driver.on_change = lambda: seen.append(driver.link)
+    driver.addresses.add(IPv4Address("10.0.0.2"))
+    device.link = False
+    assert wait_until(lambda: seen == [False])
+    device.link = True
+    assert wait_until(lambda: seen == [False, True])
+    # It asks for an announcement then, and gets it: the frame comes back here.
+    assert received(driver, 1) == [gratuitous_arp(driver.mac, IPv4Address("10.0.0.2"))]
+    assert wait_until(lambda: not device.announce)
 
 
 def test_addresses_are_announced_when_the_device_asks(attached: Attached) -> None:

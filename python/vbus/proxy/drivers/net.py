@@ -84,6 +84,9 @@ NEEDS = {
     "HOST_TSO4": ("CSUM",),
     "HOST_TSO6": ("CSUM",),
     "HOST_ECN": ("CSUM", "HOST_TSO4", "HOST_TSO6"),
+    "GUEST_USO4": ("GUEST_CSUM",),
+    "GUEST_USO6": ("GUEST_CSUM",),
+    "HOST_USO": ("CSUM",),
 }
 """Features that must not be taken without others (section 5.1.3.1)."""
 
@@ -113,7 +116,7 @@ class Net(Driver):
     Config = virtio.net.Config
 
     on_change: Callable[[], None] | None = None
-    """Called when `link` or `mtu` has changed, on the hooks' thread, which may ask the bus."""
+    """Called when `link`, `mtu` or `mac` has changed, on the hooks' thread, which may ask the bus."""
     on_failed: Callable[[DriverError], None] | None = None
     """Called when the device serves no more, on any thread; must not wait for the bus."""
 
@@ -127,6 +130,7 @@ class Net(Driver):
         self._link = True
         self._mtu = DEFAULT_MTU
         self._mac = b""
+        self._own_mac = False
         self._pairs = 1
         self._following = threading.Lock()
         self.addresses: set[IPv4Address] = set()
@@ -173,9 +177,9 @@ class Net(Driver):
                 errno.EIO, f"{self.device.name} has {len(self.device.queues)} queues of {self.queue_count}"
             )
         config = self._read_config()
-        self._mac = config.mac if self.has("MAC") else bytes([0x52, 0x54, 0x00]) + os.urandom(3)
-        if self._mac[0] & 1 or not any(self._mac):
-            raise DriverError(errno.EIO, f"{self.device.name} says that its address is {self._mac.hex(':')}")
+        if self.has("MAC") and not _is_station(config.mac):
+            raise DriverError(errno.EIO, f"{self.device.name} says that its address is {config.mac.hex(':')}")
+        self._mac = bytes([0x52, 0x54, 0x00]) + os.urandom(3)
         if self.has("MTU") and config.mtu < MIN_MTU:
             raise DriverError(errno.EIO, f"{self.device.name} says that its mtu is {config.mtu}")
         self._follow(config)
@@ -185,6 +189,8 @@ class Net(Driver):
         for name, kind in (("GUEST_TSO4", Gso.TCPV4), ("GUEST_TSO6", Gso.TCPV6)):
             if self.has(name):
                 self._gso |= {int(kind)} | ({kind | GsoFlags.ECN} if self.has("GUEST_ECN") else set())
+        if self.has("GUEST_USO4") or self.has("GUEST_USO6"):
+            self._gso.add(int(Gso.UDP_L4))
         self._receivers = [
             _Receiver(self, pair, self.queue(receiveq(pair)), self.max_pairs) for pair in range(self.max_pairs)
         ]
@@ -221,18 +227,18 @@ class Net(Driver):
         return virtio.net.Config.from_bytes(self.device.config())
 
     def config_changed(self) -> None:
-        """Follow link and MTU, and announce the addresses when the device asks for that."""
+        """Follow link, MTU and address, and announce the addresses when the device asks for that."""
         # An error here is one of the device or the link, which the queues will tell.
         with contextlib.suppress(DriverError):
             # Asked under the lock, so that of two answers the later one stays.
             with self._following:
                 config = self._read_config()
-                before = self._link, self._mtu
+                before = self._link, self._mtu, self._mac
                 if self.has("MTU") and config.mtu < MIN_MTU:
                     self._violated("net-mtu", f"an mtu of {config.mtu}")
                     return
                 self._follow(config)
-                changed = before != (self._link, self._mtu)
+                changed = before != (self._link, self._mtu, self._mac)
             if changed and self.on_change is not None:
                 self.on_change()
             if self.has("GUEST_ANNOUNCE") and config.status & LinkStatus.ANNOUNCE:
@@ -243,10 +249,12 @@ class Net(Driver):
             self._link = bool(config.status & LinkStatus.LINK_UP)
         if self.has("MTU"):
             self._mtu = config.mtu
+        if self.has("MAC") and not self._own_mac and _is_station(config.mac):
+            self._mac = config.mac
 
     @property
     def mac(self) -> bytes:
-        """The device's address, 6 bytes; one of our own where it has none."""
+        """The device's address, 6 bytes; one of our own where it has none. Follows the device until `set_mac`."""
         return self._mac
 
     @property
@@ -384,7 +392,7 @@ class Net(Driver):
 
     def _buffer_size(self, count: int) -> int:
         """Bytes of a receive buffer, of which the device gets so many."""
-        gso = self.has("GUEST_TSO4") or self.has("GUEST_TSO6")
+        gso = len(self._gso) > 1
         whole = HEADER.size + (LONGEST if gso else ETHERNET + VLAN_TAG + max(self._mtu, DEFAULT_MTU))
         if self.has("MRG_RXBUF"):
             # Frames may go over several. Each piece costs the same however small it is, so that few are better.
@@ -410,11 +418,12 @@ class Net(Driver):
 
     def set_mac(self, mac: bytes) -> None:
         """Have another address, of 6 bytes."""
-        if len(mac) != 6 or mac[0] & 1 or not any(mac):
+        if len(mac) != 6 or not _is_station(mac):
             raise DriverError(errno.EINVAL, f"{mac.hex(':')} is no address of an interface")
         self._want("CTRL_MAC_ADDR")
-        self.control(ControlClass.MAC, MacCommand.ADDR_SET, mac)
-        self._mac = bytes(mac)
+        with self._following:
+            self.control(ControlClass.MAC, MacCommand.ADDR_SET, mac)
+            self._mac, self._own_mac = bytes(mac), True
 
     def set_promiscuous(self, on: bool) -> None:
         """Receive every frame, whoever it is for."""
@@ -453,6 +462,9 @@ class OffloadNet(Net):
         "GUEST_TSO4",
         "GUEST_TSO6",
         "GUEST_ECN",
+        "HOST_USO",
+        "GUEST_USO4",
+        "GUEST_USO6",
     )
 
 
@@ -556,6 +568,11 @@ class _Receiver:
     def set_exception(self, exception: BaseException, /) -> None:
         """The queue serves no more."""
         self._net._fail(exception)
+
+
+def _is_station(mac: bytes) -> bool:
+    """Whether one interface may have this address: no group's, and not all zeros."""
+    return not mac[0] & 1 and any(mac)
 
 
 def gratuitous_arp(mac: bytes, address: IPv4Address) -> bytes:

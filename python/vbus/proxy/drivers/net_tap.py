@@ -5,7 +5,7 @@ header and all. What the device gives is written to the tap on the thread that a
 missing checksums and segmentation go through from end to end, as far as both sides negotiated them. While the device
 has as many frames as it may, the tap is not read: then the kernel keeps a few, drops the rest, and counts them.
 
-The interface has the device's address, and follows its link (as the carrier) and its MTU. Its kernel decides what it
+The interface follows the device's link (as its carrier), MTU and address. Its kernel decides what it
 wants to hear, so that the device is asked for everything.
 """
 
@@ -36,6 +36,7 @@ OFFLOADS = {
     "HOST_TSO4": taps.TUN_F_TSO4,
     "HOST_TSO6": taps.TUN_F_TSO6,
     "HOST_ECN": taps.TUN_F_TSO_ECN,
+    "HOST_USO": taps.TUN_F_USO4 | taps.TUN_F_USO6,
 }
 """What the kernel may leave to the device, by the feature with which the device says that it can."""
 
@@ -184,7 +185,7 @@ class Joined:
                 return
             try:
                 self._tap.set_carrier(self.driver.link)
-                self._tap.configure(mtu=self.mtu)
+                self._tap.configure(mtu=self.mtu, mac=self.driver.mac.hex(":"))
             except (OSError, Error) as error:
                 self.end(self._vanished(error))
 
