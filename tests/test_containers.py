@@ -66,7 +66,8 @@ class Namespace:
     def __enter__(self) -> Namespace:
         subprocess.run(["ip", "netns", "add", self.name], env=ENVIRONMENT, check=True, timeout=20)
         # Neighbour discovery would be frames that nobody here counts.
-        self.run("sysctl", "-q", "-w", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
+        for which in ("all", "default"):
+            self.run("sh", "-c", f"echo 1 > /proc/sys/net/ipv6/conf/{which}/disable_ipv6")
         self.run("ip", "link", "set", "lo", "up")
         return self
 
@@ -321,7 +322,8 @@ def test_of_a_flood_nothing_is_lost_uncounted(network: Network) -> None:
         assert wait_until(lambda counted=counted, sent=sent: sum(counted().values()) >= sent, 15), (sent, counted())  # type: ignore[misc]
         numbers = counted()
         assert sum(numbers.values()) == sent == sender.udp()["OutDatagrams"] - before[0]["OutDatagrams"], numbers
-        assert numbers["arrived"] > 500
+        # As many as wait in front of a tap came through at least, if not through the receiver's own queue.
+        assert numbers["arrived"] + numbers["receiver full"] > 500
         taker.end(process, signal.SIGTERM)
     # And everything works as before.
     network.ping()
@@ -445,7 +447,10 @@ def test_the_device_or_the_bus_going_ends_it_with_a_line(tmp_path: Path, kind: s
         plugged = network.far.vbus("plug", "net0", "--type", NET, "--backend", "tap:eth0")
         assert plugged[0] == 0, plugged
         driver, _ = network.join()
-        assert network.far.end(network.bus, signal.SIGTERM) == (0, "")
+        if kind == "process":
+            assert network.far.end(network.bus, signal.SIGKILL)[0] == -signal.SIGKILL
+        else:
+            assert network.far.end(network.bus, signal.SIGTERM) == (0, "")
         status, errors = network.near.end(driver)
         assert (status, errors.count("\n")) == (1, 1), errors
         assert re.match(r"vbus: (net0 was removed|the bus is gone)", errors)
@@ -518,6 +523,9 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
             "link": True,
             "queue_pairs": 1,
         }
+        status, said, errors = near.vbus("driver", network.address, "net0")
+        assert (status, errors) == (0, "")
+        assert re.search(r"^  mac +" + str(row["facts"]["mac"]), said, re.MULTILINE)
         network.join()
         before = near.interfaces()
         assert "in use" in fails(1, tap="eth1")

@@ -286,10 +286,10 @@ def test_who_does_not_read_does_not_fill_our_memory(attached: Attached) -> None:
     _, remote = attached(net0=card)
     driver = remote.driver("net0", Net)
     given = 0
-    # The device gives all that it can, until it gets no more buffers.
-    with contextlib.suppress(TimeoutError):
-        while True:
-            card.give_buffers(header() + frame(given), patience=1)
+    # The device gives all that it can, until it has no buffers any more.
+    while driver.received < UNREAD_FRAMES or driver.queue(0).outstanding:
+        with contextlib.suppress(TimeoutError):
+            card.give_buffers(header() + frame(given), patience=0.01)
             given += 1
     assert UNREAD_FRAMES <= given <= UNREAD_FRAMES + 128
     got = received(driver, given)
