@@ -13,16 +13,13 @@ Linux, `if_tun.h`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
-import platform
 import re
 import struct
 import threading
 from collections.abc import Callable
-from ipaddress import ip_interface
 from typing import Any, TypeVar
 
 from vbus.errors import Error, UsageError
@@ -48,7 +45,7 @@ TUN_F_USO = TUN_F_USO4 | TUN_F_USO6
 TUN_TYPE_TAP = 2
 """IFLA_TUN_TYPE of a tap; that of a tun is 1."""
 
-_NONE, _READ, _WRITE = (1, 2, 4) if platform.machine().startswith(("ppc", "mips", "sparc", "alpha")) else (0, 2, 1)
+_NONE, _READ, _WRITE = (1, 2, 4) if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) else (0, 2, 1)
 _DIRECTION = 29 if _NONE else 30
 
 
@@ -168,10 +165,7 @@ class Tap:
         fcntl.ioctl(self.fds[0], TUNSETCARRIER, struct.pack("i", on))
 
     def set_queue(self, index: int, enabled: bool) -> None:
-        """Give a queue of a tap with several its share of the frames, or none.
-
-        What waited in a queue that gets none is lost. Reading it raises OSError EBADFD, as if the tap were gone.
-        """
+        """Give a queue of a tap with several its share of the frames, or none: what waited there is lost then."""
         flags = IFF_ATTACH_QUEUE if enabled else IFF_DETACH_QUEUE
         try:
             fcntl.ioctl(self.fds[index], TUNSETQUEUE, IFREQ.pack(b"", flags))
@@ -212,6 +206,8 @@ class Tap:
         place: tuple[str, int] | None = None
         flags: dict[str, int] = {}
         if address is not None:
+            from ipaddress import ip_interface
+
             try:
                 parsed = ip_interface(address)
             except ValueError:
@@ -316,6 +312,8 @@ def _addresses(ip: Any, index: int) -> list[tuple[str, int]]:
 
 def _in_namespace(fd: int, task: Callable[[], T]) -> T:
     """Run `task` in a thread of its own that has entered a network namespace: a namespace is a thread's."""
+    import ctypes  # Python 3.12 has os.setns
+
     results: list[T] = []
     errors: list[BaseException] = []
 
