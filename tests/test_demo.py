@@ -24,10 +24,19 @@ STEPS = [
     "grow",
     "surprise removal",
     "read, over a stream",
+    "containers",
+    "http, tunnelled signals",
+    "link",
+    "http, over a stream",
     "end",
 ]
 ROWS = [("disk0", "tunnelled"), ("disk0", "direct"), ("disk1", "tunnelled"), ("disk0", "far")]
-TOOLS = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in ("mkfs.ext4", "e2fsck")}
+NET_ROWS = [("net0", "tunnelled"), ("net0", "far")]
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+TOOLS = {name: shutil.which(name, path=PATH) for name in ("mkfs.ext4", "e2fsck", "ip")}
+LOOPBACK = "a loopback stands in for two kernels' networks"
+NO_IP = f"replaced: ip is missing (package iproute2): {LOOPBACK}"
+NO_RIGHT = f"replaced: no right to make network namespaces (run as root): {LOOPBACK}"
 
 
 @pytest.fixture
@@ -56,12 +65,21 @@ def with_tools(folder: Path, *tools: str) -> None:
         (folder / "bin" / name).symlink_to(found)
 
 
-def check_table(lines: list[str]) -> None:
-    """Every disk's row is there, and says that a whole disk was moved."""
+def namespaces() -> list[str]:
+    """The network namespaces that a demo made and did not remove."""
+    folder = Path("/run/netns")
+    return [path.name for path in folder.iterdir() if path.name.startswith("vbus-")] if folder.exists() else []
+
+
+def check_table(lines: list[str], *, with_net: bool = False) -> None:
+    """Every disk's row is there, and says that a whole disk was moved; with a network, its rows too."""
     start = next(n for n, line in enumerate(lines) if line.split()[:2] == ["device", "connector"])
     assert lines[start].split() == ["device", "connector", "requests", "bytes", "doorbells/request"]
     rows = [line.split() for line in lines[start + 1 : start + 1 + len(ROWS)]]
     assert [(row[0], row[1]) for row in rows] == ROWS
+    rest = [line.split() for line in lines[start + 1 + len(ROWS) :] if line.startswith("net")]
+    assert [(row[0], row[1]) for row in rest] == (NET_ROWS if with_net else [])
+    assert [int(row[3]) for row in rest] == [128 << 20] * len(rest)
     said = re.search(r"of (\d+) MiB with \d+ files", lines[0])
     assert said
     size = int(said[1]) << 20
@@ -70,23 +88,35 @@ def check_table(lines: list[str]) -> None:
     assert all(float(row[4]) > 0 for row in rows)
 
 
-@pytest.mark.skipif(None in TOOLS.values(), reason="needs e2fsprogs")
+@pytest.mark.skipif(None in TOOLS.values(), reason="needs e2fsprogs and iproute2")
 def test_the_whole_of_it(folder: Path) -> None:
-    lines = demo(folder, "mkfs.ext4", "e2fsck")
+    lines = demo(folder, *TOOLS)
     assert [re.split(r" \.\.", line)[0] for line in lines[: len(STEPS)]] == STEPS
     assert "ext4 image" in lines[0]
     assert "e2fsck -fn finds it clean" in lines[STEPS.index("copy")]
-    check_table(lines)
-    assert lines[-1] == "demo: ok"
-    assert not any(line.startswith("replaced") for line in lines)
+    if os.geteuid() == 0:
+        check_table(lines, with_net=True)
+        assert lines[-1] == "demo: ok"
+        assert not any(line.startswith("replaced") for line in lines)
+        for step in ("http, tunnelled signals", "http, over a stream"):
+            assert re.search(r"128 MiB through lo, eth0 .* checksums agree; an urgent event", lines[STEPS.index(step)])
+        assert "off: carrier 0, on: carrier 1" in lines[STEPS.index("link")]
+    else:
+        check_table(lines)
+        assert lines[-2:] == [NO_RIGHT, "demo: ok (1 replaced)"]
+    assert namespaces() == []
 
 
 def test_without_tools_it_says_what_it_replaced(folder: Path) -> None:
     lines = demo(folder)
     assert "tar archive" in lines[0]
     check_table(lines)
-    assert lines[-2] == "replaced: mkfs.ext4 is missing: a tar archive stands in for the file system"
-    assert lines[-1] == "demo: ok (1 replaced)"
+    assert lines[-3] == "replaced: mkfs.ext4 is missing: a tar archive stands in for the file system"
+    assert lines[-2] == NO_IP
+    assert lines[-1] == "demo: ok (2 replaced)"
+    for step in ("http, tunnelled signals", "http, over a stream"):
+        assert "500 frames came back from a loopback, unchanged" in lines[STEPS.index(step)]
+    assert "seen by the driver" in lines[STEPS.index("link")]
 
 
 @pytest.mark.skipif(TOOLS["mkfs.ext4"] is None, reason="needs e2fsprogs")
@@ -94,8 +124,8 @@ def test_without_a_check_it_compares(folder: Path) -> None:
     lines = demo(folder, "mkfs.ext4")
     assert "the copy's checksum is the image's" in lines[STEPS.index("copy")]
     check_table(lines)
-    assert lines[-2] == "replaced: e2fsck is missing: the copy's checksum stands in for the check"
-    assert lines[-1] == "demo: ok (1 replaced)"
+    assert lines[-3] == "replaced: e2fsck is missing: the copy's checksum stands in for the check"
+    assert lines[-2:] == [NO_IP, "demo: ok (2 replaced)"]
 
 
 def test_a_step_that_fails_is_named(folder: Path) -> None:
