@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future
 from ipaddress import IPv4Address
 
 import pytest
@@ -144,6 +145,23 @@ def test_a_batch_goes_out_in_order_with_headers(attached: Attached) -> None:
     assert driver.send(sent).result(10) == 1000
     assert card.sent == [(0, bytes(HEADER.size) + one) for one in sent]
     assert driver.send([]).result(10) == 0
+
+
+def test_a_batch_is_submitted_whole_or_not_at_all(attached: Attached) -> None:
+    card = Card()
+    _, remote = attached(net0=card)
+    driver = remote.driver("net0", Net)
+    queue = driver.queue(1)
+    answer: Future[bytes] = Future()
+    with pytest.raises(ValueError, match="needs bytes"):
+        queue.submit_many([(answer, [header(), frame(1)], 0), (answer, [b""], 0)])
+    with fails(errno.EMSGSIZE):
+        queue.submit_many([(answer, [header(), frame(1)], 0), (answer, [frame(2)], 1 << 30)])
+    with fails(errno.EMSGSIZE):
+        driver.send([frame(1), frame(2, 60000)])
+    assert driver.send([frame(3)]).result(10) == 1
+    assert card.sent == [(0, header(buffers=0) + frame(3))]
+    assert not answer.done()
 
 
 def test_frames_come_back_in_order_whole_and_in_batches(attached: Attached) -> None:
