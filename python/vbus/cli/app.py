@@ -26,6 +26,7 @@ VERBS = {
     "driver": "driver",
     "doctor": "doctor",
     "demo": "demo",
+    "bench": "bench",
     "completion": "completion",
 }
 """Each verb, and the module that has a command of this name."""

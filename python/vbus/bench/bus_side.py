@@ -1,0 +1,91 @@
+"""The side of a measurement that serves: a bus with devices that answer with what they were asked.
+
+Run as a process of its own: `python -m vbus.bench.bus_side`, told what to do by `children`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from vbus.bench import children
+from vbus.bench.work import DEVICE_ID, Usage, usage
+from vbus.bus import Bus, Device, Queue, Request
+from vbus.connectors import Process
+
+SETTLE_SECONDS = 5.0
+LOOK_SECONDS = 0.01
+
+
+class Echo(Device):
+    """Writes back what it reads."""
+
+    device_id = DEVICE_ID
+    queues = ("requests",)
+
+    def handle(self, queue: Queue, request: Request) -> None:
+        """Answer one request."""
+        request.write(request.read())
+
+
+class BusSide:
+    """What the measurement can ask of this side."""
+
+    def __init__(self) -> None:
+        self._closing = contextlib.ExitStack()
+        self._bus: Bus | None = None
+
+    def serve(
+        self, socket: str, signal: Literal["direct", "tunnelled"], event_idx: bool, devices: Mapping[str, int]
+    ) -> str:
+        """Serve devices, given by name with their priority, at a socket; the address to attach to."""
+        bus = Bus("bench")
+        self._closing.callback(bus.stop)
+        for name, priority in devices.items():
+            bus.plug(Echo(), name, priority=priority, mask=() if event_idx else ["RING_EVENT_IDX"])
+        connector = bus.connect(Process(socket, signal=signal))
+        bus.start()
+        self._bus = bus
+        return connector.address
+
+    def begin(self) -> dict[str, Any]:
+        """Counters of every device, and what this process has used: at the beginning of a window, when all is idle."""
+        rows = self._settled()
+        return {"rows": rows, "usage": usage()}
+
+    def end(self) -> dict[str, Any]:
+        """The same at the end of a window: what is used by looking does not belong to it."""
+        used: Usage = usage()
+        return {"rows": self._settled(), "usage": used}
+
+    def _settled(self) -> dict[str, Any]:
+        """Counters once they stand still: the driver hears its last doorbell a little before that is counted."""
+        assert self._bus is not None
+        deadline = time.monotonic() + SETTLE_SECONDS
+        rows = self._bus.stat()
+        while time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+            again = self._bus.stat()
+            if again == rows:
+                return {row["device"]: row for row in rows}
+            rows = again
+        raise children.SideError(f"the bus is not idle {SETTLE_SECONDS:g} seconds after its last request")
+
+    def close(self) -> None:
+        """Stop the bus."""
+        self._closing.close()
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    side = BusSide()
+    try:
+        children.serve({"serve": side.serve, "begin": side.begin, "end": side.end})
+    finally:
+        side.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What both sides of a measurement agree on: the device, its names, and what a process has used so far."""
+
+from __future__ import annotations
+
+import resource
+from typing import TypedDict
+
+DEVICE_ID = 0x7E10
+"""Of the device that is measured, which answers with what it was asked: no class of the specification."""
+URGENT = "urgent"
+LEAST_URGENT = 7
+
+
+class Usage(TypedDict):
+    """What a process has used since it began."""
+
+    user: float
+    """Seconds of CPU time in the process's own code."""
+    system: float
+    """Seconds of CPU time in the kernel."""
+    sleeps: int
+    """How often one of its threads gave up its CPU to wait."""
+
+
+def usage() -> Usage:
+    """What this process has used, all its threads together."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"user": used.ru_utime, "system": used.ru_stime, "sleeps": used.ru_nvcsw}
+
+
+def used_between(before: Usage, after: Usage) -> Usage:
+    """What was used from one look to the next."""
+    return {
+        "user": after["user"] - before["user"],
+        "system": after["system"] - before["system"],
+        "sleeps": after["sleeps"] - before["sleeps"],
+    }
+
+
+def load_names(count: int) -> list[str]:
+    """Names of the devices under load."""
+    return [f"load{number}" for number in range(count)]
