@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import struct
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import vbus
 from conftest import Leftovers, wait_until
 from test_hostile_peers import RawPeer
 from vbus import msg
-from vbus.bus import Bus, Connector
+from vbus.bus import Bus, Channel, Connector
 from vbus.channel import EVENT_COST, MAX_EVENT, WINDOW, ChannelEnd, Event, Inbox, Mirror
 from vbus.errors import Violation
 from vbus.shmem.channels import ChannelRings
@@ -193,7 +195,7 @@ class Nowhere:
 
 def test_a_window_counts_across_the_wrap_of_32_bits() -> None:
     inbox = Inbox(lambda turn: None)
-    end = ChannelEnd(Nowhere(), number=1, name="wraps", priority=0, window=WINDOW, inbox=inbox)
+    end = ChannelEnd(Nowhere(), number=1, name="wraps", priority=0, window=WINDOW, deliver=inbox.deliver)
     start = 2**32 - 3 * WINDOW // 2
     end._sent = end._credited = end._received = end._consumed = end._told = start
     for n in range(1000):
@@ -219,3 +221,31 @@ def test_a_copied_region_is_not_written_outside() -> None:
     mirror.write(99, b"z")
     assert mirror.changes() == []
     assert mirror.view[99] == ord("z")
+
+
+def test_what_nobody_took_keeps_nothing_of_its_link(bus: Bus, connector: Connector) -> None:
+    """Without the collector of cycles: descriptors must not wait for it."""
+    path = Path(connector.address.removeprefix("process:"))
+    opened: list[Channel] = []
+    bus.channels.on_open(opened.append)
+    gc.collect()
+    gc.disable()
+    try:
+        peer = RawChannels(path)
+        assert isinstance(peer.ask(msg.ChannelOpen(4, 1, 65536, 2, "mine")), msg.ChannelOpenResponse)
+        peer.open()
+        for number in (1, 2):
+            assert peer.say(msg.ChannelEvent(number, b"last words"))
+        assert wait_until(lambda: all(len(channel.inbox) == 1 for channel in (bus.channel("c"), opened[0])))
+        (here,) = connector.peers  # type: ignore[attr-defined]
+        watched = weakref.ref(here)
+        del here
+        peer.close()
+        assert wait_until(lambda: connector.describe()["peers"] == [])
+        assert wait_until(lambda: watched() is None)
+    finally:
+        gc.enable()
+    for channel in (bus.channel("c"), opened[0]):
+        event = channel.receive(0)
+        assert event is not None
+        assert event.data == b"last words"

@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vbus.errors import Error, Violation
 
@@ -76,6 +76,23 @@ class Carrier(Protocol):
         """Tell the other side that this one closes the channel."""
 
 
+class _Nowhere:
+    """The carrier of an end that is closed: events that nobody took yet must not keep a link's memory."""
+
+    def carry(self, end: ChannelEnd, data: bytes) -> bool:
+        """Take nothing."""
+        return False
+
+    def carry_credit(self, end: ChannelEnd) -> None:
+        """Nobody is there to be told."""
+
+    def leave(self, end: ChannelEnd) -> None:
+        """Nobody is there to be told."""
+
+
+_NOWHERE = _Nowhere()
+
+
 class Waiters:
     """Threads and coroutines that wait until something may have become so."""
 
@@ -117,6 +134,14 @@ def _finish(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+def _never(turn: Callable[[], bool]) -> None:
+    """Schedule nothing."""
+
+
+def _drop(event: Event) -> None:
+    """Deliver to nobody."""
+
+
 class Inbox:
     """Events that wait for the program: taken one by one, iterated over, or handed to a callback."""
 
@@ -140,9 +165,13 @@ class Inbox:
             self._waiters.wake()
 
     def close(self) -> None:
-        """Nothing more comes. What is here may still be taken."""
+        """Nothing more comes. What is here may still be taken, or is still handed to the callback."""
         self.closed = True
         self._waiters.wake()
+        if self._callback is not None:
+            self._schedule(self._call)
+        else:
+            self._schedule = _never
 
     def on_event(self, callback: Callable[[Event], object]) -> None:
         """Hand every event to `callback`, those that wait first."""
@@ -151,10 +180,13 @@ class Inbox:
 
     def _call(self) -> bool:
         """One event a turn, so that what is more urgent waits for one callback at most."""
-        event = self._take()
-        if event is None or self._callback is None:
-            return False
-        self._callback(event)
+        event = self._take() if self._callback is not None else None
+        if event is not None and self._callback is not None:
+            self._callback(event)
+        if self.closed and not self._events:
+            # A closed channel keeps nobody alive.
+            self._callback = None
+            self._schedule = _never
         return bool(self._events)
 
     def _take(self) -> Event | None:
@@ -199,7 +231,7 @@ class ChannelEnd:
         name: str,
         priority: int,
         window: int,
-        inbox: Inbox,
+        deliver: Callable[[Event], None],
         memory: memoryview | None = None,
         mirror: Mirror | None = None,
         label: str = "",
@@ -209,11 +241,11 @@ class ChannelEnd:
         self.priority = priority
         self.label = label
         """Who is at the other end, for people."""
-        self.inbox = inbox
+        self._deliver = deliver
         self.mirror = mirror
         """What keeps a copied region like the other side's."""
         self._memory = mirror.view if mirror is not None else memory
-        self._carrier = carrier
+        self._carrier: Carrier = carrier
         self._window = window
         self._lock = threading.RLock()
         self._room = Waiters()
@@ -270,8 +302,9 @@ class ChannelEnd:
 
     def close(self, reason: str = "closed here") -> None:
         """Leave the channel; the other side hears what was sent before."""
+        carrier = self._carrier
         if self.ended(reason):
-            self._carrier.leave(self)
+            carrier.leave(self)
 
     def held(self) -> AbstractContextManager[object]:
         """For the carrier: keep every thread from sending for a moment."""
@@ -288,8 +321,7 @@ class ChannelEnd:
                 raise Violation("channel-window", f"channel {self.name}: more than {self._window} bytes outstanding")
             self._received += len(data) + EVENT_COST
             self.received += 1
-        if not self.closed:
-            self.inbox.deliver(Event(data, self))
+        self._deliver(Event(data, self))
 
     def credited(self, consumed: int) -> None:
         """The other side has consumed so much in all, modulo 2^32. Violation: channel-credit."""
@@ -324,12 +356,18 @@ class ChannelEnd:
             if self.closed:
                 return False
             self.closed = reason
+            self._carrier = _NOWHERE
+            self._deliver = _drop
         self._room.wake()
         return True
 
 
 class Channel(ChannelEnd):
     """A channel as the driver's side has it: an end with an inbox of its own."""
+
+    def __init__(self, carrier: Carrier, inbox: Inbox, **rest: Any) -> None:
+        super().__init__(carrier, deliver=inbox.deliver, **rest)
+        self.inbox = inbox
 
     def ended(self, reason: str) -> bool:
         """Nothing more comes: whoever iterates ends."""

@@ -150,8 +150,8 @@ class Channel:
         for end in self.ends:
             end.close(reason)
         self._inbox.close()
-        if self._actor is not None:
-            self._actor.close()
+        # Whoever keeps a closed channel keeps nothing of the link that it belonged to.
+        self.owner = None
 
     # What connectors do.
 
@@ -183,7 +183,7 @@ class Channel:
 
     def _schedule(self, turn: Callable[[], bool]) -> None:
         with self._lock:
-            if self.closed:
+            if self._actor is not None and self._actor.closed:
                 return
             if self._actor is None:
                 self._actor = Actor(self.bus.pool, f"channel {self.name}")
@@ -195,11 +195,17 @@ class Channel:
 
     def _guarded(self, turn: Callable[[], bool]) -> Callable[[], bool]:
         def run() -> bool:
+            more = True
             try:
-                return turn()
+                more = turn()
             except Exception:
                 log.exception("%s/%s: a callback failed", self.bus.name, self.name)
-                return bool(len(self._inbox))
+            if self.closed and not len(self._inbox) and self._actor is not None:
+                # The last of what was said has been handed on.
+                self._keys.clear()
+                self._actor.close()
+                return False
+            return more
 
         return run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 from vbus import msg
@@ -29,7 +30,9 @@ class PeerChannels:
     """A driver's side's channels, by the number that they have on its link. Its ends' carrier."""
 
     def __init__(self, peer: MessagePeer) -> None:
-        self._peer = peer
+        # The peer has this; its descriptors go with it, not when a cycle is collected.
+        self._link = weakref.ref(peer)
+        self._accounts = peer.accounts
         self._ends: dict[int, ChannelEnd] = {}
         self._channels: dict[int, tuple[Channel, int | None]] = {}
         self._regions = Buddy(REGIONS_SIZE, REGION_ALIGN)
@@ -38,6 +41,13 @@ class PeerChannels:
         self._lock = threading.Lock()
         self.interested = False
         """Whether the driver's side has shown that it knows of channels."""
+
+    @property
+    def _peer(self) -> MessagePeer:
+        """The peer, in its turns."""
+        peer = self._link()
+        assert peer is not None
+        return peer
 
     # What the driver's side says. In the peer's turn.
 
@@ -102,7 +112,7 @@ class PeerChannels:
                 self._give_back()
 
     def _give_back(self) -> None:
-        for account in self._peer.accounts:
+        for account in self._accounts:
             account.give_back("channels", 1)
 
     def _open_within_limits(self, frame: msg.Frame, wanted: msg.ChannelOpen) -> None:
@@ -148,7 +158,7 @@ class PeerChannels:
             name=channel.name,
             priority=channel.priority,
             window=WINDOW,
-            inbox=channel.inbox,
+            deliver=channel.inbox.deliver,
             memory=memory if isinstance(memory, memoryview) else None,
             mirror=memory if isinstance(memory, Mirror) else None,
             label=self._peer.label,
@@ -169,7 +179,9 @@ class PeerChannels:
 
     def carry(self, end: ChannelEnd, data: bytes) -> bool:
         """Send an event, and before it what was written to a copied region."""
-        peer = self._peer
+        peer = self._link()
+        if peer is None:
+            return False
         if end.mirror is not None:
             if not peer.has_room():
                 return False
@@ -180,7 +192,8 @@ class PeerChannels:
         return self._say(end, msg.ChannelEvent(end.number, data))
 
     def _say(self, end: ChannelEnd, body: msg.Body) -> bool:
-        return self._peer.transmit_on_channel(end.priority, msg.encode(msg.Frame(body)))
+        peer = self._link()
+        return peer is not None and peer.transmit_on_channel(end.priority, msg.encode(msg.Frame(body)))
 
     def carry_credit(self, end: ChannelEnd) -> None:
         """Tell what was consumed, or remember to."""
@@ -190,10 +203,13 @@ class PeerChannels:
 
     def leave(self, end: ChannelEnd) -> None:
         """The bus closed the channel: say so behind what was said on it, or at least on the link."""
+        peer = self._link()
+        if peer is None:
+            return
         closed = msg.ChannelClosed(end.number, end.closed)
         if not self._say(end, closed):
-            self._peer.send(closed)
-        self._peer.actor.post(lambda: self._forget(end))
+            peer.send(closed)
+        peer.actor.post(lambda: self._forget(end))
 
     def room(self, priority: int | None = None) -> None:
         """There is room again (for messages of one priority): pay what is owed, and let senders know."""

@@ -21,6 +21,7 @@ from vbus.units import parse_size
 
 if TYPE_CHECKING:
     from vbus.proxy.connector import GuestConnector
+    from vbus.proxy.loop import Loop
 
 MAX_EARLY = WINDOW // EVENT_COST + 1
 """Events that can come before the answer that opens their channel."""
@@ -35,6 +36,12 @@ class ChannelInfo:
     name: str
     priority: int
     memory: int
+
+
+def _call(loop: Loop, turn: Callable[[], bool], priority: int) -> None:
+    """Have a callback called, and again as long as there is more."""
+    if turn():
+        loop.hook(lambda: _call(loop, turn, priority), priority)
 
 
 class RemoteChannels:
@@ -94,15 +101,14 @@ class RemoteChannels:
         place = None
         if answer.memory_size:
             place = self._connector.map_region(answer.memory_offset, answer.memory_size)
+        loop = self._connector.loop
         channel = Channel(
             self,
+            Inbox(lambda turn: loop.hook(lambda: _call(loop, turn, answer.priority), answer.priority)),
             number=number,
             name=name,
             priority=answer.priority,
             window=answer.window,
-            inbox=Inbox(
-                lambda turn: self._connector.loop.hook(lambda: self._call(turn, answer.priority), answer.priority)
-            ),
             memory=place if isinstance(place, memoryview) else None,
             mirror=place if isinstance(place, Mirror) else None,
             label=self._connector.remote.bus_name if self._connector.remote is not None else "",
@@ -113,10 +119,6 @@ class RemoteChannels:
         for data in early:
             channel.arrived(data)
         return channel
-
-    def _call(self, turn: Callable[[], bool], priority: int) -> None:
-        if turn():
-            self._connector.loop.hook(lambda: self._call(turn, priority), priority)
 
     def list(self) -> Iterator[ChannelInfo]:
         """The channels that this side may open, by name."""
