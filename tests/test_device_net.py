@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import random
 import resource
 import socket
 import struct
@@ -414,6 +415,39 @@ def test_pairs_are_used_when_the_driver_says_so(attached: Attached) -> None:
     assert told(second)[1] == frame(fill=2)
     driver.close()
     assert net.pairs == 1
+
+
+def test_noise_on_all_queues_is_counted_and_breaks_nothing(near: tuple[Bus, Remote]) -> None:
+    bus, remote = near
+    net = bus.plug(Net(queue_pairs=2), "net0")
+    driver = drive(remote, *CONTROL_FEATURES, "MRG_RXBUF", "MQ", queues=5, control=4)
+    noise = random.Random(5)
+    for _ in range(500):
+        driver.queue(noise.choice((1, 3))).submit([noise.randbytes(12 + noise.randrange(100))], 0).result(10)
+        command = bytes([noise.randrange(7), noise.randrange(7)]) + noise.randbytes(noise.randrange(9))
+        assert driver.queue(4).submit([command], 1).result(10)[0] in (ACK_OK, ACK_ERR)
+        driver.post(*[noise.randrange(12, 90) for _ in range(noise.randrange(2))], queue=noise.choice((0, 2)))
+    assert net.commands + net.commands_refused == 500
+    assert net.tx_packets + net.tx_errors == 500
+    assert net.tx_errors > 300
+    assert not bus.slot("net0").violations
+    driver.close()
+    driver = drive(remote)
+    (future,) = driver.post(100)
+    driver.send(frame())
+    assert told(future)[1] == frame()
+
+
+def test_a_limit_delays_frames_and_loses_none(near: tuple[Bus, Remote]) -> None:
+    bus, remote = near
+    net = bus.plug(Net(), "net0")
+    bus.set("net0", "limit.iops", "400")
+    driver = drive(remote)
+    futures = driver.post(*[100] * 60)
+    for n in range(60):
+        driver.queue(1).submit([bytes(12), frame(fill=n)], 0)
+    assert [told(future)[1] for future in futures] == [frame(fill=n) for n in range(60)]
+    assert (net.rx_dropped, net.tx_dropped) == (0, 0)
 
 
 # What a driver wants to receive.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import fcntl
 import os
 import socket
@@ -151,6 +152,17 @@ def test_a_queue_is_taken_out_and_put_back(persistent: str) -> None:
     tap.set_queue(1, True)
     assert "numqueues 3 numdisabled 0" in seen()
     tap.close()
+
+
+def test_a_program_with_an_event_loop_may_use_one(persistent: str) -> None:
+    async def use() -> int:
+        tap = Tap.open(persistent)
+        tap.configure(mtu=1400, up=True)
+        mtu = tap.mtu
+        tap.close()
+        return mtu
+
+    assert asyncio.run(use()) == 1400
 
 
 def test_frames_go_both_ways_behind_twelve_bytes(tap: Tap) -> None:

@@ -271,12 +271,11 @@ class Tap:
 
         try:
             there = self._namespace()
-            if there is None:
-                return run()
             try:
-                return _in_namespace(there, run)
+                return _in_thread(run, there)
             finally:
-                os.close(there)
+                if there is not None:
+                    os.close(there)
         except OSError as error:
             raise _refused(self.name, error) from None
         except Exception as error:
@@ -310,28 +309,36 @@ def _addresses(ip: Any, index: int) -> list[tuple[str, int]]:
     return [(found.get_attr("IFA_ADDRESS"), found["prefixlen"]) for found in ip.get_addr(index=index)]
 
 
-def _in_namespace(fd: int, task: Callable[[], T]) -> T:
-    """Run `task` in a thread of its own that has entered a network namespace: a namespace is a thread's."""
-    import ctypes  # Python 3.12 has os.setns
+def _in_thread(task: Callable[[], T], namespace: int | None = None) -> T:
+    """Run `task` in a thread of its own, which may enter a network namespace.
 
+    A namespace is a thread's; and pyroute2 runs an event loop, of which a thread that has one already can run no other.
+    """
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.setns(fd, CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            if namespace is not None:
+                _enter(namespace)
             results.append(task())
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="vbus-netns", daemon=True)
+    thread = threading.Thread(target=run, name="vbus-netlink", daemon=True)
     thread.start()
     thread.join()
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _enter(namespace: int) -> None:
+    import ctypes  # Python 3.12 has os.setns
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _open_clone(name: str) -> int:
@@ -365,9 +372,13 @@ def _attach(fd: int, name: str, flags: int) -> None:
 
 def _check_existing(name: str, queues: int) -> int:
     """Further flags that an existing tap has to be opened with. UsageError when it cannot be taken."""
-    with _netlink() as ip:
-        found = ip.link_lookup(ifname=name)
-        link = ip.get_links(found[0])[0] if found else None
+
+    def look() -> Any:
+        with _netlink() as ip:
+            found = ip.link_lookup(ifname=name)
+            return ip.get_links(found[0])[0] if found else None
+
+    link = _in_thread(look)
     if link is None:
         return 0
     info = link.get_attr("IFLA_LINKINFO")
