@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = ["concepts.md"]
+PAGES = ["concepts.md", "channels.md"]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -51,6 +51,25 @@ def namespace() -> Iterator[str]:
     subprocess.run(["ip", "netns", "add", name], check=True, env=os.environ | {"PATH": PATH})
     yield name
     subprocess.run(["ip", "netns", "del", name], check=True, env=os.environ | {"PATH": PATH})
+
+
+def test_the_commands_of_channels() -> None:
+    with tempfile.TemporaryDirectory(prefix="vbus-docs-") as folder:
+        (Path(folder) / "bus.toml").write_text(blocks("channels.md", "toml")[0])
+        done = subprocess.run(
+            ["bash", "-c", script("channels.md") + "\ncat log*"],
+            cwd=folder,
+            env=os.environ | {"PATH": PATH, "VBUS_RUNTIME_DIR": f"{folder}/run", "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^bus +alarm +0 +65536 +- +1 ", done.stdout, re.MULTILINE)
+    assert "1 driver heard it" in done.stdout
+    assert re.search(r"bus: fire\n.*bus: all clear\n", done.stdout)
 
 
 def script(page: str) -> str:

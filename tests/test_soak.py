@@ -1,7 +1,8 @@
 """A long life in short: everything comes and goes at random, and in the end nothing is lost and nothing is left.
 
 A bus runs as users run it, in a process of its own. Driver processes attach over every connector, write and verify
-disks, and are killed at random; devices are plugged and unplugged meanwhile. `VBUS_SOAK_SECONDS` says how long.
+disks, talk over channels, and are killed at random; devices are plugged and unplugged meanwhile. Where there may be
+namespaces and taps, a container's interface comes and goes too. `VBUS_SOAK_SECONDS` says how long.
 """
 
 from __future__ import annotations
@@ -9,15 +10,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 SECONDS = float(os.environ.get("VBUS_SOAK_SECONDS", "180"))
+
+NET = """
+[device.net0]
+type = "net"
+backend = "tap:eth0"
+"""
 
 BUS = """
 [bus]
@@ -37,6 +46,12 @@ memory = "8 MiB"
 
 [device.rng0]
 type = "rng"
+
+[channel.chat]
+priority = 1
+
+[channel.board]
+memory = "64 KiB"
 
 [connector.tunnelled]
 type = "process"
@@ -64,7 +79,32 @@ blocks = device.size // 4096
 known = {}
 verified = 0
 out = open(log, "w")
+chat = remote.open_channel("chat")
+board = remote.open_channel("board")
+mine = remote.open_channel(f"job.{seed}", create=True, priority=seed % 8, memory="64 KiB")
+last = {}
+said = 0
+def talk():
+    # What the others say comes in order; what one writes beside an event is there with it.
+    global said, verified
+    if chat.is_writable:
+        chat.send(struct.pack("<QQ", seed, said))
+        said += 1
+    board.memory[said % 65536] = 1
+    if board.is_writable:
+        board.send()
+    mine.memory[:8] = struct.pack("<Q", said)
+    if mine.is_writable:
+        mine.send(b"progress")
+    while (event := chat.receive(0)) is not None:
+        who, number = struct.unpack("<QQ", event.data)
+        if number <= last.get(who, -1) or who == seed:
+            print(f"event {number} of {who} after {last.get(who)}", file=out, flush=True)
+            sys.exit(3)
+        last[who] = number
+        verified += 1
 while True:
+    talk()
     batch = []
     for _ in range(16):
         at = chance.randrange(blocks)
@@ -97,17 +137,41 @@ def held_by(pid: int) -> dict[str, int]:
     }
 
 
+def _namespaces() -> list[str]:
+    """Two namespaces' names, where there may be some: the bus's, and a container's."""
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists() or shutil.which("ip") is None:
+        return []
+    return [f"vb{os.getpid() % 100000}soak{n}" for n in range(2)]
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """The two, with nothing in them but `lo`; none where that cannot be."""
+    names = _namespaces()
+    for name in names:
+        subprocess.run(["ip", "netns", "add", name], check=True)
+    yield names
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
 @pytest.mark.timeout(SECONDS + 120)
-def test_everything_comes_and_goes_and_nothing_is_lost(tmp_path: Path, runtime_dir: Path) -> None:
+def test_everything_comes_and_goes_and_nothing_is_lost(
+    tmp_path: Path, runtime_dir: Path, namespaces: list[str]
+) -> None:
     chance = random.Random(int(time.time()))
     (tmp_path / "disk1.img").write_bytes(bytes(8 << 20))
-    (tmp_path / "bus.toml").write_text(BUS.format(folder=tmp_path))
+    (tmp_path / "bus.toml").write_text(BUS.format(folder=tmp_path) + (NET if namespaces else ""))
     (tmp_path / "driver.py").write_text(DRIVER)
     addresses = [f"process:{tmp_path}/tunnelled.sock", f"process:{tmp_path}/direct.sock", f"unix:{tmp_path}/far.sock"]
     bus_log = (tmp_path / "bus.log").open("w")
     bus = subprocess.Popen(
-        [sys.executable, "-m", "vbus", "run", str(tmp_path / "bus.toml")], stdout=bus_log, stderr=bus_log
+        [*_inside(namespaces[:1]), sys.executable, "-m", "vbus", "run", str(tmp_path / "bus.toml")],
+        stdout=bus_log,
+        stderr=bus_log,
     )
+    container: subprocess.Popen[bytes] | None = None
+    pings = 0
     drivers: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
     kills = plugs = verified = started = 0
 
@@ -146,6 +210,43 @@ def test_everything_comes_and_goes_and_nothing_is_lost(tmp_path: Path, runtime_d
         lines = log.read_text().split() if log.exists() else []
         verified += int(lines[-1]) if lines and lines[-1].isdecimal() else 0
 
+    def come_and_go() -> None:
+        """Give the container its interface, or kill what gives it; while it is there, the other end is reached."""
+        nonlocal container, pings
+        if container is None:
+            with (tmp_path / "container.log").open("w") as log:
+                container = subprocess.Popen(
+                    [
+                        *_inside(namespaces[1:]),
+                        *(sys.executable, "-m", "vbus", "driver", chance.choice(addresses), "net0"),
+                        *("--tap", "eth0", "--address", "10.79.0.2/24"),
+                    ],
+                    stdout=log,
+                    stderr=log,
+                )
+            deadline = time.monotonic() + 20
+            while "is up" not in (said := (tmp_path / "container.log").read_text()):
+                # It may be that the bus has not noticed yet that the one before was killed.
+                if container.poll() is not None and "in use" in said:
+                    container = None
+                    return
+                assert time.monotonic() < deadline, said
+                time.sleep(0.05)
+            pinged = subprocess.run(
+                [*_inside(namespaces[1:]), "ping", "-q", "-c", "2", "-i", "0.2", "-w", "5", "10.79.0.1"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert pinged.returncode == 0, pinged.stdout
+            pings += 1
+        else:
+            container.send_signal(chance.choice((signal.SIGKILL, signal.SIGTERM)))
+            container.wait(20)
+            container = None
+            done = subprocess.run(["ip", "-n", namespaces[1], "link", "show", "eth0"], capture_output=True, check=False)
+            assert done.returncode != 0
+
     def owners() -> list[object]:
         return [row["owner"] for row in json.loads(vbus("ls", "--json"))]
 
@@ -153,6 +254,8 @@ def test_everything_comes_and_goes_and_nothing_is_lost(tmp_path: Path, runtime_d
         deadline = time.monotonic() + 30
         while not (tmp_path / "far.sock").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
+        if namespaces:
+            subprocess.run(["ip", "-n", namespaces[0], "addr", "add", "10.79.0.1/24", "dev", "eth0"], check=True)
         began = time.monotonic()
         baseline: dict[str, int] | None = None
         while time.monotonic() - began < SECONDS:
@@ -176,36 +279,51 @@ def test_everything_comes_and_goes_and_nothing_is_lost(tmp_path: Path, runtime_d
                 vbus("driver", guest, "guest", "--read", "4096")
                 vbus("unplug", "guest", *(["--surprise"] if chance.random() < 0.5 else []))
                 plugs += 1
+            elif action < 0.85 and namespaces:
+                come_and_go()
             time.sleep(chance.random() * 0.5)
             assert bus.poll() is None, (tmp_path / "bus.log").read_text()
             if baseline is None and time.monotonic() - began > min(20, SECONDS / 3):
                 for disk in list(drivers):
                     end(disk, signal.SIGKILL)
+                if container is not None:
+                    come_and_go()
                 _wait_for_peace(owners)
                 baseline = held_by(bus.pid)
         for disk in list(drivers):
             end(disk, signal.SIGTERM)
+        if container is not None:
+            come_and_go()
         _wait_for_peace(owners)
         after = held_by(bus.pid)
-        print(f"soak: {kills} kills, {plugs} plugs, {verified} blocks verified; {baseline} then {after}")
+        print(f"soak: {kills} kills, {plugs} plugs, {pings} interfaces, {verified} blocks and events verified")
+        print(f"soak: {baseline} then {after}")
         assert baseline is not None
         assert verified > 0
         assert after["descriptors"] <= baseline["descriptors"]
         assert after["threads"] <= baseline["threads"]
         assert after["memfd mappings"] <= baseline["memfd mappings"]
         assert after["MiB"] <= baseline["MiB"] + 32
+        rows = json.loads(vbus("channel", "ls", "--json"))
+        assert [(row["name"], row["drivers"]) for row in rows] == [("board", []), ("chat", [])]
+        assert all(row["received"] > 0 for row in rows)
         for row in json.loads(vbus("ls", "--json")):
             assert row["violations"] == {}, row
         bus.send_signal(signal.SIGTERM)
         assert bus.wait(20) == 0
     finally:
-        for process, _ in drivers.values():
+        for process in (*(process for process, _ in drivers.values()), *([container] if container else [])):
             process.kill()
             process.wait()
         if bus.poll() is None:
             bus.kill()
             bus.wait()
         bus_log.close()
+
+
+def _inside(namespace: list[str]) -> list[str]:
+    """What runs a command in a namespace, if there is one."""
+    return ["ip", "netns", "exec", *namespace] if namespace else []
 
 
 def _wait_for_peace(owners: object) -> None:

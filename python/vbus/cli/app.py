@@ -23,6 +23,7 @@ VERBS = {
     "plug": "change",
     "unplug": "change",
     "set": "change",
+    "channel": "channel",
     "driver": "driver",
     "doctor": "doctor",
     "demo": "demo",

@@ -60,6 +60,30 @@ def the_device(text: str) -> tuple[BusClient, str]:
     raise NoSuchNameError(f"{where} no device {device!r}: {did_you_mean(device, [name for _, name in there])}")
 
 
+def the_channel(text: str) -> tuple[BusClient, str]:
+    """The bus and the name of `CHANNEL` or `BUS/CHANNEL`. UsageError when that is none, or may be several."""
+    bus_name, slash, name = text.rpartition("/")
+    buses = [the_bus(bus_name)] if slash else running()
+    if not buses:
+        raise _none_runs()
+    there = [(bus, row["name"]) for bus in buses for row in bus.channels()]
+    found = [bus for bus, channel in there if channel == name]
+    if len(found) == 1:
+        return found[0], name
+    if found:
+        raise UsageError(
+            f"channel {name!r} is on several buses: write " + " or ".join(f"{b.name}/{name}" for b in found)
+        )
+    where = f"bus {buses[0].name} has" if len(buses) == 1 else "there is"
+    raise NoSuchNameError(f"{where} no channel {name!r}: {did_you_mean(name, [channel for _, channel in there])}")
+
+
+def complete_channel(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of channels."""
+    names = {row["name"] for bus in running() for row in bus.channels()}
+    return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+
+
 def _none_runs() -> Error:
     return Error(f"no bus runs in {rundir.root()}: start one with vbus run FILE.toml")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,19 +20,24 @@ from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 import vbus
 from vbus import config, hints
-from vbus.bus import Bus
+from vbus.bus import Bus, Channel
 from vbus.bus.limits import MEMBER_LIMITS
+from vbus.channel import MAX_EVENT
 from vbus.control import models
 from vbus.errors import Error, NoSuchNameError, UsageError
 from vbus.options import OptionErrors
 
 log = logging.getLogger("vbus.control")
 
+MAX_WATCHED = 1024
+"""Events that wait for one who watches a channel."""
+WATCH_SECONDS = 0.5
+"""How often a silent channel is asked whether it is closed."""
 MAX_BODY = 64 << 10
 """Bytes of a request's body."""
 KINDS = {403: "not-allowed", 404: "no-such-name", 413: "too-large", 503: "busy"}
@@ -136,6 +143,31 @@ def _set_member(call: Call) -> dict[str, Any]:
     return {key: bus.set_member(name, key, str(value)) for key, value in values.items()}
 
 
+def _open_channel(call: Call) -> dict[str, Any]:
+    wanted = call.body
+    call.bus.open_channel(wanted.name, priority=wanted.priority, memory=wanted.memory, relay=wanted.relay)
+    return call.bus.channel(wanted.name).describe()
+
+
+def _close_channel(call: Call) -> dict[str, Any]:
+    channel = call.bus.channel(call.path["name"])
+    channel.close("an operator closed it")
+    return {"bus": call.bus.name, "name": channel.name}
+
+
+def _say(call: Call) -> dict[str, Any]:
+    channel, said = call.bus.channel(call.path["name"]), call.body
+    if (said.text is None) == (said.hex is None):
+        raise UsageError("write either text or hex")
+    try:
+        data = bytes.fromhex(said.hex) if said.hex is not None else said.text.encode()
+    except ValueError:
+        raise UsageError("hex: write an even number of hexadecimal digits") from None
+    if len(data) > MAX_EVENT:
+        raise UsageError(f"an event of {len(data)} bytes; {MAX_EVENT} are the most")
+    return {"bus": call.bus.name, "channel": channel.name, "drivers": channel.send(data)}
+
+
 def _stat(call: Call) -> list[dict[str, Any]]:
     rows = call.bus.stat()
     device = call.query.get("device")
@@ -173,6 +205,36 @@ ENDPOINTS = (
     ),
     Endpoint(
         "GET",
+        "/v1/channels",
+        "channels",
+        "Every event channel, and who has it open.",
+        lambda call: call.bus.describe_channels(),
+        list[models.ChannelRow],
+    ),
+    Endpoint(
+        "POST",
+        "/v1/channels",
+        "open_channel",
+        "Open an event channel.",
+        _open_channel,
+        models.ChannelRow,
+        body=models.OpenChannel,
+        status=201,
+    ),
+    Endpoint(
+        "DELETE", "/v1/channels/{name}", "close_channel", "Close a channel.", _close_channel, models.ClosedChannel
+    ),
+    Endpoint(
+        "POST",
+        "/v1/channels/{name}/events",
+        "say",
+        "Say something to every driver that has the channel open.",
+        _say,
+        models.Heard,
+        body=models.Said,
+    ),
+    Endpoint(
+        "GET",
         "/v1/members",
         "members",
         "Members that have limits, or are here.",
@@ -206,8 +268,65 @@ def make_app(bus: Bus) -> Starlette:
     async def document(request: Request) -> Response:
         return _json(200, openapi())
 
+    async def watch(request: Request) -> Response:
+        try:
+            channel = bus.channel(request.path_params["name"])
+        except NoSuchNameError as error:
+            return _problem(404, str(error))
+        return StreamingResponse(_events(channel), media_type="application/x-ndjson")
+
+    routes.append(Route("/v1/channels/{name}/events", watch, methods=["GET"], name="watch"))
     routes.append(Route("/openapi.json", document, methods=["GET"]))
     return Starlette(routes=_by_path(routes), exception_handlers={HTTPException: _http_problem, Exception: _unexpected})
+
+
+async def _events(channel: Channel) -> AsyncIterator[bytes]:
+    """What is said on a channel, a line of JSON each, until it is closed. A slow reader misses some, and is told."""
+    loop = asyncio.get_running_loop()
+    waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MAX_WATCHED)
+    missed = 0
+
+    def put(row: dict[str, Any]) -> None:
+        nonlocal missed
+        try:
+            waiting.put_nowait(row)
+        except asyncio.QueueFull:
+            missed += 1
+
+    def tap(direction: str, driver: str, data: bytes) -> None:
+        row = {
+            "time": time.time(),
+            "direction": direction,
+            "driver": driver,
+            "text": _printable(data),
+            "hex": data.hex(),
+        }
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(put, row)
+
+    end = channel.tap(tap)
+    try:
+        # The headers go at once, so that whoever watches knows that nothing is missed from here on.
+        yield b"\n"
+        while not (channel.closed and waiting.empty()):
+            try:
+                row = await asyncio.wait_for(waiting.get(), WATCH_SECONDS)
+            except TimeoutError:
+                continue
+            if missed:
+                row |= {"missed": missed}
+                missed = 0
+            yield json.dumps(row).encode() + b"\n"
+    finally:
+        end()
+
+
+def _printable(data: bytes) -> str | None:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return None
+    return text if text.isprintable() else None
 
 
 def _by_path(routes: list[Route]) -> list[Route]:
@@ -319,6 +438,18 @@ def openapi() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in ENDPOINTS:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
+    watched = (
+        "What is said on a channel: a line of JSON each (time, direction, driver, text, hex; missed, when some were)."
+    )
+    paths["/v1/channels/{name}/events"]["get"] = {
+        "operationId": "watch",
+        "summary": watched,
+        "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}],
+        "responses": {
+            "200": {"description": watched, "content": {"application/x-ndjson": {"schema": {"type": "string"}}}},
+            "default": {"description": "What is wrong.", "content": _content(models.Problem)},
+        },
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "vbus control API", "version": "1", "description": (__doc__ or "").strip()},

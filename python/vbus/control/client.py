@@ -6,7 +6,7 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -59,14 +59,37 @@ class BusClient:
             connection.close()
         if response.status < 400:
             return answer
+        raise self._problem(response, answer)
+
+    def _problem(self, response: http.client.HTTPResponse, answer: Any) -> Error:
         problem = answer if isinstance(answer, dict) else {}
         text = str(problem.get("error", f"bus {self.name} answers {response.status} {response.reason}"))
         match problem.get("kind"):
             case "no-such-name":
-                raise NoSuchNameError(text)
+                return NoSuchNameError(text)
             case "usage" | "too-large":
-                raise UsageError(text)
-        raise Error(text)
+                return UsageError(text)
+        return Error(text)
+
+    def stream(self, path: str, begun: Callable[[], None]) -> Iterator[Row]:
+        """A call whose answer goes on, a line of JSON each, until the bus ends it. `begun` is called at the first."""
+        connection = _Connection(self.path, self.timeout)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            if response.status >= 400:
+                raise self._problem(response, json.loads(response.read()))
+            # From now on nobody says when something comes.
+            connection.sock.settimeout(None)
+            for line in response:
+                if line.strip():
+                    yield json.loads(line)
+                else:
+                    begun()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Error(f"bus {self.name} is gone: {getattr(error, 'strerror', None) or error}") from error
+        finally:
+            connection.close()
 
     def info(self) -> Row:
         """The bus and its process."""
@@ -93,6 +116,20 @@ class BusClient:
         """One row a connector."""
         rows: list[Row] = self.request("GET", "/v1/connectors")
         return rows
+
+    def channels(self) -> list[Row]:
+        """One row a channel."""
+        rows: list[Row] = self.request("GET", "/v1/channels")
+        return rows
+
+    def say(self, channel: str, data: bytes) -> int:
+        """Say something on a channel; how many drivers took it."""
+        row: Row = self.request("POST", f"/v1/channels/{quote(channel, safe='')}/events", {"hex": data.hex()})
+        return int(row["drivers"])
+
+    def watch(self, channel: str, begun: Callable[[], None] = lambda: None) -> Iterator[Row]:
+        """What is said on a channel, until it is closed; nothing is missed from the call of `begun` on."""
+        return self.stream(f"/v1/channels/{quote(channel, safe='')}/events", begun)
 
     def members(self) -> list[Row]:
         """One row a member."""

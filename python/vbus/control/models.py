@@ -123,6 +123,62 @@ class PeerRow(Model):
     channels: list[str] = Field(description="The event channels that it has open.")
 
 
+class ChannelDriver(Model):
+    """A driver's side that has a channel open."""
+
+    driver: str
+    sent: int = Field(description="Events that it was sent.")
+    received: int = Field(description="Events that it said.")
+    missed: int = Field(description="Events that it was not sent because it had not taken those before.")
+
+
+class ChannelRow(Model):
+    """An event channel: a row of `vbus channel ls --json`."""
+
+    bus: str
+    name: str
+    priority: int
+    memory: int = Field(description="Bytes of the region that each driver shares with the bus.")
+    owner: str | None = Field(description="The driver that made it and has it alone; null for the bus's own.")
+    relay: bool = Field(description="Whether what one driver says goes to the others.")
+    drivers: list[ChannelDriver]
+    sent: int
+    received: int
+    missed: int
+    waiting: int = Field(description="Events that nobody on the bus's side has taken.")
+
+
+class OpenChannel(Model):
+    """A channel to be opened."""
+
+    name: str
+    priority: int = 4
+    memory: int | str = 0
+    relay: bool = True
+
+
+class Said(Model):
+    """What is to be said on a channel: a text, or bytes in hexadecimal."""
+
+    text: str | None = None
+    hex: str | None = None
+
+
+class Heard(Model):
+    """How many drivers took what was said."""
+
+    bus: str
+    channel: str
+    drivers: int
+
+
+class ClosedChannel(Model):
+    """A channel that was closed."""
+
+    bus: str
+    name: str
+
+
 class MemberRow(Model):
     """A member of a bus that has limits, or is here: a row of `vbus ls --members --json`."""
 
