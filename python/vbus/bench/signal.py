@@ -321,8 +321,8 @@ def objections(found: Mapping[str, Summary | None]) -> list[str]:
     for key, what in (("requests_per_second", "requests/s"), ("bulk_requests_per_second", "bulk requests/s")):
         ratio = found.get(key)
         if ratio is not None and ratio.median < LEAST_THROUGHPUT:
-            why.append(f"{what} {ratio.median:.2f}x, less than {LEAST_THROUGHPUT}x")
+            why.append(f"{what} {ratio.median:.3f}x, less than {LEAST_THROUGHPUT}x")
     p99 = found.get("p99_us")
     if p99 is not None and p99.median > MOST_P99:
-        why.append(f"p99 {p99.median:.2f}x, more than {MOST_P99}x")
+        why.append(f"p99 {p99.median:.3f}x, more than {MOST_P99}x")
     return why

@@ -42,7 +42,7 @@ def signal_command(quick: bool, rounds: int | None, folder: Path | None, as_json
     """Measure doorbells and CPU time a request, and latency: tunnelled signals against direct ones.
 
     With 1, 4 and 16 devices under load, and with requests that come now and then; EVENT_IDX off and on; and an urgent
-    request on an idle bus and beside bulk load. It takes about six minutes, on a machine that does nothing else. Where
+    request on an idle bus and beside bulk load. It takes about five minutes; the machine should do nothing else. Where
     tunnelled signals cost throughput or latency, a comparison "does not count". --json and signal.json have every
     round's values.
     """
