@@ -276,7 +276,7 @@ KEYS = [
         '[channel.alarm]\nmemory = "1 GiB"\n',
         "channel.alarm.memory: memory: 1 GiB is too much: 4 MiB is the most",
     ),
-    ("[member.root]\n", "member.'root': member 'root': write uid:NUMBER, uid:NAME, gid:NUMBER or gid:NAME"),
+    ("[member.root]\n", "member.'root': member 'root': write uid:NUMBER, uid:NAME, gid:NUMBER, gid:NAME or tls:NAME"),
     ('[member."uid:0"]\niops = 3\n', "member.'uid:0'.iops: unknown key: there is limit"),
     (
         '[member."uid:0"]\nlimit.iops = 0\n',
@@ -305,7 +305,7 @@ KEYS = [
     ('[bus]\nmembers = "uid:0"\n', 'bus.members: "uid:0" does not fit: write a list, each item a text'),
     (
         '[bus]\nmembers = ["root"]\n',
-        "bus.members: member 'root': write uid:NUMBER, uid:NAME, gid:NUMBER or gid:NAME",
+        "bus.members: member 'root': write uid:NUMBER, uid:NAME, gid:NUMBER, gid:NAME or tls:NAME",
     ),
     (
         '[bus]\nmembers = ["uid:nobody-at-all"]\n',

@@ -1,6 +1,6 @@
 """Addresses: what a person types to say where a bus is.
 
-`process:PATH` (a bare path is that), `unix:PATH`, `tcp:HOST:PORT`. IPv6 hosts are written in brackets.
+`process:PATH` (a bare path is that), `unix:PATH`, `tcp:HOST:PORT`, `tls:HOST:PORT`. IPv6 hosts are written in brackets.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from vbus.errors import UsageError
 
-KINDS = ("process", "unix", "tcp")
+KINDS = ("process", "unix", "tcp", "tls")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A parsed address: `path` for process and unix, `host` and `port` for tcp."""
+    """A parsed address: `path` for process and unix, `host` and `port` for tcp and tls."""
 
     kind: str
     path: Path = Path()
@@ -24,14 +24,19 @@ class Address:
     port: int = 0
 
     def __str__(self) -> str:
-        if self.kind != "tcp":
+        if not self.is_network:
             return f"{self.kind}:{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp:{host}:{self.port}"
+        return f"{self.kind}:{host}:{self.port}"
+
+    @property
+    def is_network(self) -> bool:
+        """Whether it has a host and a port."""
+        return self.kind in ("tcp", "tls")
 
     @property
     def is_loopback(self) -> bool:
-        """Whether a tcp address stays on this machine."""
+        """Whether an address with a host stays on this machine."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -43,14 +48,12 @@ def parse(text: str) -> Address:
     kind, colon, rest = text.partition(":")
     if not colon or "/" in kind:
         kind, rest = "process", text
-    if kind == "tls":
-        raise UsageError(f"address {text!r}: tls is not there yet; use unix: or tcp: on the loopback interface")
     if kind not in KINDS or not rest:
-        raise UsageError(f"address {text!r}: write process:PATH, unix:PATH or tcp:HOST:PORT")
-    if kind != "tcp":
+        raise UsageError(f"address {text!r}: write process:PATH, unix:PATH, tcp:HOST:PORT or tls:HOST:PORT")
+    if kind not in ("tcp", "tls"):
         return Address(kind, path=Path(rest))
     host, _, port = rest.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"address {text!r}: write tcp:HOST:PORT, with a port from 0 to 65535")
+        raise UsageError(f"address {text!r}: write {kind}:HOST:PORT, with a port from 0 to 65535")
     return Address(kind, host=host, port=int(port))

@@ -38,6 +38,10 @@ class Violation(Error):
         return f"{self.name}: {self.detail}" if self.detail else self.name
 
 
+class TlsError(Error):
+    """The other side's certificate is not good, or it refused ours, or speaks no TLS."""
+
+
 class DriverError(Error, OSError):
     """What a driver is told when its device, its link or its request failed; `errno` says which kind of failure.
 

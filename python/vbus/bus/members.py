@@ -1,8 +1,9 @@
 """Who may connect to a bus: its owner always, and the users and groups that it names.
 
-A member is written `uid:1000`, `uid:alice`, `gid:36` or `gid:kvm`. Over a Unix socket the kernel says who the peer is
-(SO_PEERCRED, SO_PEERGROUPS); over TCP on the loopback interface the kernel's table of sockets says whose the other end
-is. A peer that nobody can vouch for is refused.
+A member is written `uid:1000`, `uid:alice`, `gid:36`, `gid:kvm`, or `tls:NAME`. Over a Unix socket the kernel says who
+the peer is (SO_PEERCRED, SO_PEERGROUPS); over TCP on the loopback interface the kernel's table of sockets says whose
+the other end is; over TLS a certificate says it, which an authority of the bus has signed. A peer that nobody can vouch
+for is refused.
 """
 
 from __future__ import annotations
@@ -19,23 +20,31 @@ from pathlib import Path
 from vbus.errors import UsageError
 
 SO_PEERGROUPS = 59
+NOBODY = -1
+"""The user of a peer that is known by its certificate: no user at all, not even the owner."""
+FORMS = "write uid:NUMBER, uid:NAME, gid:NUMBER, gid:NAME or tls:NAME"
 _UCRED = struct.Struct("3i")
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """Who is at the other end of a socket, as the kernel says."""
+    """Who is at the other end of a socket, as the kernel says, or a certificate (`names`)."""
 
     uid: int
     gids: frozenset[int] = field(default_factory=frozenset)
     pid: int = 0
+    names: tuple[str, ...] = ()
 
     @property
     def identities(self) -> list[str]:
         """The members that this is, as a bus names them."""
+        if self.uid == NOBODY:
+            return [f"tls:{name}" for name in self.names]
         return [f"uid:{self.uid}", *(f"gid:{gid}" for gid in sorted(self.gids))]
 
     def __str__(self) -> str:
+        if self.uid == NOBODY:
+            return ", ".join(self.identities) or "tls, without a name"
         return f"uid {self.uid}" + (f" pid {self.pid}" if self.pid else "")
 
 
@@ -47,14 +56,17 @@ class Members:
         self.names = list(members)
         self._uids = {self.owner}
         self._gids: set[int] = set()
+        self._tls: set[str] = set()
         for member in self.names:
             kind, _, name = member.partition(":")
             if kind == "uid" and name:
                 self._uids.add(_user(name))
             elif kind == "gid" and name:
                 self._gids.add(_group(name))
+            elif kind == "tls" and name:
+                self._tls.add(name)
             else:
-                raise UsageError(f"member {member!r}: write uid:NUMBER, uid:NAME, gid:NUMBER or gid:NAME")
+                raise UsageError(f"member {member!r}: {FORMS}")
 
     @staticmethod
     def canonical(member: str) -> str:
@@ -64,10 +76,14 @@ class Members:
             return f"uid:{_user(name)}"
         if kind == "gid" and name:
             return f"gid:{_group(name)}"
-        raise UsageError(f"member {member!r}: write uid:NUMBER, uid:NAME, gid:NUMBER or gid:NAME")
+        if kind == "tls" and name:
+            return member
+        raise UsageError(f"member {member!r}: {FORMS}")
 
     def admits(self, who: Credentials) -> bool:
         """Whether this peer may connect."""
+        if who.uid == NOBODY:
+            return not self._tls.isdisjoint(who.names)
         return who.uid in self._uids or bool(self._gids & who.gids)
 
 

@@ -15,12 +15,15 @@ from typing import Any
 import click
 
 from vbus import rundir
-from vbus.cli import buses, output
+from vbus.cli import attaching, buses, output
 from vbus.errors import Error, UsageError
 
 Row = dict[str, Any]
+Tls = dict[str, Any]
 address_option = click.option(
-    "--address", metavar="ADDRESS", help="Be a driver's side there (PATH, unix:PATH, tcp:HOST:PORT), not an operator."
+    "--address",
+    metavar="ADDRESS",
+    help="Be a driver's side there (PATH, unix:PATH, tcp:..., tls:...), not an operator.",
 )
 WAIT = 10.0
 """Seconds that a driver's side waits until the bus has room for what it says."""
@@ -34,15 +37,16 @@ def channel_command() -> None:
 @channel_command.command("ls", short_help="List channels.")
 @click.argument("bus", required=False, shell_complete=buses.complete_bus)
 @address_option
+@attaching.tls_options
 @output.json_option
-def ls(bus: str | None, address: str | None, as_json: bool) -> None:
+def ls(bus: str | None, address: str | None, tls: Tls, as_json: bool) -> None:
     """List the channels of BUS, or of every bus that runs; with --address those that may be opened there."""
     if address is not None:
         if bus is not None:
             raise UsageError("BUS and --address are two ways to say where: write one")
         from vbus.proxy import attach
 
-        with attach(address) as remote:
+        with attach(address, **tls) as remote:
             there = [{"name": c.name, "priority": c.priority, "memory": c.memory} for c in remote.channels()]
         if as_json:
             output.print_json(there)
@@ -80,7 +84,8 @@ def ls(bus: str | None, address: str | None, as_json: bool) -> None:
 @click.argument("data")
 @click.option("--hex", "as_hex", is_flag=True, help="DATA is hexadecimal.")
 @address_option
-def send(channel: str, data: str, as_hex: bool, address: str | None) -> None:
+@attaching.tls_options
+def send(channel: str, data: str, as_hex: bool, address: str | None, tls: Tls) -> None:
     """Say DATA ('-': standard input) on CHANNEL (or BUS/CHANNEL): up to 4096 bytes.
 
     An operator speaks to every driver that has the channel open; with --address, a driver's side to the bus.
@@ -94,7 +99,7 @@ def send(channel: str, data: str, as_hex: bool, address: str | None) -> None:
     if address is not None:
         from vbus.proxy import attach
 
-        with attach(address) as remote, remote.open_channel(channel) as there:
+        with attach(address, **tls) as remote, remote.open_channel(channel) as there:
             if not there.wait_writable(WAIT):
                 raise Error(f"channel {channel}: nobody takes what is said")
             try:
@@ -113,13 +118,14 @@ def send(channel: str, data: str, as_hex: bool, address: str | None) -> None:
 @click.argument("channel", shell_complete=buses.complete_channel)
 @click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
 @address_option
+@attaching.tls_options
 @click.option("--json", "as_json", is_flag=True, help="Print an object a line.")
-def watch(channel: str, count: int | None, address: str | None, as_json: bool) -> None:
+def watch(channel: str, count: int | None, address: str | None, tls: Tls, as_json: bool) -> None:
     """Print what is said on CHANNEL (or BUS/CHANNEL), until it is closed or interrupted.
 
     An operator sees both directions; with --address, a driver's side what it is told.
     """
-    rows = _heard(address, channel) if address is not None else _watched(channel)
+    rows = _heard(address, tls, channel) if address is not None else _watched(channel)
     try:
         for number, row in enumerate(rows, 1):
             if as_json:
@@ -147,10 +153,10 @@ def _watching(channel: str) -> None:
     click.echo(f"watching {channel}", err=True)
 
 
-def _heard(address: str, channel: str) -> Iterator[Row]:
+def _heard(address: str, tls: Tls, channel: str) -> Iterator[Row]:
     from vbus.proxy import attach
 
-    with attach(address) as remote, remote.open_channel(channel) as there:
+    with attach(address, **tls) as remote, remote.open_channel(channel) as there:
         _watching(channel)
         for event in there:
             text = event.data.decode("utf-8", "backslashreplace")

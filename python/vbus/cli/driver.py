@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from vbus.cli import output
+from vbus.cli import attaching, output
 from vbus.errors import DriverError, Error, UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option("--address", "own", metavar="ADDRESS/PREFIX", help="The interface's address, such as 10.0.0.2/24.")
 @click.option("--gateway", metavar="ADDRESS", help="The interface's default route.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Seconds for an answer.")
+@attaching.tls_options
 @output.json_option
 def driver_command(
     address: str,
@@ -67,9 +68,10 @@ def driver_command(
     own: str | None,
     gateway: str | None,
     timeout: float,
+    tls: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Attach to the bus at ADDRESS (PATH, process:PATH, unix:PATH, tcp:HOST:PORT) and drive DEVICE.
+    """Attach to the bus at ADDRESS (PATH, process:PATH, unix:PATH, tcp:HOST:PORT, tls:HOST:PORT) and drive DEVICE.
 
     Without DEVICE: list what the bus offers. An entropy device (rng): --read. A disk (blk): --read and --write with
     --offset, --copy-to; else what it is like. A console: joined with stdin and stdout, until the device is gone or
@@ -82,12 +84,12 @@ def driver_command(
     if device is None:
         if given:
             raise UsageError(f"{given[0]} needs a device: vbus driver ADDRESS lists them")
-        _list(address, timeout, as_json)
+        _list(address, timeout, tls, as_json)
         return
     from vbus.proxy import attach, drivers
     from vbus.virtio import DeviceID
 
-    with attach(address, timeout=timeout) as remote:
+    with attach(address, timeout=timeout, **tls) as remote:
         found = remote.device(device)
         match found.device_id:
             case DeviceID.ENTROPY if length is not None:
@@ -143,11 +145,11 @@ def _row(remote: Remote, device: RemoteDevice) -> dict[str, Any]:
     }
 
 
-def _list(address: str, timeout: float, as_json: bool) -> None:
+def _list(address: str, timeout: float, tls: dict[str, Any], as_json: bool) -> None:
     from vbus.proxy import attach
 
     rows: list[dict[str, Any]] = []
-    with attach(address, timeout=timeout) as remote:
+    with attach(address, timeout=timeout, **tls) as remote:
         for device in remote:
             try:
                 rows.append(_row(remote, device))

@@ -119,6 +119,13 @@ class PeerHost(Connector):
         with contextlib.suppress(OSError):
             self.refuse(sock, f"{label} {reason}")
 
+    def identify(self, peer: MessagePeer, who: Credentials) -> bool:
+        """Say who a peer is that is known only now; False when it is not a member."""
+        assert self.bus is not None
+        peer.label = f"{self.name}: {who}"
+        peer.accounts[:] = self.bus.accounts_of(who)
+        return self.admits(self.bus, who)
+
     def _note(self, label: str, reason: str) -> None:
         assert self.bus is not None
         log.info("%s/%s %s", self.bus.name, label, reason)

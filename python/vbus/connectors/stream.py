@@ -9,22 +9,31 @@ No address and no index of a ring ever crosses the stream.
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from vbus import _core, address, msg
 from vbus.bus import Account, Bus, Credentials, Queue, Slot
+from vbus.bus.members import NOBODY
 from vbus.bus.slot import SignalCounters
 from vbus.channel import Mirror
 from vbus.connectors.peer import HEADROOM, MessagePeer
 from vbus.connectors.peer_host import PeerHost
-from vbus.errors import UsageError, Violation
+from vbus.errors import TlsError, UsageError, Violation
 from vbus.msg.wire import WireWriter, tune
 from vbus.shmem.arena import Arena
 from vbus.virtio import features
+
+if TYPE_CHECKING:
+    import ssl
+
+    # A tenth of a second that only those pay who want it.
+    from vbus.tls import Tls
 
 MAX_MESSAGE = 65528
 MAX_REQUEST = 4 << 20
@@ -35,18 +44,38 @@ REAP = 64
 class Stream(PeerHost):
     """Lets drivers reach the bus over TCP or a Unix stream socket.
 
-    `listen` is `tcp:HOST:PORT` (port 0: any, see `address`) or `unix:PATH`. Plain TCP stays on the loopback interface,
-    where the kernel tells whose the other end is, unless `insecure` lets anybody in. UsageError.
+    `listen` is `tcp:HOST:PORT` (port 0: any, see `address`), `tls:HOST:PORT` or `unix:PATH`. Plain TCP stays on the
+    loopback interface, where the kernel tells whose the other end is, unless `insecure` lets anybody in. TLS takes the
+    files `certificate`, `key` and `authority`, and asks drivers for certificates which that authority has signed; who
+    is let in is said by members `tls:NAME`. UsageError.
     """
 
     type_name: ClassVar[str] = "stream"
 
-    def __init__(self, listen: str, *, devices: Iterable[str] | None = None, insecure: bool = False) -> None:
+    def __init__(
+        self,
+        listen: str,
+        *,
+        devices: Iterable[str] | None = None,
+        insecure: bool = False,
+        certificate: Path | str | None = None,
+        key: Path | str | None = None,
+        authority: Path | str | None = None,
+    ) -> None:
         super().__init__(devices=devices)
         self._where = address.parse(listen)
         self._insecure = insecure
         if self._where.kind == "process":
-            raise UsageError(f"listen {listen!r}: a stream listens on tcp:HOST:PORT or unix:PATH")
+            raise UsageError(f"listen {listen!r}: a stream listens on tcp:HOST:PORT, tls:HOST:PORT or unix:PATH")
+        self._context: ssl.SSLContext | None = None
+        if self._where.kind == "tls":
+            if insecure:
+                raise UsageError(f"listen {listen!r}: insecure says that anybody may come: that is for tcp")
+            from vbus import tls
+
+            self._context = tls.server_context(certificate, key, authority)
+        elif certificate is not None or key is not None or authority is not None:
+            raise UsageError(f"listen {listen!r}: certificate, key and authority are for tls:HOST:PORT")
         if self._where.kind == "tcp" and not self._where.is_loopback and not insecure:
             raise UsageError(
                 f"listen {listen!r}: plain TCP would let anybody in; listen on 127.0.0.1, or set insecure = true"
@@ -54,7 +83,7 @@ class Stream(PeerHost):
 
     @property
     def address(self) -> str:
-        """`tcp:HOST:PORT` with the port that was bound, or `unix:PATH`."""
+        """`tcp:HOST:PORT` or `tls:HOST:PORT` with the port that was bound, or `unix:PATH`."""
         return str(self._where)
 
     def listen(self, bus: Bus, name: str) -> socket.socket:
@@ -73,19 +102,28 @@ class Stream(PeerHost):
         except OSError as error:
             sock.close()
             raise UsageError(f"listen {where}: {error.strerror}; choose another port, or 0 for any") from None
-        self._where = address.Address("tcp", host=where.host, port=sock.getsockname()[1])
+        self._where = address.Address(where.kind, host=where.host, port=sock.getsockname()[1])
         return sock
 
     def admits(self, bus: Bus, who: Credentials | None) -> bool:
         """Members, and over insecure TCP whoever comes."""
+        if self._context is not None and (who is None or who.uid != NOBODY):
+            # Who it is, its certificate says, later; the user that the kernel might know does not count.
+            return True
         return super().admits(bus, who) or (self._insecure and self._where.kind == "tcp")
 
     def greet(self, sock: socket.socket, bus: Bus, label: str, accounts: list[Account]) -> StreamPeer:
         """The driver speaks first; there is nothing to send."""
-        return StreamPeer(self, bus, label, accounts, sock)
+        if self._context is None:
+            return StreamPeer(self, bus, label, accounts, sock)
+        from vbus.tls import Tls
+
+        return StreamPeer(self, bus, f"{self.name}: tls", [], sock, Tls(self._context, server_side=True))
 
     def refuse(self, sock: socket.socket, reason: str) -> None:
-        """Say why, as an answer to the HELLO that is on its way."""
+        """Say why, as an answer to the HELLO that is on its way; over TLS there is no way to say it yet."""
+        if self._context is not None:
+            return
         sock.setblocking(False)
         sock.send(msg.encode(msg.Frame(body=msg.Error(13, msg.message_id(msg.Hello), reason), dev_num=0, token=0)))
 
@@ -225,17 +263,26 @@ class StreamPeer(MessagePeer):
     max_message = MAX_MESSAGE
     max_request = MAX_REQUEST
 
-    def __init__(self, host: Stream, bus: Bus, label: str, accounts: list[Account], sock: socket.socket) -> None:
+    def __init__(
+        self,
+        host: Stream,
+        bus: Bus,
+        label: str,
+        accounts: list[Account],
+        sock: socket.socket,
+        tls: Tls | None = None,
+    ) -> None:
         super().__init__(host, bus, label, accounts)
         tune(sock)
         self._sock = sock
+        self._tls = tls
         self.arena = Arena()
         self.memory.add(self.arena.address, self.arena.mapping)
         self._splitter = msg.Splitter(MAX_MESSAGE)
         self._inbox: deque[bytes] = deque()
         self._stalled = False
         self._bridges: dict[tuple[int, int], Bridge] = {}
-        self._writer = WireWriter(sock, bus.name, lambda why: self.part(f"the stream broke: {why}"), self._room)
+        self._writer = WireWriter(sock, bus.name, lambda why: self.part(f"the stream broke: {why}"), self._room, tls)
         self.actor.watch(sock.fileno(), self._readable)
 
     def transmit(self, message: bytes, priority: int) -> None:
@@ -280,6 +327,8 @@ class StreamPeer(MessagePeer):
         if not data:
             self.part("the driver closed the stream")
             return
+        if self._tls is not None:
+            data = self._decrypt(self._tls, data)
         for piece in self._splitter.feed(data):
             if isinstance(piece, msg.Malformed):
                 self.part(f"malformed-message: {piece}")
@@ -287,6 +336,29 @@ class StreamPeer(MessagePeer):
             self._inbox.append(piece)
         self._work_off()
         self.flush_events()
+
+    def _decrypt(self, tls: Tls, data: bytes) -> bytes:
+        """What the driver said; nothing while its handshake is under way, or when it is not let in."""
+        was_ready = tls.ready
+        try:
+            plain = tls.feed(data)
+        except TlsError as error:
+            with contextlib.suppress(OSError):
+                # The alert that says why: there is nothing else that the writer could be writing.
+                self._sock.send(tls.wrap([]), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self.part(f"tls: {error}")
+            return b""
+        if tls.ready and not was_ready:
+            names = tuple(tls.names)
+            if not self.host.identify(self, Credentials(NOBODY, names=names)):
+                reason = f"{self.label} is not a member of this bus"
+                refusal = msg.encode(msg.Frame(msg.Error(errno.EACCES, msg.message_id(msg.Hello), reason)))
+                with contextlib.suppress(OSError):
+                    self._sock.send(tls.wrap([refusal]), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self.part("is not a member of this bus")
+                return b""
+        self._writer.poke()
+        return plain
 
     def _work_off(self) -> None:
         while self._inbox and not self.parted:

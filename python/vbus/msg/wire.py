@@ -11,7 +11,8 @@ import contextlib
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 MAX_QUEUED = 192 << 20
 """Bytes that may wait for the other side: more than all requests that a link may have outstanding."""
@@ -22,6 +23,19 @@ MAX_PIECES = 64
 MAX_WRITE = 1 << 17
 """Bytes that are written in one go, about: what becomes urgent meanwhile waits for no more of them."""
 PRIORITIES = 8
+
+
+class Cipher(Protocol):
+    """What a stream is encrypted with. Only the writer takes what goes out, so that its records keep their order."""
+
+    ready: bool
+
+    @property
+    def has_output(self) -> bool:
+        """Whether something of its own is to go out."""
+
+    def wrap(self, pieces: Iterable[bytes]) -> bytes:
+        """Encrypt; gives everything that is to go out."""
 
 
 class WireWriter:
@@ -36,8 +50,10 @@ class WireWriter:
         name: str,
         broken: Callable[[str], None],
         room: Callable[[], None] = lambda: None,
+        cipher: Cipher | None = None,
     ) -> None:
         self._sock = sock
+        self._cipher = cipher
         self._broken = broken
         self._room = room
         self._queues: list[deque[bytes]] = [deque() for _ in range(PRIORITIES)]
@@ -70,7 +86,7 @@ class WireWriter:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._queued or self._closed)
+                self._wake.wait_for(self._has_work)
                 if self._closed:
                     return
                 pieces = self._next()
@@ -92,9 +108,22 @@ class WireWriter:
             if room is not None:
                 room()
 
+    def _has_work(self) -> bool:
+        cipher = self._cipher
+        if self._closed or cipher is None:
+            return self._closed or self._queued > 0
+        return cipher.has_output or (self._queued > 0 and cipher.ready)
+
+    def poke(self) -> None:
+        """The cipher may have something to go out, or have become ready."""
+        with self._wake:
+            self._wake.notify()
+
     def _next(self) -> list[bytes]:
         """What to write now, the most urgent first. With the lock."""
         pieces: list[bytes] = []
+        if self._cipher is not None and not self._cipher.ready:
+            return pieces
         size = 0
         for waiting in self._queues:
             while waiting and len(pieces) < MAX_PIECES and size < MAX_WRITE:
@@ -110,7 +139,10 @@ class WireWriter:
 
     def _write(self, pieces: list[bytes]) -> None:
         """Write all of it; the socket is blocking for its writer (readers ask for MSG_DONTWAIT)."""
-        left = [memoryview(piece) for piece in pieces]
+        if self._cipher is not None:
+            left = [memoryview(self._cipher.wrap(pieces))]
+        else:
+            left = [memoryview(piece) for piece in pieces]
         while left:
             sent = self._sock.sendmsg(left, [], socket.MSG_NOSIGNAL)
             while left and sent >= len(left[0]):

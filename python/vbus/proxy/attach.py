@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vbus import address as addresses
 from vbus import msg
+from vbus.errors import UsageError
 from vbus.proxy.connector import GuestConnector
 from vbus.proxy.loop import Loop
 from vbus.proxy.remote import Remote
@@ -12,13 +15,30 @@ REVISION = 1
 MAX_MESSAGE = 65528
 
 
-def attach(address: str, *, timeout: float = 5.0) -> Remote:
-    """Attach to the bus at `address` (process:PATH, a bare path, unix:PATH, tcp:HOST:PORT) and discover its devices.
+def attach(
+    address: str,
+    *,
+    timeout: float = 5.0,
+    certificate: Path | str | None = None,
+    key: Path | str | None = None,
+    authority: Path | str | None = None,
+    server_name: str | None = None,
+) -> Remote:
+    """Attach to the bus at `address` (process:PATH, a bare path, unix:PATH, tcp:HOST:PORT, tls:HOST:PORT) and discover.
 
-    `timeout` is how many seconds any answer may take. UsageError for no address; DriverError when the bus is not there
-    (ENOENT, ECONNREFUSED), does not let this process in (EACCES), or does not answer (ETIMEDOUT).
+    `timeout` is how many seconds any answer may take. TLS takes files: the own `certificate` and `key`, and the
+    `authority` that has signed the bus's, whose name must be HOST or `server_name`. UsageError for no address, or files
+    that are none; DriverError when the bus is not there (ENOENT, ECONNREFUSED), does not let this process in or is not
+    who it should be (EACCES), or does not answer (ETIMEDOUT).
     """
     where = addresses.parse(address)
+    context = None
+    if where.kind == "tls":
+        from vbus.tls import client_context
+
+        context = client_context(certificate, key, authority)
+    elif any(value is not None for value in (certificate, key, authority, server_name)):
+        raise UsageError(f"{address}: certificate, key, authority and server_name are for tls:HOST:PORT")
     loop = Loop("driver")
     connector: GuestConnector | None = None
     try:
@@ -30,7 +50,7 @@ def attach(address: str, *, timeout: float = 5.0) -> Remote:
         else:
             from vbus.proxy.connectors.stream import StreamConnector
 
-            connector = StreamConnector(where, loop, timeout)
+            connector = StreamConnector(where, loop, timeout, context, server_name)
         hello = connector.call(msg.Hello(REVISION, MAX_MESSAGE, 0), msg.HelloResponse)
         connector.max_message = min(MAX_MESSAGE, hello.max_msg_size)
         connector.accept(hello)

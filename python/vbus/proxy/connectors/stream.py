@@ -6,21 +6,29 @@ bytes that the device may read and the room that it may write, and puts what com
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import threading
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vbus import _core, msg
 from vbus.address import Address
 from vbus.channel import Mirror
-from vbus.errors import DriverError, Violation
+from vbus.errors import DriverError, TlsError, Violation
 from vbus.msg.wire import WireWriter, tune
 from vbus.proxy.connector import GuestConnector
 from vbus.proxy.loop import Loop
 from vbus.proxy.queue import RemoteQueue
 from vbus.proxy.remote import RemoteDevice
 from vbus.virtio import features
+
+if TYPE_CHECKING:
+    import ssl
+
+    # A tenth of a second that only those pay who want it.
+    from vbus.tls import Tls
 
 MAX_MESSAGE = 65528
 READ_SIZE = 1 << 18
@@ -54,7 +62,14 @@ class _End:
 class StreamConnector(GuestConnector):
     """Attached over TCP or a Unix stream socket. DriverError when the bus refuses or is not there."""
 
-    def __init__(self, address: Address, loop: Loop, timeout: float) -> None:
+    def __init__(
+        self,
+        address: Address,
+        loop: Loop,
+        timeout: float,
+        context: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+    ) -> None:
         super().__init__(loop, timeout)
         self._memory = _core.Memory()
         self._memory.add(self.arena.address, self.arena.mapping)
@@ -63,10 +78,11 @@ class StreamConnector(GuestConnector):
         self._fragment = MAX_MESSAGE - HEADROOM
         self._splitter = msg.Splitter(MAX_MESSAGE)
         self._sock = _connect(address, timeout)
-        tune(self._sock)
         self._cannot_write = ""
         self._key = loop.key(self._readable, 0)
-        self._writer = WireWriter(self._sock, "driver", self._write_failed, self.channels.room)
+        self._tls = _shake_hands(self._sock, context, server_name or address.host) if context is not None else None
+        tune(self._sock)
+        self._writer = WireWriter(self._sock, "driver", self._write_failed, self.channels.room, self._tls)
         loop.scheduler.add_fd(self._sock.fileno(), self._key)
 
     def accept(self, hello: msg.HelloResponse) -> None:
@@ -116,12 +132,18 @@ class StreamConnector(GuestConnector):
             self._broken("the bus is gone")
             return False
         try:
+            if self._tls is not None:
+                data = self._tls.feed(data)
+                self._writer.poke()
             for piece in self._splitter.feed(data):
                 if isinstance(piece, msg.Malformed):
                     raise Violation("malformed-message", str(piece))
                 self.received(piece)
         except Violation as violation:
             self._broken(f"the bus broke the link: {violation}")
+        except TlsError as error:
+            # A bus says what it thinks of our certificate only after it has let us finish (TLS 1.3).
+            self.end(DriverError(errno.EACCES, f"tls: {error}"))
         return bool(self._cannot_write)
 
     def _broken(self, reason: str) -> None:
@@ -266,9 +288,36 @@ class StreamConnector(GuestConnector):
         self._memory.clear()
 
 
+def _shake_hands(sock: socket.socket, context: ssl.SSLContext, name: str) -> Tls:
+    """TLS on a connected socket, whose timeout holds for each of its steps. DriverError; the socket is closed then."""
+    from vbus.tls import Tls
+
+    tls = Tls(context, server_side=False, server_name=name)
+    try:
+        tls.start()
+        while not tls.ready:
+            sock.sendall(tls.wrap([]))
+            data = sock.recv(READ_SIZE)
+            if not data:
+                raise DriverError(errno.ECONNRESET, "tls: the bus closed the connection")
+            tls.feed(data)
+    except TlsError as error:
+        with contextlib.suppress(OSError):
+            sock.send(tls.wrap([]))
+        sock.close()
+        raise DriverError(errno.EACCES, f"tls: {error}") from None
+    except TimeoutError:
+        sock.close()
+        raise DriverError(errno.ETIMEDOUT, "tls: the bus does not answer") from None
+    except OSError as error:
+        sock.close()
+        raise DriverError(error.errno or errno.ECONNRESET, f"tls: {error.strerror}") from None
+    return tls
+
+
 def _connect(address: Address, timeout: float) -> socket.socket:
     try:
-        if address.kind == "tcp":
+        if address.is_network:
             return socket.create_connection((address.host, address.port), timeout)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.settimeout(timeout)
