@@ -364,8 +364,9 @@ def test_a_comparison_is_of_one_setting_of_event_idx() -> None:
 
 def test_a_side_that_fails_says_why() -> None:
     with children.Child("vbus.bench.driver_side") as driver:
-        with pytest.raises(children.SideError, match=r"driver_side: attach: .*there is no such socket"):
+        with pytest.raises(children.SideError, match=r"driver_side: attach: .*there is no such socket") as caught:
             driver.ask("attach", address="process:/nowhere/bench.sock")
+        assert "in attach" in caught.value.__notes__[0]
         # It goes on.
         with pytest.raises(children.SideError, match="driver_side: nothing"):
             driver.ask("nothing")

@@ -1,8 +1,8 @@
 """Processes that take part in a measurement: each side has an interpreter of its own, so that they share no lock.
 
 The measurement says `{"do": NAME, ...}` in a line of JSON on a side's standard input and gets `{"ok": ...}` or
-`{"error": ...}` in a line of its standard output. A side sleeps while it is told nothing, and ends when its input ends:
-whatever becomes of the measurement, nothing is left running.
+`{"error": ..., "trace": ...}` in a line of its standard output. A side sleeps while it is told nothing, and ends when
+its input ends: whatever becomes of the measurement, nothing is left running.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ class Child:
         line, _, self._said = self._said.partition(b"\n")
         answer = json.loads(line)
         if "error" in answer:
-            raise SideError(f"{self.name}: {answer['error']}")
+            error = SideError(f"{self.name}: {answer['error']}")
+            # Shown with a traceback, and only then.
+            error.add_note(answer["trace"])
+            raise error
         return answer["ok"]
 
     def ask(self, do: str, **values: Any) -> Any:
@@ -118,8 +121,11 @@ def serve(commands: Mapping[str, Command]) -> None:
         try:
             answer = {"ok": commands[do](**told)}
         except Exception as error:
-            # The measurement says what it was in one line; where it was is for whoever looks into it.
-            traceback.print_exc()
-            answer = {"error": f"{do}: {error or type(error).__name__}"}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+            answer = {"error": f"{do}: {error or type(error).__name__}", "trace": traceback.format_exc()}
+        try:
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Nobody measures any more. Nothing is left to be said, also not at the interpreter's end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
