@@ -157,14 +157,14 @@ def _print_result(result: Row) -> None:
     )
     click.echo("\ntunnelled / direct: median ratio, and the smallest and largest of the rounds")
     _print_aligned(
-        ("LOAD", "DEVICES", "EVENT_IDX", "BELLS TO DEVICE", "TO DRIVER", "CPU", "REQUESTS/S", "P99", "VERDICT"),
+        ("LOAD", "DEVICES", "EVENT_IDX", "BELLS TO DEVICE", "TO DRIVER", "BOTH", "CPU", "REQUESTS/S", "P99", "VERDICT"),
         [
             [
                 _load(row),
                 row["devices"],
                 _on(row["event_idx"]),
-                *(_ratio(row, key) for key in ("doorbells_to_device", "doorbells_to_driver", "cpu_us")),
-                *(_ratio(row, key) for key in ("requests_per_second", "p99_us")),
+                *(_ratio(row, key) for key in ("doorbells_to_device", "doorbells_to_driver", "doorbells")),
+                *(_ratio(row, key) for key in ("cpu_us", "requests_per_second", "p99_us")),
                 "counts" if row["counts"] else f"does not count: {', '.join(row['why'])}",
             ]
             for row in result["comparisons"]
