@@ -240,7 +240,10 @@ RUN_MISTAKES = [
     (("run", "lamp.py:Lamp", "--mask", "X"), "--mask: no feature 'X': there are "),
     (("run", "lamp.py:Lamp", "--colour", "black"), "lamp.py:Lamp: --colour: colour 'black' is none: choose another"),
     (("run", "lamp.py:Lamp", "--bus", "Lamp"), "bus 'Lamp': a name is 1 to 63 of a-z 0-9 . _ - and begins with "),
-    (("run", "lamp.py:Lamp", "--listen", "no:x"), "address 'no:x': write process:PATH, unix:PATH or tcp:HOST:PORT"),
+    (
+        ("run", "lamp.py:Lamp", "--listen", "no:x"),
+        "address 'no:x': write process:PATH, unix:PATH, tcp:HOST:PORT or tls:HOST:PORT",
+    ),
     (("run", "rng", "--source", "nothing"), "rng: --source: cannot open "),
     (("run", "blkk"), "no device type 'blkk': did you mean 'blk'?"),
     (("run", "demo.toml", "--name", "x"), "--name is not for a file: write it into the file as a key"),
@@ -571,7 +574,7 @@ def read_until(fd: int, end: bytes) -> bytes:
 DRIVER_MISTAKES = [
     (("driver",), 2, "missing argument 'ADDRESS': see vbus driver --help"),
     (("driver", "none.sock"), 1, "process:none.sock: there is no such socket; is the bus running? see vbus ls"),
-    (("driver", "foo:bar"), 2, "address 'foo:bar': write process:PATH, unix:PATH or tcp:HOST:PORT"),
+    (("driver", "foo:bar"), 2, "address 'foo:bar': write process:PATH, unix:PATH, tcp:HOST:PORT or tls:HOST:PORT"),
     (("driver", "unix:far.sock", "dsk0"), 2, "bus demo has no device 'dsk0': "),
     (("driver", "unix:far.sock", "--read", "1"), 2, "--read needs a device: vbus driver ADDRESS lists them"),
     (("driver", "unix:far.sock", "disk0", "--read", "1x"), 2, "invalid value for '--read': '1x': 'x' is no unit"),

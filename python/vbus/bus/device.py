@@ -69,7 +69,8 @@ class attribute(Generic[T]):
         if self.getter is not None:
             return self.getter(device)
         if self.config is not None:
-            return cast(T, getattr(device.config, self.config))
+            value = getattr(device.config, self.config)
+            return cast(T, bool(value) if self.kind is bool else value)
         return cast(T, device._values.get(self.name, self.default))
 
     def __set__(self, device: Device, value: T) -> None:

@@ -5,7 +5,8 @@ moves between the driver's memory and the file in system calls on that memory it
 goes wrong with the disk, or is asked of it in vain, is told in the status byte; only a request without room for a
 header or a status is a violation of the driver.
 
-This is the readable reference of the device: one request at a time, in ring order.
+This is the readable reference of the device: one request at a time, in ring order of each queue. It offers neither
+LIFETIME, for it knows nothing of wear, nor ZONED.
 """
 
 from __future__ import annotations
@@ -15,17 +16,25 @@ import fcntl
 import os
 import stat
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vbus import virtio
 from vbus.bus import Device, Queue, Request, attribute
 from vbus.devices.buffers import clear, move, scatter, skip, split_last
+from vbus.devices.ranges import discard, is_block_device, make_zeros, overwrite, topology
 from vbus.errors import UsageError, Violation
 from vbus.units import LARGEST, format_size, parse_size
-from vbus.virtio.blk import HEADER, ID_BYTES, SECTOR, RequestStatus, RequestType
+from vbus.virtio.blk import HEADER, ID_BYTES, RANGE, SECTOR, RangeFlags, RequestStatus, RequestType
 
 QUEUE_SIZE = 256
+MAX_QUEUES = 8
+MAX_DISCARD = 1 << 30
+"""Bytes of one segment of DISCARD."""
+MAX_ZEROES = 32 << 20
+"""Bytes of one segment of WRITE_ZEROES and SECURE_ERASE: they may have to be written, and others wait."""
+MAX_SEGMENTS = 16
 BLOCK_SIZES = (512, 1024, 2048, 4096)
 
 
@@ -34,7 +43,11 @@ class Blk(Device):
 
     Either `path` (a file or a block device) or `memory` (a size such as "64 MiB": a disk that is empty at plug and gone
     at unplug). `serial`: up to 20 ASCII characters, by default the device's name. `block_size`: what the driver should
-    align to. `seg_max`: data segments of a request, 1 to 254.
+    align to. `seg_max`: data segments of a request, 1 to 254. `queues`: 1 to 8 for the driver to use at once.
+    `writeback`: whether a completed write may still be on its way to the disk until a flush; the driver may change it.
+
+    A writable disk can be told that ranges are not needed (DISCARD) or shall be zeros (WRITE_ZEROES). Only a disk in
+    memory can promise that what was there is gone (SECURE_ERASE): a file system, or a drive below, may keep copies.
 
     A writable file is locked against other users, a read-only one against writers. Growing `capacity` extends a regular
     file or memory; lowering it hides the end of the disk and keeps its bytes.
@@ -44,6 +57,7 @@ class Blk(Device):
     features = virtio.blk.FEATURES
     queues = (Queue("requests", size=QUEUE_SIZE),)
     Config = virtio.blk.Config
+    config_writable = ("writeback",)
     config: virtio.blk.Config
 
     capacity = attribute(
@@ -56,8 +70,17 @@ class Blk(Device):
     serial = attribute(str, get=lambda disk: disk._serial or disk.name[:ID_BYTES], doc="What GET_ID answers.")
     read_only = attribute(bool, get=lambda disk: disk._read_only, doc="Whether writes are refused.")
     block_size = attribute(int, get=lambda disk: disk.config.blk_size, doc="Bytes that the driver should align to.")
+    writeback = attribute(
+        bool,
+        config="writeback",
+        set=lambda disk, on: disk._set_writeback(on),
+        doc="Whether a completed write may still be on its way to the disk until a flush.",
+    )
     reads = attribute(int, get=lambda disk: disk._reads, doc="Read requests that succeeded.")
     writes = attribute(int, get=lambda disk: disk._writes, doc="Write requests that succeeded.")
+    discards = attribute(int, get=lambda disk: disk._ranges[RequestType.DISCARD], doc="Ranges that were given back.")
+    zeroes = attribute(int, get=lambda disk: disk._ranges[RequestType.WRITE_ZEROES], doc="Ranges that became zeros.")
+    erasures = attribute(int, get=lambda disk: disk._ranges[RequestType.SECURE_ERASE], doc="Ranges that were erased.")
     flushes = attribute(int, get=lambda disk: disk._flushes, doc="Flush requests that succeeded.")
     refused = attribute(int, get=lambda disk: disk._refused, doc="Requests that asked for something that cannot be.")
     io_errors = attribute(int, get=lambda disk: disk._io_errors, doc="Requests that failed because the disk failed.")
@@ -71,6 +94,8 @@ class Blk(Device):
         serial: str = "",
         block_size: int = SECTOR,
         seg_max: int = QUEUE_SIZE - 2,
+        queues: int = 1,
+        writeback: bool = True,
     ) -> None:
         if (path is None) == (memory is None) or path == "":
             raise UsageError("blk: give either path (a file or a block device) or memory (a size)")
@@ -80,6 +105,10 @@ class Blk(Device):
             raise UsageError(f"blk: block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         if not 1 <= seg_max <= QUEUE_SIZE - 2:
             raise UsageError(f"blk: seg_max {seg_max} is out of range: 1 to {QUEUE_SIZE - 2}")
+        if not 1 <= queues <= MAX_QUEUES:
+            raise UsageError(f"blk: queues {queues} is out of range: 1 to {MAX_QUEUES}")
+        if queues > 1:
+            self.declare_queues([Queue(f"requests{n}", size=QUEUE_SIZE) for n in range(queues)])
         self._path = os.fspath(path) if path is not None else ""
         self._memory = parse_size(memory, "blk: memory") if memory is not None else 0
         if memory is not None and (self._memory == 0 or self._memory % block_size):
@@ -88,8 +117,18 @@ class Blk(Device):
         self._serial = serial
         self.config.blk_size = block_size
         self.config.seg_max = seg_max
+        self.config.num_queues = queues
+        self.config.writeback = int(writeback)
+        self._operators_writeback = writeback
+        sectors = block_size // SECTOR
+        self.config.max_discard_sectors = MAX_DISCARD // SECTOR
+        self.config.max_write_zeroes_sectors = self.config.max_secure_erase_sectors = MAX_ZEROES // SECTOR
+        self.config.max_discard_seg = self.config.max_write_zeroes_seg = self.config.max_secure_erase_seg = MAX_SEGMENTS
+        self.config.discard_sector_alignment = self.config.secure_erase_sector_alignment = sectors
+        self.config.write_zeroes_may_unmap = 1
         self._fd = -1
         self._reads = self._writes = self._flushes = self._refused = self._io_errors = 0
+        self._ranges: Counter[int] = Counter()
         self._write_flags = 0
         self._told: set[int] = set()
         # A resize runs in its caller's thread: it must not meet a descriptor that was closed and given out again.
@@ -97,7 +136,12 @@ class Blk(Device):
 
     def offered_features(self) -> Iterable[str]:
         """Which of the class's bits this disk has."""
-        return ("SEG_MAX", "BLK_SIZE", "FLUSH", *(["RO"] if self._read_only else []))
+        names = ["SEG_MAX", "BLK_SIZE", "FLUSH", "CONFIG_WCE", "TOPOLOGY"]
+        if len(self._queues) > 1:
+            names.append("MQ")
+        if self._read_only:
+            return [*names, "RO"]
+        return [*names, "DISCARD", "WRITE_ZEROES", *(["SECURE_ERASE"] if not self._path else [])]
 
     # What is behind the disk.
 
@@ -109,6 +153,12 @@ class Blk(Device):
         # The tail of a file beyond its last whole block reads as if zeros followed; a block device has no such tail.
         blocks = size // block if self._is_block_device() else -(-size // block)
         self.config.capacity = blocks * block // SECTOR
+        (
+            self.config.physical_block_exp,
+            self.config.alignment_offset,
+            self.config.min_io_size,
+            self.config.opt_io_size,
+        ) = topology(self._fd, block)
 
     def unplugged(self) -> None:
         """Close the disk, which lets go of its lock; what was written is on its way to the disk as after any close."""
@@ -153,7 +203,7 @@ class Blk(Device):
         return fd
 
     def _is_block_device(self) -> bool:
-        return stat.S_ISBLK(os.fstat(self._fd).st_mode)
+        return is_block_device(self._fd)
 
     def _resize(self, sectors: int) -> int:
         """Make the disk `sectors` long, if what is behind it can be; in the thread of whoever sets `capacity`."""
@@ -183,9 +233,41 @@ class Blk(Device):
     # Requests.
 
     def ready(self) -> None:
-        """A driver that cannot flush is promised that a completed write is on the disk (section 5.2.6.2)."""
-        self._write_flags = 0 if self.has("FLUSH") else os.RWF_DSYNC
+        """A driver begins: the cache is as it and the operator want it."""
+        self._choose_cache()
         self._told.clear()
+
+    def reset(self) -> None:
+        """What the driver chose ends with it."""
+        with self._lock:
+            self.config.writeback = int(self._operators_writeback)
+
+    def config_written(self, fields: frozenset[str]) -> None:
+        """The driver switched the cache (section 5.2.5)."""
+        with self._lock:
+            self.config.writeback = int(bool(self.config.writeback))
+        self._choose_cache()
+
+    def _set_writeback(self, on: bool) -> bool:
+        self._operators_writeback = on
+        if self._slot is not None:
+            self.post(self._choose_cache)
+        return on
+
+    def _choose_cache(self) -> None:
+        """Whether a write is completed before it is on the disk.
+
+        A driver that cannot flush is promised that it is there (section 5.2.6.2); one that does not know of the switch
+        is promised nothing as long as it can flush.
+        """
+        through = not self.has("FLUSH") or (self.has("CONFIG_WCE") and not self.config.writeback)
+        if through and not self._write_flags and self._fd >= 0 and not self._read_only:
+            # What was completed before counts too.
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self._failed(error)
+        self._write_flags = os.RWF_DSYNC if through else 0
 
     def handle_batch(self, queue: Queue, requests: Sequence[Request]) -> None:
         """Answer requests in order; they are given back together. Violation: blk-header-short, blk-no-status."""
@@ -234,6 +316,10 @@ class Blk(Device):
                 return RequestStatus.OK
             case RequestType.GET_ID:
                 return self._identify(to_driver)
+            case RequestType.DISCARD | RequestType.WRITE_ZEROES | RequestType.SECURE_ERASE if self.has(
+                RequestType(kind).name
+            ):
+                return self._change_ranges(RequestType(kind), from_driver)
         self._refused += 1
         return RequestStatus.UNSUPP
 
@@ -253,6 +339,45 @@ class Blk(Device):
             raise OSError(errno.EIO, "a write ended short")
         self._writes += 1
         return RequestStatus.OK
+
+    def _change_ranges(self, kind: RequestType, buffers: list[memoryview]) -> RequestStatus:
+        """DISCARD, WRITE_ZEROES, SECURE_ERASE: all of the ranges are checked before the first is touched."""
+        most = {
+            RequestType.DISCARD: self.config.max_discard_sectors,
+            RequestType.WRITE_ZEROES: self.config.max_write_zeroes_sectors,
+            RequestType.SECURE_ERASE: self.config.max_secure_erase_sectors,
+        }[kind]
+        size = sum(map(len, buffers))
+        if self._read_only or not 0 < size <= MAX_SEGMENTS * RANGE.size or size % RANGE.size:
+            return self._refuse()
+        # Taken once, from memory that the driver may change.
+        segments = list(RANGE.iter_unpack(b"".join(buffers)))
+        allowed = int(RangeFlags.UNMAP) if kind == RequestType.WRITE_ZEROES else 0
+        if any(flags & ~allowed for _, _, flags in segments):
+            self._refused += 1
+            return RequestStatus.UNSUPP
+        aligned = 1 if kind == RequestType.WRITE_ZEROES else self.config.blk_size // SECTOR
+        for sector, sectors, _ in segments:
+            if sectors > most or sector + sectors > self.config.capacity or sector % aligned or sectors % aligned:
+                return self._refuse()
+        for sector, sectors, flags in segments:
+            if sectors:
+                self._change_range(kind, sector * SECTOR, sectors * SECTOR, unmap=bool(flags & RangeFlags.UNMAP))
+        self._ranges[kind] += len(segments)
+        return RequestStatus.OK
+
+    def _change_range(self, kind: RequestType, offset: int, length: int, *, unmap: bool) -> None:
+        match kind:
+            case RequestType.DISCARD:
+                discard(self._fd, offset, length)
+            case RequestType.WRITE_ZEROES:
+                make_zeros(self._fd, offset, length, unmap=unmap, write=self._pwritev)
+                if self._write_flags:
+                    os.fdatasync(self._fd)
+            case _:
+                # The very pages, before they are given back: what has only been unmapped may be found again.
+                overwrite(self._fd, offset, length, write=self._pwritev)
+                discard(self._fd, offset, length)
 
     def _pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.pwritev(fd, buffers, offset, self._write_flags)

@@ -14,14 +14,14 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, overload
 
 from vbus import virtio
 from vbus.errors import DriverError
 from vbus.proxy.driver import Driver
 from vbus.proxy.drivers.waiting import gather, in_order, then, wait
 from vbus.proxy.remote import RemoteDevice
-from vbus.virtio.blk import HEADER, ID_BYTES, SECTOR, RequestStatus, RequestType
+from vbus.virtio.blk import HEADER, ID_BYTES, RANGE, SECTOR, RangeFlags, RequestStatus, RequestType
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -33,8 +33,38 @@ MOST = 1 << 20
 WINDOW = 8
 """Requests under way for one call of `pread` or `pwrite`."""
 BLOCK_MAX = 64 << 10
+MAX_QUEUES = 8
+MAX_SECTORS = 1 << 21
+"""Of one segment, when the device allows more."""
+MAX_SEGMENTS = 64
 SIZE_MAX = (1 << 63) - SECTOR
 """The largest disk that offsets of files can address; what a device claims beyond it is not used."""
+
+
+class Topology(NamedTuple):
+    """What sizes of I/O suit a disk, in bytes; 0 for what it does not say."""
+
+    physical_block: int
+    alignment_offset: int
+    min_io: int
+    opt_io: int
+
+
+class _Limits(dict[RequestType, tuple[int, int]]):
+    """(sectors of a segment, segments of a request) of each kind of request about ranges."""
+
+    @classmethod
+    def of(cls, config: virtio.blk.Config) -> _Limits:
+        """As the device says, but never so that nothing fits, nor more than a request holds."""
+        said = {
+            RequestType.DISCARD: (config.max_discard_sectors, config.max_discard_seg),
+            RequestType.WRITE_ZEROES: (config.max_write_zeroes_sectors, config.max_write_zeroes_seg),
+            RequestType.SECURE_ERASE: (config.max_secure_erase_sectors, config.max_secure_erase_seg),
+        }
+        return cls(
+            (kind, (min(sectors, MAX_SECTORS) or MAX_SECTORS, min(segments, MAX_SEGMENTS) or 1))
+            for kind, (sectors, segments) in said.items()
+        )
 
 
 class Blk(Driver):
@@ -47,8 +77,9 @@ class Blk(Driver):
 
     device_id = virtio.DeviceID.BLOCK
     features = virtio.blk.FEATURES
-    wanted: ClassVar[tuple[str, ...]] = ("RO", "BLK_SIZE", "FLUSH")
-    queue_count = 1
+    wanted: ClassVar[tuple[str, ...]] = (
+        *("RO", "BLK_SIZE", "FLUSH", "CONFIG_WCE", "TOPOLOGY", "MQ", "DISCARD", "WRITE_ZEROES", "SECURE_ERASE"),
+    )
     Config = virtio.blk.Config
 
     def __init__(self, device: RemoteDevice) -> None:
@@ -59,12 +90,16 @@ class Blk(Driver):
         self._serial: str | None = None
         self.block_size = SECTOR
         """What requests are aligned to."""
+        several = "MQ" in self.wanted and device.max_queues > 1 and device.offered & self.features.mask(["MQ"])
+        self.queue_count = min(device.max_queues, MAX_QUEUES) if several else 1  # type: ignore[misc]
         super().__init__(device)
 
     def started(self) -> None:
         """Read what the disk is like. DriverError EIO when that cannot be."""
+        config = self._read_config()
+        self._limits = _Limits.of(config)
         if self.has("BLK_SIZE"):
-            self.block_size = self._read_config().blk_size
+            self.block_size = config.blk_size
         size = self.block_size
         if not SECTOR <= size <= BLOCK_MAX or size & (size - 1):
             raise DriverError(errno.EIO, f"{self.device.name} says that its block size is {size}")
@@ -110,6 +145,34 @@ class Blk(Driver):
         return self.has("RO")
 
     @property
+    def writeback(self) -> bool:
+        """Whether a completed write may still be on its way to the disk until a flush. Where the device has the switch
+        (CONFIG_WCE) it may be set: DriverError EOPNOTSUPP where it has not.
+        """
+        if self.has("CONFIG_WCE"):
+            return bool(self._read_config().writeback)
+        return self.has("FLUSH")
+
+    @writeback.setter
+    def writeback(self, on: bool) -> None:
+        if not self.has("CONFIG_WCE"):
+            raise DriverError(errno.EOPNOTSUPP, f"{self.device.name} has no switch for its cache")
+        self.device.write_config(virtio.blk.Config.offset_of("writeback"), bytes([on]))
+
+    @property
+    def topology(self) -> Topology | None:
+        """What sizes of I/O suit the disk; None when it does not say."""
+        if not self.has("TOPOLOGY"):
+            return None
+        config, block = self._read_config(), self.block_size
+        return Topology(
+            physical_block=block << min(config.physical_block_exp, 16),
+            alignment_offset=config.alignment_offset * block,
+            min_io=config.min_io_size * block,
+            opt_io=config.opt_io_size * block,
+        )
+
+    @property
     def serial(self) -> str:
         """What the device calls itself, up to 20 characters."""
         if self._serial is None:
@@ -136,7 +199,9 @@ class Blk(Driver):
         The future fails with EIO or EOPNOTSUPP, as the status says. Nothing is checked before, except by the link.
         """
         header = HEADER.pack(kind, 0, sector)
-        answered = self.queue(0).submit([header, memoryview(data).cast("B")], room + 1)
+        # A thread keeps to one queue, so that its requests are begun in their order.
+        queue = threading.get_ident() % max(1, len(self.device.queues))
+        answered = self.queue(queue).submit([header, memoryview(data).cast("B")], room + 1)
         return then(answered, lambda answer: self._checked(answer, kind, room))
 
     def _checked(self, answer: bytes, kind: int, room: int) -> bytes:
@@ -174,6 +239,39 @@ class Blk(Driver):
         if self.has("FLUSH"):
             return then(self.submit(RequestType.FLUSH), lambda _: None)
         return then(gather([]), lambda _: None)
+
+    def submit_discard(self, length: int, offset: int) -> Future[None]:
+        """Say that whole blocks are not needed: they hold anything afterwards. EOPNOTSUPP, EROFS, EINVAL, ENOSPC."""
+        return self._submit_ranges(RequestType.DISCARD, length, offset)
+
+    def submit_write_zeroes(self, length: int, offset: int, *, unmap: bool = True) -> Future[None]:
+        """Have whole blocks read as zeros; with `unmap` they may be given back for it. Errors as `submit_discard`."""
+        return self._submit_ranges(RequestType.WRITE_ZEROES, length, offset, RangeFlags.UNMAP if unmap else 0)
+
+    def submit_secure_erase(self, length: int, offset: int) -> Future[None]:
+        """Have nothing of what was in whole blocks be anywhere any more. Errors as `submit_discard`."""
+        return self._submit_ranges(RequestType.SECURE_ERASE, length, offset)
+
+    def _submit_ranges(self, kind: RequestType, length: int, offset: int, flags: int = 0) -> Future[None]:
+        if not self.has(kind.name):
+            raise DriverError(errno.EOPNOTSUPP, f"{self.device.name} does not offer {kind.name}")
+        self._check_blocks(length, offset)
+        self._check_write(length, offset)
+        most, segments = self._limits[kind]
+        most = max(most * SECTOR // self.block_size, 1) * self.block_size
+        ranges = [
+            RANGE.pack((offset + at) // SECTOR, min(most, length - at) // SECTOR, flags)
+            for at in range(0, length, most)
+        ]
+        return then(
+            gather(
+                [
+                    self.submit(kind, 0, b"".join(ranges[first : first + segments]))
+                    for first in range(0, len(ranges), segments)
+                ]
+            ),
+            lambda _: None,
+        )
 
     def _check_blocks(self, length: int, offset: int) -> None:
         if length < 0 or offset < 0 or (length | offset) & (self.block_size - 1):
@@ -243,6 +341,18 @@ class Blk(Driver):
         """The blocks that `start` to `end` touch, as far as a disk of `size` bytes has them."""
         block = self.block_size
         return start // block * block, max(end, min(-(-end // block) * block, size))
+
+    def discard(self, length: int, offset: int) -> None:
+        """Say that whole blocks are not needed; see `submit_discard`."""
+        wait(self.submit_discard(length, offset), self.timeout, "a discard")
+
+    def write_zeroes(self, length: int, offset: int, *, unmap: bool = True) -> None:
+        """Have whole blocks read as zeros; see `submit_write_zeroes`."""
+        wait(self.submit_write_zeroes(length, offset, unmap=unmap), self.timeout, "writing zeros")
+
+    def secure_erase(self, length: int, offset: int) -> None:
+        """Have nothing of what was in whole blocks be anywhere any more; see `submit_secure_erase`."""
+        wait(self.submit_secure_erase(length, offset), self.timeout, "an erasure")
 
     def flush(self) -> None:
         """Wait until everything that was written before is durable."""
