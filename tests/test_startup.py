@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("pydantic", "pydantic_core", "uvicorn", "starlette", "anyio", "h11", "asyncio", "pyroute2", "rich")
-BUS = ("vbus._core", "vbus.bus", "vbus.connectors", "vbus.proxy", "vbus.devices", "vbus.demo")
+BUS = ("vbus._core", "vbus.bus", "vbus.connectors", "vbus.proxy", "vbus.devices", "vbus.bench", "vbus.demo")
 COMMAND = """
 import contextlib, io, sys
 from vbus.cli import main
@@ -51,6 +51,8 @@ def test_importing_vbus_loads_nothing_else() -> None:
         (["set", "x", "a=b"], "1"),
         (["plug", "x", "--type", "blk"], "1"),
         (["completion", "zsh"], "0"),
+        (["channel", "ls"], "0"),
+        (["bench", "signal", "--help"], "0"),
         (["nothing"], "2"),
     ],
 )
