@@ -74,7 +74,7 @@ def test_the_commands_of_channels() -> None:
 
 def script(page: str) -> str:
     """A page's commands as one session of a shell; what goes on behind is waited for until it has said something."""
-    lines = ["set -e -o pipefail -m"]
+    lines = ["set -e -o pipefail -m", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
     for number, line in enumerate(line for block in blocks(page, "console") for line in block.splitlines()):
         assert line.startswith("$ "), line
         command = line[2:]
