@@ -614,3 +614,21 @@ class TestDriverQueue:
         struct.pack_into("<HHII", pair.bytes, at, 0, index, *used)
         assert violation(lambda: pair.driver.reap(10)) == name
         assert pair.driver.reap(10) == []
+
+
+def test_a_ring_that_was_in_use_is_gone_on_with() -> None:
+    pair = Pair()
+    for n in range(20):
+        request = pair.request([(0, 4)], [])
+        pair.queue.complete([request])
+        assert len(pair.driver.reap(8)) == 1
+        where = pair.queue.next
+        assert where == n + 1
+        pair.queue.stop()
+        assert pair.queue.next is None
+        pair.start(resume=where)
+    with pytest.raises(OverflowError):
+        pair.start(resume=1 << 16)
+    pair.start(resume=5000)
+    with pytest.raises(Violation, match="index-jump"):
+        pair.queue.take(1)

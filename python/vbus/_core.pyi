@@ -242,8 +242,15 @@ class DeviceQueue:
         event_idx: bool,
         indirect: bool,
         signal: Signal,
+        resume: int | None = None,
     ) -> None:
-        """Violation: queue-size (0, not a power of two, above max_size), ring-misaligned, ring-outside-memory."""
+        """A new ring; or one that was in use before, to go on with entry `resume` of the available ring.
+
+        Violation: queue-size (0, not a power of two, above max_size), ring-misaligned, ring-outside-memory.
+        """
+    @property
+    def next(self) -> int | None:
+        """The available entry that comes next: where another may resume once nothing is in flight. None: stopped."""
     def stop(self) -> None:
         """No more requests; completing old ones does nothing."""
     def take(self, limit: int) -> list[Request]:

@@ -210,7 +210,7 @@ impl DeviceQueue {
     }
 
     #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (memory, size, desc, driver, device, *, event_idx, indirect, signal))]
+    #[pyo3(signature = (memory, size, desc, driver, device, *, event_idx, indirect, signal, resume=None))]
     fn start(
         &self,
         py: Python<'_>,
@@ -222,9 +222,10 @@ impl DeviceQueue {
         event_idx: bool,
         indirect: bool,
         signal: &Signal,
+        resume: Option<u16>,
     ) -> PyResult<()> {
         self.shared.replace(None);
-        let setup = Setup { size, desc, driver, device, event_idx, indirect };
+        let setup = Setup { size, desc, driver, device, event_idx, indirect, resume };
         let ring = DeviceRing::new(memory.0.clone(), self.max_size, setup);
         let ring = ring.map_err(|violation| to_error(py, &violation))?;
         self.shared.replace(Some(Running { ring, signal: signal.0.clone() }));
@@ -263,6 +264,11 @@ impl DeviceQueue {
             py.detach(|| signal.notify());
         }
         Ok(())
+    }
+
+    #[getter]
+    fn next(&self) -> Option<u16> {
+        self.shared.lock().as_ref().map(|running| running.ring.next())
     }
 
     #[getter]

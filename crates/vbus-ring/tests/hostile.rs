@@ -38,8 +38,15 @@ impl Raw {
         let mapping = mapping(bytes, true);
         let memory = Arc::new(Memory::new(64, 1 << 40));
         memory.add(BASE, &mapping, 0, bytes, true).unwrap();
-        let setup =
-            Setup { size, desc: BASE, driver: BASE + AVAIL, device: BASE + USED, event_idx: false, indirect: true };
+        let setup = Setup {
+            size,
+            desc: BASE,
+            driver: BASE + AVAIL,
+            device: BASE + USED,
+            event_idx: false,
+            indirect: true,
+            resume: None,
+        };
         Self { memory, window: Window::new(mapping.clone(), 0, bytes as usize), mapping, setup, index: 0 }
     }
 

@@ -20,6 +20,7 @@ use proptest::prelude::*;
 use vbus_ring::mem::{Mapping, Memory, VolatileSlice};
 use vbus_ring::ring::split::{AddError, DeviceRing, DriverRing, Setup, INDIRECT_ENTRIES};
 use vbus_ring::ring::Chain;
+use vbus_ring::violation::Rule;
 
 /// The arena, two adjacent regions of data, and where buffers are: each request has a slot of its own, and one of the
 /// slots lies on the border.
@@ -114,8 +115,15 @@ impl World {
         }
         let Features { size, event_idx, indirect } = features;
         let driver = DriverRing::new(&arena, ARENA_OFFSET, ARENA, size, event_idx, indirect).unwrap();
-        let setup =
-            Setup { size, desc: driver.desc(), driver: driver.driver(), device: driver.device(), event_idx, indirect };
+        let setup = Setup {
+            size,
+            desc: driver.desc(),
+            driver: driver.driver(),
+            device: driver.device(),
+            event_idx,
+            indirect,
+            resume: None,
+        };
         let device = DeviceRing::new(memory.clone(), size, setup).unwrap();
         Self {
             features,
@@ -375,6 +383,7 @@ fn the_largest_ring_is_filled_and_emptied_over_the_end_of_the_indices() {
             device: driver.device(),
             event_idx,
             indirect: false,
+            resume: None,
         };
         let mut device = DeviceRing::new(memory, 32768, setup).unwrap();
         let buffer = [(ARENA + bytes as u64, 64)];
@@ -600,5 +609,50 @@ fn whoever_found_nothing_is_notified() {
                 finished.clear();
             }
         });
+    }
+}
+
+#[test]
+fn another_device_goes_on_where_one_stopped() {
+    for event_idx in [false, true] {
+        let memory = Arc::new(Memory::new(1, 1 << 30));
+        let bytes = DriverRing::bytes_needed(8).unwrap();
+        let arena = mapping(bytes as u64 + 64, true);
+        memory.add(ARENA, &arena, 0, arena.size() as u64, true).unwrap();
+        let mut driver = DriverRing::new(&arena, 0, ARENA, 8, event_idx, false).unwrap();
+        let mut setup = Setup {
+            size: 8,
+            desc: driver.desc(),
+            driver: driver.driver(),
+            device: driver.device(),
+            event_idx,
+            indirect: false,
+            resume: None,
+        };
+        let buffer = [(ARENA + bytes as u64, 64)];
+        // Far enough that the indices wrap around several times, with a new device side after every three requests.
+        for round in 0..40_000u32 {
+            let mut device = DeviceRing::new(memory.clone(), 8, setup).unwrap();
+            let mut sent: Vec<_> = (0..3).map(|_| driver.add(&buffer, &[]).unwrap().unwrap()).collect();
+            let _ = driver.publish();
+            let mut chains = Vec::new();
+            device.take(usize::MAX, &mut chains).unwrap();
+            assert_eq!(chains.len(), 3, "round {round}");
+            let _ = device.complete(chains.iter().map(|chain| (chain.head(), 0))).unwrap();
+            assert_eq!(device.in_flight(), 0);
+            let mut finished = Vec::new();
+            driver.reap(8, &mut finished).unwrap();
+            let mut answered: Vec<_> = finished.iter().map(|&(token, _)| token).collect();
+            sent.sort_unstable();
+            answered.sort_unstable();
+            assert_eq!(sent, answered);
+            assert_eq!(device.next(), (3 * (round + 1)) as u16);
+            setup.resume = Some(device.next());
+        }
+        // Whoever says where to go on may lie.
+        setup.resume = Some(setup.resume.unwrap().wrapping_add(9));
+        let mut device = DeviceRing::new(memory.clone(), 8, setup).unwrap();
+        let violation = device.take(1, &mut Vec::new()).unwrap_err();
+        assert_eq!(violation.rule, Rule::IndexJump);
     }
 }

@@ -30,6 +30,8 @@ pub struct Setup {
     pub event_idx: bool,
     /// VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
+    /// Where to go on in a ring that was in use before: the index of the next available entry. None: a new ring.
+    pub resume: Option<u16>,
 }
 
 /// The three parts, as they lie in the memory of one generation.
@@ -99,7 +101,8 @@ pub struct DeviceRing {
 }
 
 impl DeviceRing {
-    /// Start at index 0, with notifications on.
+    /// Start at index 0, or go on, with notifications on. A ring that goes on has its used index in memory: whoever
+    /// served it before wrote it, and if the driver did since, only its own requests are lost.
     ///
     /// Violation: queue-size (0, not a power of two, above `max_size`), ring-misaligned, ring-outside-memory.
     pub fn new(memory: Arc<Memory>, max_size: u32, setup: Setup) -> Result<Self, Violation> {
@@ -109,14 +112,18 @@ impl DeviceRing {
         }
         let size = setup.size as u16;
         let parts = Parts::find(&memory.snapshot(), &setup)?;
+        let (next, used) = match setup.resume {
+            None => (0, 0),
+            Some(next) => (next, parts.used.load16(INDEX, Ordering::Acquire)),
+        };
         let mut ring = Self {
             memory,
             setup,
             parts,
             size,
-            next: 0,
-            seen: 0,
-            used: 0,
+            next,
+            seen: next,
+            used,
             suppressing: true,
             taken: vec![0; (size as usize).div_ceil(64)],
             in_flight: 0,
@@ -132,6 +139,11 @@ impl DeviceRing {
     /// Descriptors.
     pub fn size(&self) -> u16 {
         self.size
+    }
+
+    /// Index of the next available entry to take: where another could go on, once nothing is in flight.
+    pub fn next(&self) -> u16 {
+        self.next
     }
 
     /// Chains taken and not completed.
