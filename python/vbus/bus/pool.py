@@ -23,8 +23,9 @@ log = logging.getLogger("vbus.pool")
 T = TypeVar("T")
 
 THREADS = 2
-"""One that works and one that waits for what is next. More only take the interpreter from each other: four serve a third
-less, and something urgent waits ten times as long beside bulk load (`vbus bench signal`)."""
+"""One that works and one that waits for what is next. More only take the interpreter from each other: four serve a
+third less, and something urgent waits ten times as long beside bulk load (`vbus bench signal`).
+"""
 MAX_THREADS = 64
 STUCK_SECONDS = 0.5
 """A turn that takes longer counts as stuck: the pool may grow by one thread to make up for it."""
