@@ -153,7 +153,9 @@ class Pool:
                 stuck = self._stuck_count()
                 missing = min(THREADS - (len(self._threads) - stuck), MAX_THREADS - len(self._threads))
                 if missing > 0 and not stopping.is_set():
-                    log.warning("%d handlers are stuck; more threads serve the others", stuck)
+                    # One that takes its time is no news as long as others were served meanwhile.
+                    level = logging.WARNING if missing == THREADS else logging.INFO
+                    log.log(level, "%d handlers are stuck; more threads serve the others", stuck)
                     for _ in range(missing):
                         self._start_thread()
 
