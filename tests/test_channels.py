@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import contextlib
 import errno
+import sys
 import threading
 import time
 
@@ -247,6 +250,7 @@ def test_callbacks_run_one_at_a_time_in_order(attached: Attached) -> None:
         assert busy.acquire(blocking=False)
         heard.append(event.data)
         busy.release()
+        assert event.end.wait_writable(10)
         event.reply(event.data.upper())
 
     assert wait_until(lambda: len(here.inbox) == 1)
@@ -458,3 +462,95 @@ def test_an_operator_sees_channels(attached: Attached) -> None:
     assert len(watched) == 2
     peers = [peer for row in bus.describe_connectors() for peer in row["peers"]]
     assert peers[0]["channels"] == ["seen"]
+
+
+def test_several_threads_may_take_from_one_channel(attached: Attached) -> None:
+    bus, remote = attached()
+    here, there = bus.open_channel("shared"), remote.open_channel("shared")
+    (end,) = here.ends
+    taken: list[bytes] = []
+
+    def take() -> None:
+        while (event := there.receive(20)) is not None:
+            taken.append(event.data)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for n in range(500):
+            assert end.wait_writable(20)
+            end.send(n.to_bytes(2, "little") * 2000)
+        assert wait_until(lambda: len(taken) == 500, 20)
+    finally:
+        sys.setswitchinterval(interval)
+    here.close()
+    for thread in threads:
+        thread.join(20)
+    assert len(set(taken)) == 500
+
+
+def test_a_callback_that_raises_over_a_backlog_gets_the_rest(
+    attached: Attached, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus, remote = attached()
+    here, there = bus.open_channel("backlog"), remote.open_channel("backlog")
+    for n in range(5):
+        here.send(b"%d" % n)
+    assert wait_until(lambda: len(there.inbox) == 5)
+    heard: list[bytes] = []
+
+    def callback(event: Event) -> None:
+        heard.append(event.data)
+        if event.data == b"0":
+            raise RuntimeError("once")
+
+    there.on_event(callback)
+    assert wait_until(lambda: heard == [b"0", b"1", b"2", b"3", b"4"])
+    assert "once" in caplog.text
+
+
+def test_what_is_no_bytes_is_refused_and_costs_nothing(attached: Attached) -> None:
+    bus, remote = attached()
+    here, there = bus.open_channel("kinds"), remote.open_channel("kinds")
+    for _ in range(10):
+        with pytest.raises(TypeError):
+            there.send("text" * 1000)  # type: ignore[arg-type]
+    words = array.array("I", range(1000))
+    there.send(words)  # type: ignore[arg-type]
+    event = here.receive(10)
+    assert event is not None
+    assert event.data == words.tobytes()
+    with pytest.raises(ValueError, match="8000 bytes"):
+        there.send(array.array("I", range(2000)))  # type: ignore[arg-type]
+
+
+def test_one_that_hears_of_new_channels_may_fail(attached: Attached, caplog: pytest.LogCaptureFixture) -> None:
+    bus, remote = attached()
+
+    def fails(channel: Channel) -> None:
+        raise RuntimeError("as it should")
+
+    bus.channels.on_open(fails)
+    channel = remote.open_channel("new", create=True)
+    channel.send(b"still works")
+    event = bus.channel("new").receive(10)
+    assert event is not None
+    assert "as it should" in caplog.text
+    channel.close()
+    assert wait_until(lambda: len(bus.channels) == 0)
+
+
+def test_who_waited_in_vain_is_not_remembered(attached: Attached) -> None:
+    bus, _ = attached()
+    here = bus.open_channel("quiet")
+
+    async def wait() -> None:
+        for _ in range(100):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(anext(aiter(here)), 0.001)
+
+    asyncio.run(wait())
+    assert here.inbox._waiters._futures == []

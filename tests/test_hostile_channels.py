@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import struct
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,9 @@ from conftest import Leftovers, wait_until
 from test_hostile_peers import RawPeer
 from vbus import msg
 from vbus.bus import Bus, Channel, Connector
-from vbus.channel import EVENT_COST, MAX_EVENT, WINDOW, ChannelEnd, Event, Inbox, Mirror
+from vbus.bus.channel import MAX_LEFT
+from vbus.channel import EVENT_COST, MAX_EVENT, WINDOW, ChannelEnd, ChannelFullError, Event, Inbox, Mirror
+from vbus.connectors import peer_channels
 from vbus.errors import Violation
 from vbus.shmem.channels import ChannelRings
 
@@ -249,3 +253,67 @@ def test_what_nobody_took_keeps_nothing_of_its_link(bus: Bus, connector: Connect
         event = channel.receive(0)
         assert event is not None
         assert event.data == b"last words"
+
+
+def test_what_those_who_left_said_has_an_end(bus: Bus, connector: Connector, leftovers: type[Leftovers]) -> None:
+    channel = bus.open_channel("big", memory="4 MiB")
+    far = bus.connect(vbus.connectors.Stream("tcp:127.0.0.1:0"), "far")
+    with vbus.attach(far.address) as remote:
+        for n in range(30):
+            with remote.open_channel("big") as there:
+                there.send(b"%d" % n)
+        assert wait_until(lambda: not channel.ends)
+    # The latest are kept, with regions of 4 MiB each.
+    assert len(channel.inbox) <= MAX_LEFT // (4 << 20)
+    event = channel.receive(0)
+    assert event is not None
+    assert int(event.data) > 20
+
+
+def test_a_full_ring_is_waited_for(bus: Bus, connector: Connector) -> None:
+    channels = [bus.open_channel(f"c{n}") for n in range(8)]
+    peer = RawChannels(Path(connector.address.removeprefix("process:")))
+    for n in range(8):
+        peer.open(f"c{n}", n + 1)
+    ends = [channel.ends[0] for channel in channels]
+    for end in ends:
+        # All share the ring of their priority, which is full before eight windows are.
+        with contextlib.suppress(ChannelFullError):
+            for _ in range(5):
+                end.send(bytes(4000))
+    full = next(end for end in ends if end._full)
+    assert full._sent - full._credited < WINDOW
+    assert not full.wait_writable(0.05)
+    reading = iter(lambda: sum(1 for _ in peer.rings.receive(4)), 0)
+    assert sum(reading) > 10
+    assert full.wait_writable(10)
+    full.send(b"room again")
+    peer.close()
+
+
+def test_a_bus_that_lies_about_the_window_is_not_believed(
+    bus: Bus, connector: Connector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_channels, "WINDOW", 2**32 - 1)
+    with vbus.attach(connector.address) as remote, pytest.raises(vbus.DriverError, match="channel-answer"):
+        remote.open_channel("c")
+
+
+def test_a_channel_that_closes_before_its_answer_is_closed(bus: Bus, connector: Connector) -> None:
+    with vbus.attach(connector.address) as remote:
+        link: Any = remote.connector
+        look = link._link_turn
+        once: list[int] = []
+
+        def late() -> bool:
+            if not once:
+                once.append(1)
+                bus.channel("c").close()
+                # What is said on channels is looked at first, as the rings allow.
+                assert wait_until(lambda: link._rings_turn(4) or bool(link.channels._early.get(1)))
+            return bool(look())
+
+        link.loop._callbacks[link._link_key] = late
+        channel = remote.open_channel("c")
+        assert channel.receive(10) is None
+        assert channel.closed == "the bus closed it"

@@ -300,3 +300,68 @@ def test_a_reset_ends_the_wait(attached: Attached) -> None:
         futures[-1].result(5)
     bus.set("echo", "limit.iops", "none")
     assert remote.driver("echo", EchoDriver).echo(b"y") == b"y"
+
+
+class Never(vbus.Device):
+    """Takes requests and answers none."""
+
+    device_id = ECHO_ID
+    queues = ("requests",)
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        self.taken += 1
+        await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize("end", ["reset", "leave", "unplug", "fail"])
+def test_a_request_that_ends_otherwise_makes_room_too(attached: Attached, end: str) -> None:
+    class Fails(Never):
+        go = False
+
+        async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+            self.taken += 1
+            while not self.go:
+                await asyncio.sleep(0.005)
+            raise RuntimeError("as it should")
+
+    device = Fails() if end == "fail" else Never()
+    bus, remote = attached(never=device, echo=Echo())
+    bus.set_member(f"uid:{os.getuid()}", "outstanding", "1")
+    (connector,) = bus.connectors.values()
+    with vbus.attach(connector.address) as other:
+        first, second = other.driver("never", EchoDriver), remote.driver("echo", EchoDriver)
+        first.queue(0).submit([b"x"], 1)
+        assert wait_until(lambda: device.taken == 1)
+        waiting = second.queue(0).submit([b"y"], 1)
+        assert wait_until(lambda: bus.describe_members()[-1]["held"] + bus.describe_members()[0]["held"] > 0)
+        assert not waiting.done()
+        match end:
+            case "reset":
+                first.close()
+            case "leave":
+                other.close()
+            case "unplug":
+                bus.unplug("never", surprise=True)
+            case _:
+                device.go = True  # type: ignore[attr-defined]
+        assert waiting.result(10) == b"y"
+
+
+def test_kicks_of_a_queue_that_waits_leave_one_timer(attached: Attached) -> None:
+    bus, remote = attached(echo=Echo())
+    bus.set("echo", "limit.bps", "1")
+    driver = remote.driver("echo", EchoDriver)
+    # A debt of days.
+    assert len(driver.echo(bytes(200_000))) == 200_000
+    waiting = driver.queue(0).submit([b"x"], 1)
+    slot = bus.slot("echo")
+    for _ in range(2000):
+        slot.mark(slot.queues[0])
+        time.sleep(0)
+    key = slot.key(slot.queues[0])
+    assert sum(timed == key for _, timed in bus.pool._timers) <= 2
+    bus.set("echo", "limit.bps", "none")
+    assert waiting.result(10) == b"x"

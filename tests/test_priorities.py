@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -231,3 +232,84 @@ def test_priorities_that_are_none_are_refused(make_bus: MakeBus) -> None:
     with pytest.raises(UsageError, match="no queue 'request'"):
         bus.plug(Echo(), queue_priorities={"request": 1})
     assert bus.slots() == []
+
+
+@pytest.mark.parametrize("connector_kind", ["stream-unix", "stream-tcp"], indirect=True)
+def test_an_answer_to_a_reset_overtakes_no_completion_whatever_the_priority_was(attached: Attached) -> None:
+    class Fills(vbus.Device):
+        device_id = ECHO_ID
+        queues = ("requests",)
+        life = 1
+
+        def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+            request.read()
+            request.write(bytes([self.life]) * request.writable)
+
+    device = Fills()
+    bus, remote = attached()
+    bus.plug(device, "fills", priority=7)
+    remote.wait_for("fills")
+    driver = remote.driver("fills", EchoDriver)
+    link: Any = remote.connector
+    look = link.loop._callbacks[link._key]
+
+    def slowly() -> bool:
+        time.sleep(0.01)
+        return bool(look())
+
+    # A driver's side that reads slowly, so that completions of its first life wait on the bus's.
+    link.loop._callbacks[link._key] = slowly
+    for _ in range(30):
+        driver.queue(0).submit([b"?"], 1 << 20)
+    (connector,) = bus.connectors.values()
+    (peer,) = connector.peers  # type: ignore[attr-defined]
+    assert wait_until(lambda: peer._writer.queued > 10 << 20)
+    bus.set("fills", "priority", "0")
+    driver.close()
+    device.life = 2
+    again = remote.driver("fills", EchoDriver)
+    for future in [again.queue(0).submit([b"?"], 1 << 20) for _ in range(5)]:
+        assert set(future.result(20)) == {2}
+    assert remote.lost is None
+
+
+def test_what_waits_to_begin_begins_no_more_after_a_reset(make_bus: MakeBus) -> None:
+    class Notes(vbus.Device):
+        device_id = ECHO_ID
+        queues = ("requests",)
+
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+            self.seen.append("handle")
+
+        def reset(self) -> None:
+            self.seen.append("reset")
+
+    bus = make_bus()
+    device = bus.plug(Notes(), "notes", priority=7)
+    connector = bus.connect(vbus.connectors.Process())
+    with vbus.attach(connector.address) as remote:
+        driver = remote.driver("notes", EchoDriver)
+        loop, starts = bus.loop.get(), bus.loop.starts()
+        held, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            held.set()
+            release.wait(10)
+
+        loop.call_soon_threadsafe(hold)
+        assert held.wait(10)
+        driver.queue(0).submit([b"x"], 1)
+        assert wait_until(lambda: starts._waiting.qsize() == 1)
+        # The reset is asked for while the handler still waits to begin, and something urgent is always before it.
+        closing = threading.Thread(target=driver.close)
+        closing.start()
+        for _ in range(50):
+            starts.call_soon(0, lambda: None)
+        release.set()
+        closing.join(20)
+        assert not closing.is_alive()
+        assert wait_until(lambda: starts._waiting.qsize() == 0)
+    assert device.seen in (["reset"], ["handle", "reset"])

@@ -10,6 +10,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import vbus
 from command import vbus as run
 from conftest import Leftovers, wait_until
 from models import Echo, EchoDriver
-from vbus import config
+from vbus import config, msg
 from vbus.bus import Bus, Connector, Credentials, Members
 from vbus.bus.members import NOBODY
 from vbus.errors import DriverError, UsageError
@@ -365,3 +366,75 @@ def test_a_file_and_a_command(
         assert b"tls:mallory.test is not a member" in done.stderr
     finally:
         bus.stop()
+
+
+def test_a_name_that_is_no_text_lets_nobody_in(bus: Bus, connector: Connector, ours: Authority) -> None:
+    # A dNSName of two bytes that are no UTF-8, signed all the same.
+    evil = ours.sign("alice.test", names="DER:30:04:82:02:ff:fe")
+    for _ in range(2):
+        with pytest.raises(DriverError, match="is not a member"):
+            attach(connector, evil)
+    # By hand: what comes after the refusal is not listened to.
+    context = ssl.create_default_context(cafile=str(evil["authority"]))
+    context.load_cert_chain(evil["certificate"], evil["key"])
+    with raw(connector) as sock, context.wrap_socket(sock, server_hostname="127.0.0.1") as tls:
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            tls.sendall(msg.encode(msg.Frame(msg.Hello(1, 65528, 0), token=1)))
+        with contextlib.suppress(OSError):
+            answer = msg.decode(tls.recv(65536))
+            assert isinstance(answer, msg.Frame)
+            assert isinstance(answer.body, msg.Error)
+    assert wait_until(lambda: connector.describe()["peers"] == [])
+
+
+def hands_shaken(connector: Connector, files: dict[str, Any]) -> tuple[socket.socket, ssl.SSLObject, ssl.MemoryBIO]:
+    """A member's TLS by hand."""
+    context = ssl.create_default_context(cafile=str(files["authority"]))
+    context.load_cert_chain(files["certificate"], files["key"])
+    ingoing, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(ingoing, outgoing, server_hostname="127.0.0.1")
+    sock = raw(connector)
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            sock.sendall(outgoing.read())
+            ingoing.write(sock.recv(65536))
+    sock.sendall(outgoing.read())
+    return sock, tls, outgoing
+
+
+def test_nothing_is_kept_behind_the_end(connector: Connector, alice: dict[str, Any]) -> None:
+    sock, tls, outgoing = hands_shaken(connector, alice)
+    with sock:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.unwrap()
+        with contextlib.suppress(OSError):
+            sock.sendall(outgoing.read())
+            for _ in range(100):
+                sock.sendall(bytes(1 << 20))
+    assert why(connector) in ("the driver closed the stream", "the stream broke: Connection reset by peer")
+    assert wait_until(lambda: connector.describe()["peers"] == [])
+
+
+def test_a_cipher_keeps_no_garbage(ours: Authority, server: dict[str, Any], alice: dict[str, Any]) -> None:
+    from vbus.tls import Tls, client_context, server_context
+
+    here, there = (
+        Tls(server_context(**server), server_side=True),
+        Tls(client_context(**alice), server_side=False, server_name="bus.test"),
+    )
+    there.start()
+    while not (here.ready and there.ready):
+        here.feed(there.wrap([]))
+        there.feed(here.wrap([]))
+    assert here.feed(there.wrap([b"hello"])) == b"hello"
+    with contextlib.suppress(ssl.SSLWantReadError):
+        there._tls.unwrap()
+    assert here.feed(there._out.read() + bytes(1000)) == b""
+    assert here.over
+    for _ in range(10):
+        assert here.feed(bytes(1 << 16)) == b""
+    assert here._in.pending < 1 << 12

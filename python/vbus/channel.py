@@ -12,6 +12,7 @@ sender never waits; it is told that there is no room.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import threading
@@ -121,12 +122,18 @@ class Waiters:
         while not condition():
             loop = asyncio.get_running_loop()
             future: asyncio.Future[None] = loop.create_future()
+            entry = loop, future
             with self._changed:
-                self._futures.append((loop, future))
-            # It may have become so between the look above and the registration.
-            if condition():
-                return
-            await future
+                self._futures.append(entry)
+            try:
+                # It may have become so between the look above and the registration.
+                if condition():
+                    return
+                await future
+            finally:
+                # Whoever gave up waiting is not remembered.
+                with self._changed, contextlib.suppress(ValueError):
+                    self._futures.remove(entry)
 
 
 def _finish(future: asyncio.Future[None]) -> None:
@@ -151,6 +158,7 @@ class Inbox:
         self._events: deque[Event] = deque()
         self._callback: Callable[[Event], object] | None = None
         self._waiters = Waiters()
+        self._trimming = threading.Lock()
         self.closed = False
 
     def __len__(self) -> int:
@@ -163,6 +171,26 @@ class Inbox:
             self._schedule(self._call)
         else:
             self._waiters.wake()
+
+    def forget_left(self, limit: int) -> int:
+        """Keep, of what closed ends said, the latest that costs up to `limit` bytes with its regions; how many went.
+
+        Whoever opens, speaks and leaves again and again would else fill this side's memory.
+        """
+        seen: set[int] = set()
+        gone = cost = 0
+        with self._trimming:
+            events = list(self._events)
+            for event in reversed(events):
+                end = event.end
+                if end.closed:
+                    cost += len(event.data) + EVENT_COST + (end.region_size if id(end) not in seen else 0)
+                    seen.add(id(end))
+                    if cost > limit:
+                        gone += 1
+                        with contextlib.suppress(ValueError):
+                            self._events.remove(event)
+        return gone
 
     def close(self) -> None:
         """Nothing more comes. What is here may still be taken, or is still handed to the callback."""
@@ -249,6 +277,8 @@ class ChannelEnd:
         self._window = window
         self._lock = threading.RLock()
         self._room = Waiters()
+        self._full = False
+        """Whether the carrier had no room, and has not said since that it has."""
         # Costs, in all: sent here and consumed there; received and consumed here, and what was told of it.
         self._sent = self._credited = 0
         self._received = self._consumed = self._told = 0
@@ -258,6 +288,11 @@ class ChannelEnd:
 
     def __repr__(self) -> str:
         return f"<ChannelEnd {self.name} {self.label}>"
+
+    @property
+    def region_size(self) -> int:
+        """Bytes of the region; 0 without one."""
+        return len(self._memory) if self._memory is not None else 0
 
     @property
     def memory(self) -> memoryview:
@@ -270,6 +305,8 @@ class ChannelEnd:
 
     def send(self, data: bytes = b"") -> None:
         """Say something; never waits. ChannelFullError, ChannelClosedError; ValueError beyond 4096 bytes."""
+        # A copy, of bytes whatever the items are, before anything is counted.
+        data = bytes(memoryview(data))
         if len(data) > MAX_EVENT:
             raise ValueError(f"an event of {len(data)} bytes; {MAX_EVENT} are the most: put more into a region")
         cost = len(data) + EVENT_COST
@@ -278,19 +315,27 @@ class ChannelEnd:
                 raise ChannelClosedError(self.name, self.closed)
             if self._sent - self._credited >= self._window:
                 raise ChannelFullError(self.name)
-            # Counted first: the other side may have consumed it before `carry` returns.
+            # Counted first: the other side may have consumed it before `carry` returns. Full first, too: that there is
+            # room again may be heard before it returns.
             self._sent += cost
-            if not self._carrier.carry(self, bytes(data)):
-                self._sent -= cost
+            self._full = True
+            carried = False
+            try:
+                carried = self._carrier.carry(self, data)
+            finally:
+                if not carried:
+                    self._sent -= cost
+            if not carried:
                 if self.closed:
                     raise ChannelClosedError(self.name, self.closed)
                 raise ChannelFullError(self.name)
+            self._full = False
             self.sent += 1
 
     @property
     def is_writable(self) -> bool:
-        """Whether the window has room, or the channel is closed, so that `send` says so."""
-        return bool(self.closed) or self._sent - self._credited < self._window
+        """Whether window and carrier have room, or the channel is closed, so that `send` says so."""
+        return bool(self.closed) or (not self._full and self._sent - self._credited < self._window)
 
     def wait_writable(self, timeout: float | None = None) -> bool:
         """Wait until there is room, or the channel is closed; False when `timeout` seconds were not enough."""
@@ -334,6 +379,7 @@ class ChannelEnd:
 
     def has_room(self) -> None:
         """The carrier has room again."""
+        self._full = False
         self._room.wake()
 
     def consumed(self, cost: int) -> None:

@@ -22,6 +22,8 @@ from vbus.errors import TlsError, UsageError
 File = Path | str | None
 
 CHUNK = 1 << 16
+MAX_OUT = 1 << 20
+"""Bytes of TLS's own (answers to key updates) that may wait for the other side."""
 MAX_NAMES = 16
 """Names of one certificate that count."""
 
@@ -90,6 +92,8 @@ class Tls:
         self._lock = threading.Lock()
         self.ready = False
         """Whether the handshake is done."""
+        self.over = False
+        """Whether the other side has said that it has nothing more to say."""
 
     def start(self) -> None:
         """Begin the handshake: what is to go out is there."""
@@ -101,6 +105,11 @@ class Tls:
         Afterwards there may be something to go out, also after an error: the alert that says why.
         """
         with self._lock:
+            if self.over:
+                # It goes on all the same: nobody listens, and nothing is kept.
+                return b""
+            if self._out.pending > MAX_OUT:
+                raise TlsError("the other side reads nothing, and has TLS answer more and more")
             self._in.write(data)
             plain = bytearray()
             try:
@@ -109,11 +118,12 @@ class Tls:
                     self.ready = True
                 while piece := self._tls.read(CHUNK):
                     plain += piece
+                # It reads nothing, and waits for nothing: the other side has nothing more to say.
+                self.over = True
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLZeroReturnError:
-                # The other side said that it has nothing more to say; its socket's end comes after that.
-                pass
+                self.over = True
             except ssl.SSLError as error:
                 raise TlsError(_why(error)) from None
             return bytes(plain)
@@ -133,7 +143,11 @@ class Tls:
     @property
     def names(self) -> list[str]:
         """The other side's names, by its certificate; only once it is ready."""
-        certificate: dict[str, Any] = self._tls.getpeercert() or {}
+        try:
+            certificate: dict[str, Any] = self._tls.getpeercert() or {}
+        except ValueError:
+            # An authority signs what it is asked to: a name that is no text is no name.
+            return []
         found = [name for kind, name in certificate.get("subjectAltName", ()) if kind == "DNS"]
         if not certificate.get("subjectAltName"):
             subject = (pair for part in certificate.get("subject", ()) for pair in part)

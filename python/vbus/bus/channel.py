@@ -27,6 +27,8 @@ log = logging.getLogger("vbus.channel")
 
 MAX_CHANNELS = 65536
 """Channels of one bus."""
+MAX_LEFT = 16 << 20
+"""Bytes that may wait of what drivers said that have left, their regions included."""
 MAX_REGION = 4 << 20
 """Bytes of a channel's region."""
 
@@ -169,6 +171,9 @@ class Channel:
                 return
             self._ends.remove(end)
             self._past = [a + b for a, b in zip(self._past, (end.sent, end.received, end.missed), strict=True)]
+        gone = self._inbox.forget_left(MAX_LEFT)
+        if gone:
+            log.info("%s/%s: %d events of drivers that left were taken by nobody", self.bus.name, self.name, gone)
         if self.owner is not None:
             self.close("its driver left it")
 
@@ -223,7 +228,10 @@ class Channel:
 
     def _tap(self, direction: str, label: str, data: bytes) -> None:
         for tap in list(self._taps):
-            tap(direction, label, data)
+            try:
+                tap(direction, label, data)
+            except Exception:
+                log.exception("%s/%s: one who watches failed", self.bus.name, self.name)
 
     def describe(self) -> dict[str, Any]:
         """The channel's row in a listing."""
@@ -287,7 +295,10 @@ class Channels:
         self._bus.channels_changed()
         if owner is not None:
             for callback in list(self._callbacks):
-                callback(channel)
+                try:
+                    callback(channel)
+                except Exception:
+                    log.exception("%s/%s: a callback failed", self._bus.name, name)
         return channel
 
     def on_open(self, callback: Callable[[Channel], object]) -> None:

@@ -44,6 +44,8 @@ class Pool:
         self._supervisor: threading.Thread | None = None
         self._stopping = threading.Event()
         self._timers: list[tuple[float, int]] = []
+        self._timed: dict[int, float] = {}
+        """The next time of each key that has one: a driver's kicks must not add up."""
         self._timer_set = threading.Condition()
         self._poison = [self._make_poison() for _ in range(THREADS)]
 
@@ -123,8 +125,12 @@ class Pool:
 
     def mark_later(self, key: int, delay: float) -> None:
         """Make a key ready in `delay` seconds, or a little later."""
+        due = time.monotonic() + delay
         with self._timer_set:
-            heapq.heappush(self._timers, (time.monotonic() + delay, key))
+            if self._timed.get(key, float("inf")) <= due:
+                return
+            self._timed[key] = due
+            heapq.heappush(self._timers, (due, key))
             if self._timers[0][1] == key:
                 self._timer_set.notify()
 
@@ -138,7 +144,10 @@ class Pool:
             now = time.monotonic()
             keys = []
             while self._timers and self._timers[0][0] <= now:
-                keys.append(heapq.heappop(self._timers)[1])
+                due, key = heapq.heappop(self._timers)
+                if self._timed.get(key) == due:
+                    del self._timed[key]
+                keys.append(key)
             return keys
 
     def _supervise(self, stopping: threading.Event) -> None:

@@ -112,6 +112,8 @@ class AsyncRunner:
         self._room = slot.device.concurrency
         self._lock = threading.Lock()
         self._starved: set[Queue] = set()
+        self._life = 0
+        """Counts resets: what was to begin before one begins no more."""
         self._main: Future[None] | None = None
 
     def turn(self, queue: Queue, *, finish: bool = False) -> bool:
@@ -134,10 +136,10 @@ class AsyncRunner:
             return False
         priority = self.slot.queue_priorities[queue.index]
         if handles_batches(self.slot.device):
-            self.starts.call_soon(priority, partial(self._start, queue, requests))
+            self.starts.call_soon(priority, partial(self._start, self._life, queue, requests))
         else:
             for request in requests:
-                self.starts.call_soon(priority, partial(self._start, queue, [request]))
+                self.starts.call_soon(priority, partial(self._start, self._life, queue, [request]))
         return True
 
     def _give_back(self, room: int) -> None:
@@ -147,7 +149,10 @@ class AsyncRunner:
         for queue in starved:
             self.slot.mark(queue)
 
-    def _start(self, queue: Queue, requests: Sequence[Request]) -> None:
+    def _start(self, life: int, queue: Queue, requests: Sequence[Request]) -> None:
+        if life != self._life:
+            self._give_back(len(requests))
+            return
         task = self.loop.create_task(self._handle(queue, requests))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -216,9 +221,10 @@ class AsyncRunner:
             self.slot.failed(error)
 
     def cancel(self) -> None:
-        """Cancel the handlers that are under way, and wait until they have ended."""
+        """Cancel the handlers that are under way, and wait until they have ended; none that waits begins."""
 
         async def cancel() -> None:
+            self._life += 1
             tasks = list(self._tasks)
             for task in tasks:
                 task.cancel()

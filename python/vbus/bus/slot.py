@@ -34,6 +34,8 @@ log = logging.getLogger("vbus.bus")
 RING_FEATURES = (features.VERSION_1, features.RING_INDIRECT_DESC, features.RING_EVENT_IDX)
 """Bits that the rings offer for every device (section 6)."""
 
+LOOK_AGAIN = 1.0
+"""Seconds, at most, between two looks of a queue that waits for a limit."""
 HISTORY = 16
 """How many reasons a slot or a connector remembers."""
 
@@ -132,11 +134,6 @@ class Slot:
     def __repr__(self) -> str:
         return f"<Slot {self.number} {self.name}>"
 
-    @property
-    def least_urgent(self) -> int:
-        """The priority of the least urgent of its queues."""
-        return max(self.queue_priorities, default=7)
-
     # Turns.
 
     def is_something_more_urgent(self, queue: Queue) -> bool:
@@ -206,7 +203,8 @@ class Slot:
             with self._lock:
                 self._held.discard(queue)
         if not allowed and wait:
-            self.actor.mark_later(self.key(queue), wait)
+            # A debt may be long, and the limit be gone before: look again now and then.
+            self.actor.mark_later(self.key(queue), min(wait, LOOK_AGAIN))
         return allowed
 
     def _outstanding(self, account: Account) -> int:
@@ -219,8 +217,10 @@ class Slot:
 
     def completed(self) -> None:
         """Requests ended: queues that waited for that, of this device or of its driver's others, look again."""
-        slots = [self] if not self.gate.members else [s for s in self.bus.slots() if s.owner is not None]
-        for slot in slots:
+        self._wake_held(everywhere=bool(self.gate.members))
+
+    def _wake_held(self, *, everywhere: bool) -> None:
+        for slot in [s for s in self.bus.slots() if s.owner is not None] if everywhere else [self]:
             with slot._lock:
                 held, slot._held = slot._held, set()
             for queue in held:
@@ -374,7 +374,7 @@ class Slot:
         self.runner.cancel()
         with self._lock:
             owner, self.owner = self.owner, None
-            self.gate.members = []
+            members, self.gate.members = self.gate.members, []
             self._held.clear()
             was = self.status
             self.status = Status(0)
@@ -385,6 +385,9 @@ class Slot:
         if owner is not None:
             self._part(owner)
         self._apply_priorities()
+        if members:
+            # What ended here made room for the driver's other devices.
+            self._wake_held(everywhere=True)
         if was:
             self.runner.hook(self.device.reset)
 
@@ -467,6 +470,8 @@ class Slot:
             log.warning("%s/%s: %s (%s)", self.bus.name, self.name, reason, owner.label if owner else "no driver")
         if tell and owner is not None:
             owner.config_changed(self)
+        # What was under way on the queue has ended with it.
+        self.completed()
 
     # Coming and going.
 

@@ -108,14 +108,13 @@ class MessagePeer(Attachment):
     def send(self, body: msg.Body, dev_num: int = 0, token: int = 0, priority: int | None = None) -> None:
         """Send one message; a driver that does not read is parted from.
 
-        Without `priority`, what is about a device is behind everything that was sent of its queues: the answer to a
-        reset must not overtake completions from before it.
+        Without `priority`, what is about a device is behind everything else, for its queues may have had any priority:
+        the answer to a reset must not overtake completions from before it.
         """
         if self.parted:
             return
         if priority is None:
-            slot = self.bus.slot_at(dev_num) if dev_num else None
-            priority = slot.least_urgent if slot is not None else LEAST_URGENT if dev_num else 0
+            priority = LEAST_URGENT if dev_num else 0
         try:
             self.transmit(msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token)), priority)
         except Violation as violation:
@@ -162,6 +161,10 @@ class MessagePeer(Attachment):
             self.refuse(frame, errno.EINVAL, str(error))
         except Violation as violation:
             self.part(str(violation))
+        except Exception:
+            # Half a message may have been done: going on from there would be worse than the end of this link.
+            log.exception("%s: a message could not be handled", self.label)
+            self.part("a defect of this bus: its log has the traceback")
 
     def _dispatch(self, frame: msg.Frame) -> None:
         token = frame.token

@@ -38,6 +38,8 @@ class PeerChannels:
         self._regions = Buddy(REGIONS_SIZE, REGION_ALIGN)
         self._names: set[str] = set()
         self._owing: set[ChannelEnd] = set()
+        self._refused: set[ChannelEnd] = set()
+        """Ends whose last event found no room: they alone are told when there is some."""
         self._lock = threading.Lock()
         self.interested = False
         """Whether the driver's side has shown that it knows of channels."""
@@ -184,12 +186,18 @@ class PeerChannels:
             return False
         if end.mirror is not None:
             if not peer.has_room():
+                with self._lock:
+                    self._refused.add(end)
                 return False
             piece = peer.limit - MEMORY_HEAD
             for offset, changed in end.mirror.changes():
                 for at in range(0, len(changed), piece):
                     self._say(end, msg.ChannelMemory(end.number, offset + at, changed[at : at + piece]))
-        return self._say(end, msg.ChannelEvent(end.number, data))
+        if self._say(end, msg.ChannelEvent(end.number, data)):
+            return True
+        with self._lock:
+            self._refused.add(end)
+        return False
 
     def _say(self, end: ChannelEnd, body: msg.Body) -> bool:
         peer = self._link()
@@ -197,7 +205,10 @@ class PeerChannels:
 
     def carry_credit(self, end: ChannelEnd) -> None:
         """Tell what was consumed, or remember to."""
-        if not self._say(end, msg.ChannelCredit(end.number, end.take_credit())):
+        # One at a time: a credit that was overtaken by a later one would take it back.
+        with end.held():
+            told = self._say(end, msg.ChannelCredit(end.number, end.take_credit()))
+        if not told:
             with self._lock:
                 self._owing.add(end)
 
@@ -216,11 +227,12 @@ class PeerChannels:
         with self._lock:
             owing = [end for end in self._owing if priority is None or end.priority == priority]
             self._owing.difference_update(owing)
+            refused = [end for end in self._refused if priority is None or end.priority == priority]
+            self._refused.difference_update(refused)
         for end in owing:
             self.carry_credit(end)
-        for end in list(self._ends.values()):
-            if priority is None or end.priority == priority:
-                end.has_room()
+        for end in refused:
+            end.has_room()
 
     # The end.
 
@@ -239,6 +251,7 @@ class PeerChannels:
             self._regions.give_back(place)
         with self._lock:
             self._owing.discard(end)
+            self._refused.discard(end)
         return channel
 
     def close(self) -> None:

@@ -276,6 +276,8 @@ class StreamPeer(MessagePeer):
         tune(sock)
         self._sock = sock
         self._tls = tls
+        self._admitted = tls is None
+        """Nothing is listened to before it is known who speaks."""
         self.arena = Arena()
         self.memory.add(self.arena.address, self.arena.mapping)
         self._splitter = msg.Splitter(MAX_MESSAGE)
@@ -339,7 +341,6 @@ class StreamPeer(MessagePeer):
 
     def _decrypt(self, tls: Tls, data: bytes) -> bytes:
         """What the driver said; nothing while its handshake is under way, or when it is not let in."""
-        was_ready = tls.ready
         try:
             plain = tls.feed(data)
         except TlsError as error:
@@ -348,7 +349,7 @@ class StreamPeer(MessagePeer):
                 self._sock.send(tls.wrap([]), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             self.part(f"tls: {error}")
             return b""
-        if tls.ready and not was_ready:
+        if tls.ready and not self._admitted:
             names = tuple(tls.names)
             if not self.host.identify(self, Credentials(NOBODY, names=names)):
                 reason = f"{self.label} is not a member of this bus"
@@ -357,8 +358,11 @@ class StreamPeer(MessagePeer):
                     self._sock.send(tls.wrap([refusal]), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
                 self.part("is not a member of this bus")
                 return b""
+            self._admitted = True
         self._writer.poke()
-        return plain
+        if tls.over:
+            self.actor.post(lambda: self.part("the driver closed the stream"))
+        return plain if self._admitted else b""
 
     def _work_off(self) -> None:
         while self._inbox and not self.parted:

@@ -19,6 +19,8 @@ MAX_QUEUED = 192 << 20
 TCP_NOTSENT_LOWAT = 25
 LOW = 1 << 20
 """Bytes that may wait before whoever can do without sending should hold back."""
+OVERHEAD = 64
+"""What a message that waits takes beside its bytes, about: small ones must not pass for nothing."""
 MAX_PIECES = 64
 MAX_WRITE = 1 << 17
 """Bytes that are written in one go, about: what becomes urgent meanwhile waits for no more of them."""
@@ -79,7 +81,7 @@ class WireWriter:
             if self._closed or self._queued + len(message) > MAX_QUEUED:
                 return False
             self._queues[priority].append(message)
-            self._queued += len(message)
+            self._queued += len(message) + OVERHEAD
             self._wake.notify()
         return True
 
@@ -103,7 +105,7 @@ class WireWriter:
                 if self._closed:
                     return
                 was_full = not self.has_room
-                self._queued -= sum(map(len, pieces))
+                self._queued -= sum(map(len, pieces)) + OVERHEAD * len(pieces)
                 room = self._room if was_full and self.has_room else None
             if room is not None:
                 room()

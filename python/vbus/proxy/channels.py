@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vbus.proxy.connector import GuestConnector
     from vbus.proxy.loop import Loop
 
+MAX_WINDOW = 1 << 20
+"""The largest window that a bus may give: what it says may be kept here."""
 MAX_EARLY = WINDOW // EVENT_COST + 1
 """Events that can come before the answer that opens their channel."""
 MEMORY_HEAD = 16
@@ -40,8 +42,13 @@ class ChannelInfo:
 
 def _call(loop: Loop, turn: Callable[[], bool], priority: int) -> None:
     """Have a callback called, and again as long as there is more."""
-    if turn():
-        loop.hook(lambda: _call(loop, turn, priority), priority)
+    more = True
+    try:
+        more = turn()
+    finally:
+        # Also behind a callback that raised, which the loop logs.
+        if more:
+            loop.hook(lambda: _call(loop, turn, priority), priority)
 
 
 class RemoteChannels:
@@ -51,8 +58,11 @@ class RemoteChannels:
         self._connector = connector
         self._numbers = itertools.count(1)
         self._channels: dict[int, Channel] = {}
-        self._early: dict[int, list[bytes]] = {}
+        self._early: dict[int, list[bytes | str]] = {}
+        """What came on channels before the answer that opens them: events, and why one is closed already."""
         self._owing: set[ChannelEnd] = set()
+        self._refused: set[ChannelEnd] = set()
+        """Ends whose last event found no room: they alone are told when there is some."""
         self._lock = threading.Lock()
         self._changes = 0
         self._changed = Waiters()
@@ -89,6 +99,12 @@ class RemoteChannels:
             flags = msg.ChannelFlags.CREATE if create else 0
             body = msg.ChannelOpen(priority, flags, size, number, name)
             self._connector.call(body, msg.ChannelOpenResponse, on_answer=answered)
+        except DriverError as error:
+            if error.errno == errno.ETIMEDOUT:
+                # Should it be opened after all, nobody here knows of it: let it be closed.
+                with contextlib.suppress(DriverError, OSError):
+                    self._connector.send(msg.ChannelClose(number))
+            raise
         finally:
             with self._lock:
                 self._early.pop(number, None)
@@ -96,7 +112,7 @@ class RemoteChannels:
 
     def _opened(self, number: int, name: str, answer: msg.ChannelOpenResponse) -> Channel:
         """Make this side's end, on the loop's thread: what comes next on the link may be for it. Violation."""
-        if answer.priority >= PRIORITIES or answer.window < EVENT_COST:
+        if answer.priority >= PRIORITIES or not EVENT_COST <= answer.window <= MAX_WINDOW:
             raise Violation("channel-answer", f"priority {answer.priority}, window {answer.window}")
         place = None
         if answer.memory_size:
@@ -116,8 +132,12 @@ class RemoteChannels:
         with self._lock:
             early = self._early.pop(number, [])
             self._channels[number] = channel
-        for data in early:
-            channel.arrived(data)
+        for said in early:
+            if isinstance(said, str):
+                self._channels.pop(number, None)
+                channel.ended(said)
+            else:
+                channel.arrived(said)
         return channel
 
     def list(self) -> Iterator[ChannelInfo]:
@@ -148,7 +168,10 @@ class RemoteChannels:
                 if channel is not None and channel.mirror is not None:
                     channel.mirror.write(offset, data)
             case msg.ChannelClosed(channel=number, text=text):
-                channel = self._channels.pop(number, None)
+                with self._lock:
+                    channel = self._channels.pop(number, None)
+                    if channel is None and number in self._early:
+                        self._early[number].append(text)
                 if channel is not None:
                     channel.ended(text)
             case msg.EventChannels():
@@ -178,19 +201,28 @@ class RemoteChannels:
         connector = self._connector
         if end.mirror is not None:
             if not connector.has_room():
+                with self._lock:
+                    self._refused.add(end)
                 return False
             piece = connector.max_message - MEMORY_HEAD
             for offset, changed in end.mirror.changes():
                 for at in range(0, len(changed), piece):
                     self._say(end, msg.ChannelMemory(end.number, offset + at, changed[at : at + piece]))
-        return self._say(end, msg.ChannelEvent(end.number, data))
+        if self._say(end, msg.ChannelEvent(end.number, data)):
+            return True
+        with self._lock:
+            self._refused.add(end)
+        return False
 
     def _say(self, end: ChannelEnd, body: msg.Body) -> bool:
         return self._connector.transmit_on_channel(end.priority, msg.encode(msg.Frame(body)))
 
     def carry_credit(self, end: ChannelEnd) -> None:
         """Tell what was consumed, or remember to."""
-        if not self._say(end, msg.ChannelCredit(end.number, end.take_credit())):
+        # One at a time: a credit that was overtaken by a later one would take it back.
+        with end.held():
+            told = self._say(end, msg.ChannelCredit(end.number, end.take_credit()))
+        if not told:
             with self._lock:
                 self._owing.add(end)
 
@@ -200,6 +232,7 @@ class RemoteChannels:
         self._channels.pop(end.number, None)
         with self._lock:
             self._owing.discard(end)
+            self._refused.discard(end)
         if connector.lost is not None:
             return
         closing = msg.ChannelClose(end.number)
@@ -214,11 +247,12 @@ class RemoteChannels:
         with self._lock:
             owing = [end for end in self._owing if priority is None or end.priority == priority]
             self._owing.difference_update(owing)
+            refused = [end for end in self._refused if priority is None or end.priority == priority]
+            self._refused.difference_update(refused)
         for end in owing:
             self.carry_credit(end)
-        for end in list(self._channels.values()):
-            if priority is None or end.priority == priority:
-                end.has_room()
+        for end in refused:
+            end.has_room()
 
     def end(self, reason: str) -> None:
         """The bus is gone."""
