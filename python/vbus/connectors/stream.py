@@ -344,9 +344,10 @@ class StreamPeer(MessagePeer):
         try:
             plain = tls.feed(data)
         except TlsError as error:
-            with contextlib.suppress(OSError):
-                # The alert that says why: there is nothing else that the writer could be writing.
-                self._sock.send(tls.wrap([]), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            if not self._admitted:
+                with contextlib.suppress(OSError):
+                    # The alert that says why: there is nothing else yet that the writer could be writing.
+                    self._sock.send(tls.wrap([]), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             self.part(f"tls: {error}")
             return b""
         if tls.ready and not self._admitted:

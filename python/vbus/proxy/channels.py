@@ -138,6 +138,9 @@ class RemoteChannels:
                 channel.ended(said)
             else:
                 channel.arrived(said)
+        if self._connector.lost is not None:
+            # It was lost while this was registered: nobody else will say so.
+            channel.ended(self._connector.lost.strerror)
         return channel
 
     def list(self) -> Iterator[ChannelInfo]:

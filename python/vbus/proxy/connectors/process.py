@@ -148,10 +148,12 @@ class ProcessConnector(GuestConnector):
 
     def transmit_on_channel(self, priority: int, message: bytes) -> bool:
         """Send through the ring of this priority."""
-        if self.link is None:
+        # Looked up once: another thread may be closing this side.
+        rings = self.__dict__.get("rings")
+        if rings is None:
             return False
         try:
-            return self.rings.send(priority, message)
+            return bool(rings.send(priority, message))
         except Violation as violation:
             self._broken(f"the bus broke the rings of channels: {violation}")
             return False

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -289,18 +290,25 @@ class StreamConnector(GuestConnector):
 
 
 def _shake_hands(sock: socket.socket, context: ssl.SSLContext, name: str) -> Tls:
-    """TLS on a connected socket, whose timeout holds for each of its steps. DriverError; the socket is closed then."""
+    """TLS on a connected socket, within its timeout. DriverError; the socket is closed then."""
     from vbus.tls import Tls
 
+    deadline = time.monotonic() + (sock.gettimeout() or 0.0)
     tls = Tls(context, server_side=False, server_name=name)
     try:
         tls.start()
         while not tls.ready:
+            # All of it together: who dribbles shall not hold this side for ever.
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
             sock.sendall(tls.wrap([]))
             data = sock.recv(READ_SIZE)
             if not data:
                 raise DriverError(errno.ECONNRESET, "tls: the bus closed the connection")
-            tls.feed(data)
+            if tls.feed(data):
+                raise DriverError(errno.EPROTO, "tls: the bus speaks before it was asked")
+    except DriverError:
+        sock.close()
+        raise
     except TlsError as error:
         with contextlib.suppress(OSError):
             sock.send(tls.wrap([]))
