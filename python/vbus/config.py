@@ -511,19 +511,25 @@ class _Reader:
     def _check_carrying(self, spec: BusSpec, tables: dict[str, Any]) -> None:
         """Every device that a connector names is there, and every device is carried by a connector."""
         names = list(tables["device"]) if isinstance(tables.get("device"), dict) else []
-        lists = {c.name: c.options.get("devices") for c in spec.connectors}
+        alone = {c.name for c in spec.connectors if "device" in c.options}
+        lists = {
+            c.name: [c.options["device"]] if c.name in alone else c.options.get("devices") for c in spec.connectors
+        }
         for connector, listed in lists.items():
             for name in listed or ():
                 if name not in names:
                     hint = did_you_mean(name, names)
-                    self.problem(f"connector.{connector}.devices", f"no device {name!r} in this file: {hint}")
+                    key = "device" if connector in alone else "devices"
+                    self.problem(f"connector.{connector}.{key}", f"no device {name!r} in this file: {hint}")
         # A connector that is wrong in itself might have carried what the others do not.
         if len(lists) < len(tables.get("connector", {})) or any(listed is None for listed in lists.values()):
             return
         for device in spec.devices:
             if not any(device.name in (listed or ()) for listed in lists.values()):
-                first = next(iter(lists))
+                first = next((name for name in lists if name not in alone), None)
                 self.problem(
                     f"device.{device.name}",
-                    f"no connector carries it: add {device.name!r} to connector.{first}.devices, or take that key out",
+                    f"no connector carries it: add {device.name!r} to connector.{first}.devices, or take that key out"
+                    if first is not None
+                    else f'no connector carries it: write [connector.NAME] with device = "{device.name}"',
                 )

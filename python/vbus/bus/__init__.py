@@ -12,7 +12,7 @@ from vbus.bus.limits import Account, reserve_all
 from vbus.bus.members import Credentials, Members, peer_credentials
 from vbus.bus.pool import Actor, Pool, shared_pool
 from vbus.bus.queue import Queue, Request
-from vbus.bus.slot import Attachment, InUseError, RefusedError, Slot
+from vbus.bus.slot import Attachment, InUseError, RefusedError, Ring, Slot
 
 __all__ = [
     "Account",
@@ -32,6 +32,7 @@ __all__ = [
     "Queue",
     "RefusedError",
     "Request",
+    "Ring",
     "Slot",
     "attribute",
     "attributes_of",

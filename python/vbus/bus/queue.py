@@ -36,6 +36,8 @@ class Queue:
         self.pull = pull
         self.max_size = size
         self.index = -1
+        self.paused = False
+        """Nothing more is taken off the ring for now; what was taken is handled."""
         self.core = _core.DeviceQueue(size)
         self._slot: Slot | None = None
         self._getters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
@@ -64,6 +66,8 @@ class Queue:
 
     def take_batch(self, limit: int) -> list[Request]:
         """Up to `limit` buffers, in ring order; none while a limit that an operator set is reached."""
+        if self.paused:
+            return []
         slot = self._slot
         gate = slot.gate if slot is not None and not slot.gate.is_open else None
         if gate is not None and slot is not None:

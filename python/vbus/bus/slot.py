@@ -14,6 +14,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -34,6 +35,10 @@ log = logging.getLogger("vbus.bus")
 RING_FEATURES = (features.VERSION_1, features.RING_INDIRECT_DESC, features.RING_EVENT_IDX)
 """Bits that the rings offer for every device (section 6)."""
 
+STOP_LOOK = 0.001
+"""Seconds between two looks at a queue that is to stop when nothing is in flight."""
+PULLED_SECONDS = 5.0
+"""How long a device may keep buffers of a pull queue that is to stop."""
 LOOK_AGAIN = 1.0
 """Seconds, at most, between two looks of a queue that waits for a limit."""
 HISTORY = 16
@@ -50,6 +55,20 @@ class InUseError(Error):
 
 class RefusedError(Error):
     """The driver asked for something that this device's state or shape does not allow."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Where a queue's ring is, in driver addresses, and how many entries it has.
+
+    `resume`: the entry of the available ring to go on with, for a ring that was in use before.
+    """
+
+    size: int = 0
+    desc: int = 0
+    driver: int = 0
+    device: int = 0
+    resume: int | None = None
 
 
 class Attachment(ABC):
@@ -70,6 +89,13 @@ class Attachment(ABC):
     @abstractmethod
     def config_changed(self, slot: Slot) -> None:
         """Announce that config space or status changed (section 2.5, 2.1.2). Never blocks."""
+
+    def queue_failed(self, slot: Slot, queue: Queue) -> None:  # noqa: B027 - most environments have no word for it
+        """A queue stopped because of a violation, or a failure of the device. From any thread."""
+
+    def refuses(self, slot: Slot, field: str) -> str | None:
+        """Why a change of this field of config space could not reach the driver; None when it can."""
+        return None
 
     @abstractmethod
     def slot_reset(self, slot: Slot) -> None:
@@ -116,7 +142,9 @@ class Slot:
         self.violations: Counter[str] = Counter()
         self.reasons: deque[tuple[float, str]] = deque(maxlen=HISTORY)
         self._told: set[str] = set()
-        self._places: dict[int, tuple[int, int, int, int]] = {}
+        self._rings: dict[int, Ring] = {}
+        self.kicks = [0] * len(self.queues)
+        """How often each queue's own doorbell was rung."""
         self._lock = threading.RLock()
         self.gate = Gate(Account(name, DEVICE_LIMITS))
         self._held: set[Queue] = set()
@@ -144,8 +172,8 @@ class Slot:
         def turn() -> bool:
             bell = self._bells.get(queue.index)
             if bell is not None:
-                bell.drain()
-            return queue.core.running and self.runner.turn(queue, finish=self.draining)
+                self.kicks[queue.index] += bell.drain()
+            return queue.core.running and self.runner.turn(queue, finish=self.draining or queue.paused)
 
         return turn
 
@@ -254,22 +282,43 @@ class Slot:
         return self.device.config.size
 
     def write_config(
-        self, attachment: Attachment, generation: int, offset: int, data: bytes, reply: Callable[[bool], None]
+        self, attachment: Attachment, generation: int | None, offset: int, data: bytes, reply: Callable[[bool], None]
     ) -> None:
-        """Write config space in a turn of the device, which then hears of it; `reply` tells whether it was taken."""
+        """Write config space in a turn of the device, which then hears of it; `reply` tells whether it was taken.
+
+        Without a generation: from an environment that writes config space whole, and before its driver is known. What
+        of it may be written is.
+        """
         with self._lock:
-            self._check_owner(attachment)
+            if generation is not None or self.owner is not None:
+                self._check_owner(attachment)
 
         def write() -> None:
             device = self.device
+            fields: set[str] = set()
             with device._lock:
-                taken = generation == self.config_generation and self._may_write(offset, len(data))
-                fields = device.config.write(offset, data) if taken else frozenset()
+                if generation is None:
+                    parts = self._writable_parts(offset, data)
+                else:
+                    taken = generation == self.config_generation and self._may_write(offset, len(data))
+                    parts = [(offset, data)] if taken else []
+                for at, part in parts:
+                    fields |= device.config.write(at, part)
             if fields:
                 self.runner.hook(device.config_written, frozenset(fields))
-            reply(taken)
+            reply(bool(parts))
 
         self.actor.post(write)
+
+    def _writable_parts(self, offset: int, data: bytes) -> list[tuple[int, bytes]]:
+        config = self.device.config
+        parts = []
+        for field in self.device.config_writable:
+            start = config.offset_of(field) - offset
+            end = start + config.size_of(field)
+            if start >= 0 and end <= len(data):
+                parts.append((start + offset, data[start:end]))
+        return parts
 
     def _may_write(self, offset: int, length: int) -> bool:
         config = self.device.config
@@ -344,26 +393,111 @@ class Slot:
         if owner is None:
             return
         # Copies: the driver may set queues up, too late, at this very moment.
-        places = dict(self._places)
-        for index, (size, desc, driver, device) in places.items():
-            queue = self.queues[index]
-            try:
-                queue.core.start(
-                    owner.memory,
-                    size,
-                    desc,
-                    driver,
-                    device,
-                    event_idx=bool(self.negotiated >> features.RING_EVENT_IDX & 1),
-                    indirect=bool(self.negotiated >> features.RING_INDIRECT_DESC & 1),
-                    signal=owner.signal(self, queue),
-                )
-            except Violation as violation:
-                self.violated(violation, queue)
+        rings = dict(self._rings)
+        for index, ring in rings.items():
+            self._start_ring(owner, self.queues[index], ring)
         self.runner.hook(self.device.ready)
         # A driver may have kicked before DRIVER_OK took effect; that kick must not be lost.
-        for index in places:
+        for index in rings:
             self.mark(self.queues[index])
+
+    def _start_ring(self, owner: Attachment, queue: Queue, ring: Ring) -> None:
+        try:
+            queue.core.start(
+                owner.memory,
+                ring.size,
+                ring.desc,
+                ring.driver,
+                ring.device,
+                event_idx=bool(self.negotiated >> features.RING_EVENT_IDX & 1),
+                indirect=bool(self.negotiated >> features.RING_INDIRECT_DESC & 1),
+                signal=owner.signal(self, queue),
+                resume=ring.resume,
+            )
+        except Violation as violation:
+            self.violated(violation, queue)
+
+    # Rings that come and go one at a time, while the device has a driver.
+
+    def launch(
+        self, attachment: Attachment, bits: int, rings: Mapping[int, Ring], done: Callable[[Error | None], None]
+    ) -> None:
+        """Make this the driver of the device at once, with features that were agreed on elsewhere, and these rings.
+
+        For environments that have no device status. `done` gets None or what is wrong: InUseError, RefusedError,
+        Violation.
+        """
+
+        def launch() -> None:
+            # A driver that went before this one was reset in a turn before.
+            try:
+                self._claim(attachment, bits)
+            except Error as error:
+                done(error)
+                return
+            self._rings.update(rings)
+            self._raise_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
+            done(None)
+
+        self.actor.post(launch)
+
+    def _claim(self, attachment: Attachment, bits: int) -> None:
+        with self._lock:
+            if self.owner is not None and self.owner is not attachment:
+                raise InUseError(f"{self.name} is in use by {self.owner.label}")
+            if not self.present:
+                raise RefusedError(f"{self.name} is being removed")
+            if bits & ~self.exposed or not bits >> features.VERSION_1 & 1:
+                raise Violation("features-not-offered", f"{bits:#x} of {self.exposed:#x}; VERSION_1 must be among them")
+            self.owner = attachment
+            self.gate.members = attachment.accounts
+            self.negotiated = bits
+
+    def start_queue(self, attachment: Attachment, index: int, ring: Ring, done: Callable[[], None]) -> None:
+        """Start one queue of a device that has its driver, and look at it once: a kick from before is not lost."""
+        queue = self.queue_at(index)
+
+        def start() -> None:
+            if self.owner is attachment and self.status & Status.DRIVER_OK and not queue.core.running:
+                self._start_ring(attachment, queue, ring)
+                self.mark(queue)
+            done()
+
+        self.actor.post(start)
+
+    def pause_queue(self, queue: Queue, paused: bool) -> None:
+        """Take nothing more off the ring, or go on and look at it. What was taken is handled."""
+        queue.paused = paused
+        self.mark(queue)
+
+    def stop_queue(self, index: int, done: Callable[[int | None], None]) -> None:
+        """Stop one queue; `done` gets the next entry of its available ring as soon as nothing is in flight any more.
+
+        None when it did not run. Buffers that a device keeps of a pull queue for longer than five seconds are given
+        back to the ring: they come again when it is started there.
+        """
+        queue = self.queue_at(index)
+        queue.paused = True
+        deadline = time.monotonic() + PULLED_SECONDS
+
+        def look() -> bool:
+            held = queue.core.in_flight
+            kept = queue.pull and time.monotonic() > deadline
+            if held and queue.core.running and not kept:
+                self.mark(queue)
+                self.actor.mark_later(key, STOP_LOOK)
+                return False
+            self.actor.drop_key(key)
+            end = queue.core.next
+            if end is not None and kept:
+                end = (end - held) & 0xFFFF
+            queue.core.stop()
+            queue.paused = False
+            done(end)
+            return False
+
+        key = self.actor.key(look, 0)
+        self.actor.mark(key)
 
     def reset(self, timeout: float) -> None:
         """Reset from this side. TimeoutError when the device is stuck for `timeout` seconds."""
@@ -379,7 +513,7 @@ class Slot:
             was = self.status
             self.status = Status(0)
             self.negotiated = 0
-            self._places.clear()
+            self._rings.clear()
             self._told.clear()
             self.generation = (self.generation + 1) & 0xFFFF_FFFF
         if owner is not None:
@@ -406,6 +540,7 @@ class Slot:
     def _stop_queues(self) -> None:
         for queue in self.queues:
             queue.core.stop()
+            queue.paused = False
             self.detach_doorbell(queue)
 
     def detach(self, attachment: Attachment) -> None:
@@ -425,10 +560,10 @@ class Slot:
             raise RefusedError(f"{self.name} has {len(self.queues)} queues, none is {index}")
         return self.queues[index]
 
-    def queue_place(self, index: int) -> tuple[int, int, int, int]:
-        """(size, desc, driver, device) as the driver set them; zeros before."""
+    def ring_of(self, index: int) -> Ring:
+        """The ring as the driver set it; zeros before."""
         self.queue_at(index)
-        return self._places.get(index, (0, 0, 0, 0))
+        return self._rings.get(index, Ring())
 
     def set_queue(self, attachment: Attachment, index: int, size: int, desc: int, driver: int, device: int) -> None:
         """Where a ring is, in driver addresses; checked when DRIVER_OK starts it."""
@@ -439,7 +574,7 @@ class Slot:
                 raise RefusedError(f"{self.name}: queue {index} cannot be set up after DRIVER_OK")
             if size > queue.max_size:
                 raise RefusedError(f"{self.name}: queue {index} takes up to {queue.max_size}, not {size}")
-            self._places[index] = (size, desc, driver, device)
+            self._rings[index] = Ring(size, desc, driver, device)
 
     # When something breaks (section 2.1.2).
 
@@ -470,6 +605,8 @@ class Slot:
             log.warning("%s/%s: %s (%s)", self.bus.name, self.name, reason, owner.label if owner else "no driver")
         if tell and owner is not None:
             owner.config_changed(self)
+        if queue is not None and owner is not None:
+            owner.queue_failed(self, queue)
         # What was under way on the queue has ended with it.
         self.completed()
 

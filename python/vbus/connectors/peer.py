@@ -252,8 +252,8 @@ class MessagePeer(Attachment):
                     slot.set_status(self, status, lambda value: answer(msg.SetDeviceStatusResponse(value)))
             case msg.GetVqueue(index=index):
                 queue = slot.queue_at(index)
-                size, desc, driver, device = slot.queue_place(index)
-                answer(msg.GetVqueueResponse(index, queue.max_size, size, desc, driver, device))
+                ring = slot.ring_of(index)
+                answer(msg.GetVqueueResponse(index, queue.max_size, ring.size, ring.desc, ring.driver, ring.device))
             case msg.SetVqueue(index=index, size=size, desc=desc, driver=driver, device=device):
                 self.set_queue(slot, index, size, desc, driver, device)
                 answer(msg.SetVqueueResponse())

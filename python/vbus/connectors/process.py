@@ -18,6 +18,7 @@ from vbus import _core, msg, rundir
 from vbus.bus import Account, Bus, Queue, Slot, reserve_all
 from vbus.bus.slot import SignalCounters
 from vbus.channel import Mirror
+from vbus.connectors.eventfd import is_eventfd
 from vbus.connectors.peer import MAX_DRIVER_MEMORY, MessagePeer
 from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError, Violation
@@ -292,7 +293,7 @@ class ProcessPeer(MessagePeer):
         fds = [self._claim_descriptor(kick)]
         try:
             fds.append(self._claim_descriptor(call))
-            if not all(_is_eventfd(fd) for fd in fds):
+            if not all(is_eventfd(fd) for fd in fds):
                 raise Violation("doorbell-kind", "a doorbell that is no eventfd")
             bells = _core.Doorbell(fds[0]), _core.Doorbell(fds[1])
         finally:
@@ -344,11 +345,3 @@ class ProcessPeer(MessagePeer):
         self._mapped.clear()
         self._bells.clear()
         self._signals.clear()
-
-
-def _is_eventfd(fd: int) -> bool:
-    """Whether a descriptor that the other side sent is an eventfd: only those can be rung without being stuck."""
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
-    except OSError:
-        return False

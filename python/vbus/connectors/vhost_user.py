@@ -1,0 +1,830 @@
+"""The `vhost-user` connector: one device for one front-end (QEMU, crosvm, DPDK), whose guest it serves.
+
+Link: vhost-user's own messages on a Unix socket, where vbus listens, or to which it connects again and again. Memory:
+the guest's, mapped from the descriptors that the front-end sends. Signal: direct, an eventfd a queue and direction; or
+in-band, messages on the same sockets.
+
+A front-end says where each ring is in its *own* addresses; they are translated to the guest's once, here, and the rest
+of vbus knows only those. A queue runs from the moment that its place and its kick are known. It takes requests while it
+is enabled: a kick that came before is not lost, because a queue is looked at whenever either changes. The device begins
+with the first queue that is started and enabled: some front-ends never say DRIVER_OK although they speak of status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vbus import _core, rundir
+from vbus.bus import (
+    Account,
+    Actor,
+    Attachment,
+    Bus,
+    Connector,
+    Device,
+    Queue,
+    RefusedError,
+    Ring,
+    Slot,
+    peer_credentials,
+)
+from vbus.bus.slot import SignalCounters
+from vbus.connectors.eventfd import is_eventfd
+from vbus.connectors.listening import unix_listener
+from vbus.connectors.vhost_user_classes import owns
+from vbus.errors import Error, UsageError, Violation
+from vbus.vhost_user import codec, wire
+from vbus.vhost_user import messages as m
+from vbus.vhost_user.messages import BackendRequest, ProtocolFeature, Request
+from vbus.virtio import Status
+
+log = logging.getLogger("vbus.connector")
+
+MAX_MEMORY_SLOTS = 509
+"""Regions of a guest's memory, as kernels and other back-ends have."""
+MAX_GUEST_MEMORY = 1 << 46
+"""Bytes of a guest's memory that may be mapped: address space, no memory of ours."""
+RECONNECT_SECONDS = 0.5
+HISTORY = 16
+
+PROTOCOL = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.BACKEND_SEND_FD
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.INBAND_NOTIFICATIONS
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+"""What every class is offered with."""
+
+
+class VhostUser(Connector):
+    """Lets a front-end of vhost-user (a hypervisor) drive one device.
+
+    `device` is its name, or a device that is plugged already. `socket` is where the front-end attaches, by default a
+    path that is printed; with `connect`, the front-end listens there and vbus comes, and comes again. UsageError.
+    """
+
+    type_name: ClassVar[str] = "vhost-user"
+
+    def __init__(self, device: str | Device, socket: Path | str | None = None, *, connect: bool = False) -> None:
+        name = device.name if isinstance(device, Device) else device
+        super().__init__(devices=[name])
+        if connect and socket is None:
+            raise UsageError("connect: needs the path of a socket at which the front-end listens")
+        self.device_name = name
+        self.socket = Path(socket) if socket is not None else None
+        self.connect = connect
+        self.front_end: FrontEnd | None = None
+        self._listener: Any = None
+        self._actor: Actor | None = None
+        self._departed: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+        self._lock = threading.Lock()
+        self._connect_key = 0
+        self._told = ""
+
+    @property
+    def address(self) -> str:
+        """`vhost-user:PATH`."""
+        return f"vhost-user:{self.socket}"
+
+    def bind(self, bus: Bus, name: str) -> None:
+        """Bind the socket and listen, unless it is the front-end that listens."""
+        if self.socket is None:
+            self.socket = rundir.socket_path(bus.name, name)
+        if not self.connect:
+            self._listener = unix_listener(self.socket, socket.SOCK_STREAM)
+            self._listener.listen(1)
+            self._listener.setblocking(False)
+        self.bus, self.name = bus, name
+
+    def start(self) -> None:
+        """Accept the front-end, or go to it."""
+        assert self.bus is not None
+        if self._actor is not None:
+            return
+        self._actor = Actor(self.bus.pool, f"connector {self.name}")
+        if self._listener is not None:
+            self._actor.watch(self._listener.fileno(), self._accept)
+        else:
+            self._connect_key = self._actor.key(self._connect, 0)
+            self._actor.mark(self._connect_key)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            log.error("%s: cannot accept: %s", self.name, error.strerror)
+            time.sleep(0.05)
+            return
+        self._greet(sock)
+
+    def _connect(self) -> bool:
+        """Go to a front-end that listens; when it does not yet, or has gone, try again soon."""
+        assert self._actor is not None
+        if self.front_end is None:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                sock.connect(str(self.socket))
+            except OSError as error:
+                sock.close()
+                if self._told != (text := f"{self.socket}: {error.strerror}"):
+                    self._told = text
+                    log.info("%s: nobody listens yet: %s", self.name, text)
+            else:
+                self._told = ""
+                self._greet(sock)
+        if self.front_end is None:
+            self._actor.mark_later(self._connect_key, RECONNECT_SECONDS)
+        return False
+
+    def _greet(self, sock: socket.socket) -> None:
+        assert self.bus is not None
+        who = peer_credentials(sock)
+        label = f"{self.name}: {who if who is not None else 'unknown'}"
+        slot = next((slot for slot in self.bus.slots() if slot.name == self.device_name), None)
+        reason = None
+        if who is None or not self.bus.members.admits(who):
+            reason = "is not a member of this bus"
+        elif slot is None:
+            reason = f"there is no device {self.device_name} now"
+        elif self.front_end is not None:
+            reason = f"{self.device_name} has a front-end already, {self.front_end.label}"
+        if reason is not None or slot is None:
+            sock.close()
+            self._note(label, reason or "")
+            return
+        self.front_end = FrontEnd(self, slot, sock, label, self.bus.accounts_of(who))
+
+    def _note(self, label: str, reason: str) -> None:
+        assert self.bus is not None
+        log.info("%s/%s: %s", self.bus.name, label, reason)
+        self._departed.append({"peer": label, "reason": reason, "time": time.time()})
+
+    def parted(self, front_end: FrontEnd, reason: str) -> None:
+        """Keep why a front-end went, and make room for the next."""
+        self._note(front_end.label, reason)
+        with self._lock:
+            if self.front_end is front_end:
+                self.front_end = None
+        if self.connect and self._actor is not None and not self._actor.closed:
+            self._actor.mark_later(self._connect_key, RECONNECT_SECONDS)
+
+    def plugged(self, slot: Slot) -> None:
+        """Its device arrived: a front-end may come now."""
+
+    def unplugged(self, slot: Slot) -> None:
+        """Its device is gone."""
+        front_end = self.front_end
+        if front_end is not None and front_end.slot is slot:
+            front_end.part("the device was unplugged")
+
+    def channels_changed(self) -> None:
+        """No channel reaches a front-end."""
+
+    def stop(self) -> None:
+        """Part from the front-end and give the socket back."""
+        if self._actor is not None:
+            self._actor.close()
+            self._actor = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            with contextlib.suppress(OSError):
+                assert self.socket is not None
+                self.socket.unlink()
+        front_end = self.front_end
+        if front_end is not None:
+            front_end.part("the bus stopped")
+            deadline = time.monotonic() + 2
+            while not front_end.actor.closed and time.monotonic() < deadline:
+                time.sleep(0.002)
+
+    def describe(self) -> dict[str, Any]:
+        """The connector's row in a listing."""
+        front_end = self.front_end
+        return super().describe() | {
+            "peers": [] if front_end is None else [front_end.describe()],
+            "departed": list(self._departed),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A region that is mapped here."""
+
+    region: m.Region
+    file: tuple[int, int]
+    """Device and inode."""
+    mapping: _core.Mapping
+    before: int
+    """Bytes of the mapping before the region, whose offset need not be a multiple of the page."""
+
+    @classmethod
+    def map(cls, region: m.Region, fd: int) -> _Place:
+        """Map a region of a descriptor, which the caller closes. Violation: region-wraps, region-not-mappable."""
+        if max(region.user, region.guest, region.offset) + region.size > 1 << 64:
+            raise Violation("region-wraps", f"{region}")
+        before = region.offset % _PAGE
+        try:
+            mapping = _core.Mapping(fd, region.size + before, region.offset - before)
+        except (OSError, ValueError, OverflowError) as error:
+            raise Violation("region-not-mappable", str(error)) from None
+        return cls(region, _identity(fd), mapping, before)
+
+
+class Vring:
+    """What a front-end said of one queue."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.size = 0
+        self.base: int | None = None
+        self.addr: m.VringAddr | None = None
+        self.kick: _core.Doorbell | None = None
+        self.kicked_in_band = False
+        self.enabled = False
+        self.started = False
+        # The descriptor behind it is replaced when the front-end names another, while the ring goes on.
+        self.call = _core.Doorbell(_nobody_listens())
+        self.signal = _core.Signal.direct(self.call)
+        self.err: _core.Doorbell | None = None
+
+
+class FrontEnd(Attachment):
+    """One front-end: an actor whose messages are handled one after the other, each to its end."""
+
+    def __init__(self, host: VhostUser, slot: Slot, sock: socket.socket, label: str, accounts: list[Account]) -> None:
+        self.host = host
+        self.slot = slot
+        self.label = label
+        self.connector_name = host.name
+        self.accounts = accounts
+        self.memory = _core.Memory(max_regions=MAX_MEMORY_SLOTS, max_bytes=MAX_GUEST_MEMORY)
+        self.since = time.time()
+        self.actor = Actor(slot.bus.pool, f"front-end {label}")
+        self.class_ = owns(int(slot.device.device_id))
+        self.vrings = [Vring(queue) for queue in slot.queues]
+        self.features: int | None = None
+        self.protocol = ProtocolFeature(0)
+        self.status = Status(0)
+        self.launched = False
+        self.is_parted = False
+        self._places: list[_Place] = []
+        self._sock = sock
+        self._backend: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._waiting = False
+        self._dirty = False
+        sock.setblocking(False)
+        self._reader = wire.Reader(sock)
+        self.actor.watch(sock.fileno(), self._readable)
+
+    # Messages.
+
+    def _readable(self) -> None:
+        """Handle messages until one has to wait for its effect, or there are no more."""
+        while not self.is_parted and not self._waiting:
+            try:
+                got = self._reader.read()
+            except BlockingIOError:
+                return
+            except Violation as violation:
+                self.part(str(violation))
+                return
+            except OSError as error:
+                self.part(f"the socket broke: {error.strerror}")
+                return
+            if got is None:
+                self.part("it closed the connection")
+                return
+            self._handle(*got)
+
+    def _handle(self, data: bytes, fds: list[int]) -> None:
+        left = _Descriptors(fds)
+        try:
+            message = codec.decode(data)
+            if isinstance(message, codec.Malformed):
+                raise Violation(message.name, message.detail)
+            assert isinstance(message.request, Request)
+            if message.reply:
+                raise Violation("answer-unasked", message.request.name)
+            log.debug("%s: %s", self.label, message)
+            row = m.TABLE[message.request]
+            if not row.least_fds <= len(fds) <= row.most_fds:
+                raise Violation(
+                    "descriptor-count",
+                    f"{message.request.name} with {len(fds)}; {row.least_fds} to {row.most_fds} belong to it",
+                )
+            self._dispatch(message, left)
+        except RefusedError as error:
+            self.part(f"refused: {error}")
+        except Violation as violation:
+            self.part(str(violation))
+        except Exception:
+            log.exception("%s: a message could not be handled", self.label)
+            self.part("a defect of this bus: its log has the traceback")
+        finally:
+            left.close()
+
+    def _dispatch(self, message: codec.Message, fds: _Descriptors) -> None:
+        request, payload = message.request, message.payload
+        assert isinstance(request, Request)
+        needed = NEEDS.get(request)
+        if needed is not None and not needed & self.protocol:
+            raise Violation("not-negotiated", f"{request.name} without {needed.name}")
+        acknowledge = message.need_reply and bool(self.protocol & ProtocolFeature.REPLY_ACK)
+
+        def done() -> None:
+            if acknowledge:
+                self.answer(request, m.U64(0))
+
+        match request, payload:
+            case Request.GET_FEATURES, _:
+                self.answer(request, m.U64(self.offered))
+            case Request.SET_FEATURES, m.U64(value=bits):
+                self._set_features(bits, done)
+            case Request.GET_PROTOCOL_FEATURES, _:
+                self.answer(request, m.U64(int(self.offered_protocol)))
+            case Request.SET_PROTOCOL_FEATURES, m.U64(value=bits):
+                if bits & ~int(self.offered_protocol):
+                    raise Violation("protocol-features", f"{bits:#x} of {int(self.offered_protocol):#x}")
+                self.protocol = ProtocolFeature(bits)
+                done()
+            case Request.GET_QUEUE_NUM, _:
+                self.answer(request, m.U64((len(self.vrings) - self.class_.queues_own) // self.class_.queues_each))
+            case Request.GET_MAX_MEM_SLOTS, _:
+                self.answer(request, m.U64(MAX_MEMORY_SLOTS))
+            case Request.SET_OWNER, _:
+                done()
+            case ((Request.RESET_OWNER | Request.RESET_DEVICE), _):
+                self._reset(done)
+            case Request.SET_MEM_TABLE, m.MemTable(regions=regions):
+                self._set_memory(list(regions), fds, done)
+            case Request.ADD_MEM_REG, m.MemRegion() as region:
+                added = m.Region(region.guest, region.size, region.user, region.offset)
+                self._add(_Place.map(added, fds.fds[0]))
+                done()
+            case Request.REM_MEM_REG, m.MemRegion() as region:
+                self._remove_region(region)
+                done()
+            case Request.SET_BACKEND_REQ_FD, _:
+                self._set_backend(fds.take())
+                done()
+            case Request.GET_CONFIG, m.Config(offset=offset, flags=flags, data=data):
+                _, found = self.slot.read_config(offset, len(data))
+                # Front-ends ask for the whole layout of their time; what this device has not is zero.
+                self.answer(request, m.Config(offset, flags, found.ljust(len(data), b"\0")))
+            case Request.SET_CONFIG, m.Config(offset=offset, data=data):
+                self._set_config(offset, data, done)
+            case Request.SET_STATUS, m.U64(value=value):
+                self._set_status(value, done)
+            case Request.GET_STATUS, _:
+                needs = self.slot.status & Status.DEVICE_NEEDS_RESET if self.slot.owner is self else 0
+                self.answer(request, m.U64(int(self.status) | int(needs)))
+            case ((Request.SEND_RARP | Request.NET_SET_MTU), _):
+                done()
+            case _:
+                self._about_queue(message, fds, done)
+
+    def _about_queue(self, message: codec.Message, fds: _Descriptors, done: Callable[[], None]) -> None:
+        request = message.request
+        match request, message.payload:
+            case Request.SET_VRING_NUM, m.VringState(index=index, num=num):
+                vring = self._vring(index)
+                if not 0 < num <= vring.queue.max_size or num & (num - 1):
+                    raise Violation("queue-size", f"queue {index}: {num}; powers of two to {vring.queue.max_size}")
+                vring.size = num
+            case Request.SET_VRING_ADDR, m.VringAddr(index=index) as addr:
+                self._vring(index).addr = addr
+            case Request.SET_VRING_BASE, m.VringState(index=index, num=num):
+                if num > 0xFFFF:
+                    raise Violation("vring-base", f"queue {index}: {num:#x}")
+                self._vring(index).base = num
+            case Request.GET_VRING_BASE, m.VringState(index=index):
+                self._stop(index)
+                return
+            case Request.SET_VRING_KICK, m.U64(value=value):
+                vring = self._vring(value & m.INDEX)
+                vring.kick = self._bell(value, fds)
+                vring.kicked_in_band = vring.kick is None
+                if vring.kick is not None:
+                    self.slot.attach_doorbell(vring.queue, vring.kick)
+                if vring.kick is not None or not self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
+                    self._start(vring, done)
+                    return
+            case Request.SET_VRING_CALL, m.U64(value=value):
+                vring = self._vring(value & m.INDEX)
+                self._set_call(vring, value, fds)
+            case Request.SET_VRING_ERR, m.U64(value=value):
+                self._vring(value & m.INDEX).err = self._bell(value, fds)
+            case Request.SET_VRING_ENABLE, m.VringState(index=index, num=num):
+                if num > 1:
+                    raise Violation("vring-enable", f"queue {index}: {num}")
+                vring = self._vring(index)
+                vring.enabled = bool(num)
+                self.slot.pause_queue(vring.queue, not vring.enabled)
+                if vring.enabled and vring.started and not self.launched:
+                    self._launch(done)
+                    return
+            case Request.VRING_KICK, m.VringState(index=index):
+                vring = self._vring(index)
+                if not vring.started:
+                    self._start(vring, done)
+                    return
+                self.slot.mark(vring.queue)
+            case _:
+                raise Violation("not-offered", f"{request.name}")
+        done()
+
+    def _vring(self, index: int) -> Vring:
+        if index >= len(self.vrings):
+            raise Violation("queue-index", f"{index}; {self.slot.name} has {len(self.vrings)} queues")
+        return self.vrings[index]
+
+    def answer(self, request: Request, payload: m.Payload, fds: list[int] | None = None) -> None:
+        """Send an answer. A front-end that does not read its answers is parted from."""
+        if self.is_parted:
+            return
+        try:
+            wire.send(self._sock, codec.encode(request, payload, reply=True), fds)
+        except OSError as error:
+            self.part(f"its answers cannot be sent: {error.strerror}")
+
+    def _wait(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
+        """Read no more until the callback that this makes is called, from any thread: its effect comes first."""
+        self._waiting = True
+        self.actor.unwatch(self._sock.fileno())
+
+        def then(callback: Callable[[], None]) -> Callable[[], None]:
+            def resume() -> None:
+                if self.is_parted:
+                    return
+                callback()
+                self._waiting = False
+                if not self.is_parted:
+                    self.actor.watch(self._sock.fileno(), self._readable)
+
+            return lambda: self.actor.post(resume)
+
+        return then
+
+    # Features and status.
+
+    @property
+    def offered(self) -> int:
+        """The feature bits, with the one that says that there are protocol features."""
+        return self.slot.exposed | 1 << m.PROTOCOL_FEATURES
+
+    @property
+    def offered_protocol(self) -> ProtocolFeature:
+        """The protocol features of this class of device."""
+        return PROTOCOL | (ProtocolFeature.CONFIG if self.class_.config else ProtocolFeature(0))
+
+    def _set_features(self, bits: int, done: Callable[[], None]) -> None:
+        if bits & ~self.offered:
+            raise Violation("features-not-offered", f"{bits:#x} of {self.offered:#x}")
+        wanted = bits & ~(1 << m.PROTOCOL_FEATURES)
+        self.features = bits
+        if self.launched and wanted != self.slot.negotiated:
+            # A driver that begins anew, without a word of its end.
+            self._reset(done, features=bits)
+        else:
+            done()
+
+    def _set_status(self, value: int, done: Callable[[], None]) -> None:
+        if value == 0:
+            self._reset(done, features=self.features)
+            return
+        self.status = Status(value & 0xFF)
+        if self.status & Status.DRIVER_OK and not self.launched:
+            self._launch(done)
+        else:
+            done()
+
+    def _launch(self, done: Callable[[], None]) -> None:
+        """The driver is there: start its device, with every ring that is known."""
+        rings = {vring.queue.index: self._ring(vring) for vring in self.vrings if vring.started}
+        bits = (self.features or 0) & ~(1 << m.PROTOCOL_FEATURES)
+        then = self._wait()
+        self.launched = True
+        wrong: list[Error] = []
+
+        def launched() -> None:
+            if wrong:
+                self.part(str(wrong[0]))
+            done()
+
+        resumed = then(launched)
+
+        def answered(error: Error | None) -> None:
+            if error is not None:
+                wrong.append(error)
+            resumed()
+
+        self.slot.launch(self, bits, rings, answered)
+
+    def _reset(self, done: Callable[[], None], features: int | None = None) -> None:
+        """The driver is gone: its device is reset, and every ring forgotten."""
+        then = self._wait()
+
+        def forgotten() -> None:
+            self.launched = False
+            self.status = Status(0)
+            self.features = features
+            for vring in self.vrings:
+                vring.started = vring.enabled = False
+                vring.addr = vring.base = None
+            done()
+
+        resumed = then(forgotten)
+        if self.slot.owner is self:
+            self.slot.set_status(self, 0, lambda _: resumed())
+        else:
+            resumed()
+
+    # Config space.
+
+    def _set_config(self, offset: int, data: bytes, done: Callable[[], None]) -> None:
+        resumed = self._wait()(done)
+
+        def written(taken: bool) -> None:
+            if not taken:
+                log.debug("%s: %d bytes of config space at %d were refused", self.label, len(data), offset)
+            resumed()
+
+        self.slot.write_config(self, None, offset, data, written)
+
+    # Memory.
+
+    def _set_memory(self, regions: list[m.Region], fds: _Descriptors, done: Callable[[], None]) -> None:
+        if len(regions) != len(fds.fds):
+            raise Violation("descriptor-count", f"{len(regions)} regions and {len(fds.fds)} descriptors")
+        known = {(place.region, place.file): place for place in self._places}
+        # What is there already stays: rings and requests may be using it.
+        files = [_identity(fd) for fd in fds.fds]
+        places = [
+            known.get((region, file)) or _Place.map(region, fd)
+            for region, file, fd in zip(regions, files, fds.fds, strict=True)
+        ]
+        resumed = self._wait()(done)
+
+        def change() -> None:
+            # In a turn of the device: none of its queues looks for memory now.
+            try:
+                for old in [place for place in self._places if place not in places]:
+                    self._remove(old)
+                for new in [place for place in places if place not in self._places]:
+                    self._add(new)
+            except Violation as violation:
+                self.part(str(violation))
+            resumed()
+
+        self.slot.actor.post(change)
+
+    def _add(self, place: _Place) -> None:
+        region = place.region
+        for other in (known.region for known in self._places):
+            if region.user < other.user + other.size and other.user < region.user + region.size:
+                raise Violation("region-overlaps", f"{region.user:#x} + {region.size:#x} in the front-end's addresses")
+        self.memory.add(region.guest, place.mapping, place.before, region.size)
+        self._places.append(place)
+
+    def _remove(self, place: _Place) -> None:
+        self.memory.remove(place.region.guest)
+        self._places.remove(place)
+
+    def _remove_region(self, wanted: m.MemRegion) -> None:
+        for place in self._places:
+            region = place.region
+            if (region.guest, region.size, region.user) == (wanted.guest, wanted.size, wanted.user):
+                self._remove(place)
+                return
+        raise Violation("region-unknown", f"{wanted.guest:#x} + {wanted.size:#x}")
+
+    def _guest_address(self, what: str, user: int) -> int:
+        for region in (place.region for place in self._places):
+            if region.user <= user < region.user + region.size:
+                return user - region.user + region.guest
+        raise Violation("ring-outside-memory", f"{what} at {user:#x}")
+
+    # Queues.
+
+    def _bell(self, value: int, fds: _Descriptors) -> _core.Doorbell | None:
+        if value & m.NO_FD:
+            return None
+        fd = fds.take()
+        try:
+            if not is_eventfd(fd):
+                raise Violation("doorbell-kind", "a doorbell that is no eventfd")
+            return _core.Doorbell(fd)
+        finally:
+            os.close(fd)
+
+    def _set_call(self, vring: Vring, value: int, fds: _Descriptors) -> None:
+        fd = _nobody_listens() if value & m.NO_FD else fds.take()
+        try:
+            if not is_eventfd(fd):
+                raise Violation("doorbell-kind", "a doorbell that is no eventfd")
+            os.dup2(fd, vring.call.fileno(), inheritable=False)
+        finally:
+            os.close(fd)
+
+    def _is_enabled(self, vring: Vring) -> bool:
+        """Without protocol features there is no word for it: every queue is."""
+        return vring.enabled or not (self.features or 0) >> m.PROTOCOL_FEATURES & 1
+
+    def _start(self, vring: Vring, done: Callable[[], None]) -> None:
+        """The queue has its kick: it runs from now on, or as soon as its device does."""
+        if vring.addr is None or vring.size == 0:
+            raise Violation("ring-not-set-up", f"queue {vring.queue.index} is kicked without an address or a size")
+        if vring.started:
+            done()
+            return
+        vring.started = True
+        if self.launched:
+            ring = self._ring(vring)
+            self.slot.start_queue(self, vring.queue.index, ring, self._wait()(done))
+        elif self._is_enabled(vring):
+            self._launch(done)
+        else:
+            done()
+
+    def _ring(self, vring: Vring) -> Ring:
+        """Where the core finds it. Violation when that is nowhere."""
+        addr = vring.addr
+        assert addr is not None
+        index = vring.queue.index
+        vring.queue.paused = not self._is_enabled(vring)
+        return Ring(
+            vring.size,
+            self._guest_address(f"queue {index}: descriptors", addr.desc),
+            self._guest_address(f"queue {index}: available ring", addr.avail),
+            self._guest_address(f"queue {index}: used ring", addr.used),
+            vring.base,
+        )
+
+    def _stop(self, index: int) -> None:
+        vring = self._vring(index)
+        then = self._wait()
+        base = vring.base or 0
+        ended: list[int | None] = []
+
+        def stopped() -> None:
+            vring.started = False
+            end = ended[0] if ended[0] is not None else base
+            vring.base = None
+            self.slot.detach_doorbell(vring.queue)
+            vring.kick = None
+            self.answer(Request.GET_VRING_BASE, m.VringState(index, end))
+
+        resumed = then(stopped)
+
+        def stop(end: int | None) -> None:
+            ended.append(end)
+            resumed()
+
+        self.slot.stop_queue(index, stop)
+
+    # What the slot says.
+
+    def signal(self, slot: Slot, queue: Queue) -> _core.Signal:
+        """The queue's call descriptor."""
+        return self.vrings[queue.index].signal
+
+    def counters(self, slot: Slot, queue: Queue) -> SignalCounters:
+        """Towards the device, every kick is a doorbell; towards the driver, what was counted here."""
+        kicks = slot.kicks[queue.index]
+        return (kicks, kicks, kicks), self.vrings[queue.index].signal.counters
+
+    def config_changed(self, slot: Slot) -> None:
+        """Tell the front-end, once for however many changes it has not heard of."""
+        with self._lock:
+            first, self._dirty = not self._dirty, True
+        if first:
+            self.actor.post(self._tell_config)
+
+    def _tell_config(self) -> None:
+        with self._lock:
+            self._dirty = False
+        if self._backend is None or not self.protocol & ProtocolFeature.CONFIG:
+            return
+        try:
+            wire.send(self._backend, codec.encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty()))
+        except OSError as error:
+            log.warning("%s: a change of config space could not be told: %s", self.label, error.strerror)
+
+    def _set_backend(self, fd: int) -> None:
+        try:
+            backend = socket.socket(fileno=fd)
+        except OSError as error:
+            os.close(fd)
+            raise Violation("backend-channel", f"is no socket: {error.strerror}") from None
+        backend.setblocking(False)
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = backend
+
+    def refuses(self, slot: Slot, field: str) -> str | None:
+        """What this class of front-end does not forward."""
+        forwarded = self.class_.forwarded
+        return None if forwarded is None or field in forwarded else self.class_.why
+
+    def queue_failed(self, slot: Slot, queue: Queue) -> None:
+        """Say it on the queue's error descriptor."""
+        err = self.vrings[queue.index].err
+        if err is not None:
+            err.ring()
+
+    def slot_reset(self, slot: Slot) -> None:
+        """Nothing of a reset is left behind: rings are forgotten where it was asked for."""
+        slot.kicks = [0] * len(slot.kicks)
+        for vring in self.vrings:
+            # Its counters begin anew.
+            vring.signal = _core.Signal.direct(vring.call)
+
+    # The end.
+
+    def part(self, reason: str) -> None:
+        """Part from the front-end: the device is reset, everything is given back, the reason is kept."""
+        with self._lock:
+            if self.is_parted:
+                return
+            self.is_parted = True
+        self.slot.detach(self)
+        self.actor.post(lambda: self._close(reason))
+
+    def _close(self, reason: str) -> None:
+        self.slot.detach(self)
+        self.actor.unwatch(self._sock.fileno())
+        self._reader.close()
+        self._sock.close()
+        if self._backend is not None:
+            self._backend.close()
+        self.memory.clear()
+        self._places.clear()
+        self.host.parted(self, reason)
+        self.actor.close()
+
+    def describe(self) -> dict[str, Any]:
+        """The front-end's row in a listing."""
+        names = [self.slot.name] if self.slot.owner is self else []
+        return {"peer": self.label, "since": self.since, "devices": names, "channels": []}
+
+
+class _Descriptors:
+    """The descriptors of one message: whoever takes one has it, the rest are closed."""
+
+    def __init__(self, fds: list[int]) -> None:
+        self.fds = fds
+
+    def take(self) -> int:
+        if not self.fds:
+            raise Violation("descriptor-count", "a descriptor is missing")
+        return self.fds.pop(0)
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+NEEDS: dict[Request, ProtocolFeature] = {
+    Request.GET_QUEUE_NUM: ProtocolFeature.MQ,
+    Request.SET_BACKEND_REQ_FD: ProtocolFeature.BACKEND_REQ,
+    Request.GET_CONFIG: ProtocolFeature.CONFIG,
+    Request.SET_CONFIG: ProtocolFeature.CONFIG,
+    Request.RESET_DEVICE: ProtocolFeature.RESET_DEVICE,
+    Request.VRING_KICK: ProtocolFeature.INBAND_NOTIFICATIONS,
+    Request.GET_MAX_MEM_SLOTS: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.ADD_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.REM_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.SET_STATUS: ProtocolFeature.STATUS,
+    Request.GET_STATUS: ProtocolFeature.STATUS,
+}
+"""Requests that only a protocol feature allows."""
+
+
+def _nobody_listens() -> int:
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
