@@ -1,0 +1,502 @@
+"""The vhost-user connector, driven message by message: what no stock front-end does, and what none should."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import vbus
+from models import Echo
+from vbus import _core
+from vbus.connectors import VhostUser
+from vbus.devices.blk import Blk
+from vbus.devices.net import Net
+from vbus.vhost_user import codec, wire
+from vbus.vhost_user import messages as m
+from vbus.vhost_user.messages import BackendRequest, ProtocolFeature, Request
+from vbus.virtio import features
+
+GUEST = 0x1000_0000
+USER = 0x7F00_0000_0000
+SIZE = 1 << 20
+DATA = 0x8_0000
+MY_FEATURES = 1 << features.VERSION_1 | 1 << m.PROTOCOL_FEATURES
+DEADLINE = 20.0
+
+
+class Slow(vbus.Device):
+    """Answers when it is let."""
+
+    device_id = 0x7E09
+    queues = ("requests",)
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.go = threading.Event()
+
+    def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        self.begun.set()
+        self.go.wait(DEADLINE)
+        request.write(b"slow")
+
+
+class Front:
+    """A front-end that does what a test tells it, and believes nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(DEADLINE)
+        self.sock.connect(str(path))
+        self.reader = wire.Reader(self.sock)
+        self.fd = os.memfd_create("guest")
+        os.ftruncate(self.fd, SIZE)
+        self.arena = _core.Mapping(self.fd, SIZE)
+        self.bytes = memoryview(self.arena)
+        self.kick = os.eventfd(0)
+        self.call = os.eventfd(0, os.EFD_NONBLOCK)
+        self.ring: _core.DriverQueue
+
+    def close(self) -> None:
+        for fd in (self.fd, self.kick, self.call):
+            os.close(fd)
+        self.reader.close()
+        self.sock.close()
+
+    def say(self, request: Request, payload: m.Payload | None = None, *fds: int, ack: bool = False) -> None:
+        wire.send(self.sock, codec.encode(request, payload or m.Empty(), need_reply=ack), list(fds))
+
+    def hear(self) -> m.Payload:
+        got = self.reader.read()
+        assert got is not None, "the connection was closed"
+        message = codec.decode(got[0])
+        assert isinstance(message, codec.Message), message
+        assert message.reply
+        return message.payload
+
+    def ask(self, request: Request, payload: m.Payload | None = None, *fds: int) -> m.Payload:
+        self.say(request, payload, *fds)
+        return self.hear()
+
+    def number(self, request: Request) -> int:
+        answer = self.ask(request)
+        assert isinstance(answer, m.U64)
+        return answer.value
+
+    def is_closed(self) -> bool:
+        try:
+            return self.sock.recv(1) == b""
+        except ConnectionError:
+            return True
+
+    def greet(self, protocol: ProtocolFeature = ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG) -> Front:
+        offered = self.number(Request.GET_FEATURES)
+        assert offered >> m.PROTOCOL_FEATURES & 1
+        known = ProtocolFeature(self.number(Request.GET_PROTOCOL_FEATURES))
+        self.say(Request.SET_PROTOCOL_FEATURES, m.U64(int(known & (protocol | ProtocolFeature.REPLY_ACK))))
+        self.say(Request.SET_OWNER)
+        return self
+
+    def acked(self, request: Request, payload: m.Payload | None = None, *fds: int) -> None:
+        self.say(request, payload, *fds, ack=True)
+        assert self.hear() == m.U64(0)
+
+    def share(self) -> None:
+        self.acked(Request.SET_MEM_TABLE, m.MemTable((m.Region(GUEST, SIZE, USER, 0),)), self.fd)
+
+    def set_up(self, index: int = 0, *, bits: int = MY_FEATURES, base: int = 0, fresh: bool = True) -> None:
+        self.acked(Request.SET_FEATURES, m.U64(bits))
+        self.share()
+        if fresh:
+            self.ring = _core.DriverQueue(self.arena, 0, GUEST, 8, event_idx=False, indirect=False)
+        self.acked(Request.SET_VRING_NUM, m.VringState(index, 8))
+        self.acked(Request.SET_VRING_BASE, m.VringState(index, base))
+        places = (self.ring.desc, self.ring.device, self.ring.driver)
+        desc, used, avail = (place - GUEST + USER for place in places)
+        self.acked(Request.SET_VRING_ADDR, m.VringAddr(index, 0, desc, used, avail, 0))
+        self.acked(Request.SET_VRING_CALL, m.U64(index), self.call)
+
+    def start(self, index: int = 0) -> None:
+        self.acked(Request.SET_VRING_KICK, m.U64(index), self.kick)
+        self.acked(Request.SET_VRING_ENABLE, m.VringState(index, 1))
+
+    def submit(self, data: bytes, room: int = 64) -> None:
+        self.bytes[DATA : DATA + len(data)] = data
+        assert self.ring.add([(GUEST + DATA, len(data))], [(GUEST + DATA + 4096, room)]) is not None
+        self.ring.publish()
+
+    def ring_kick(self) -> None:
+        os.eventfd_write(self.kick, 1)
+
+    def answered(self) -> bytes:
+        found: list[tuple[int, int]] = []
+
+        def reaped() -> bool:
+            found.extend(self.ring.reap(8))
+            return bool(found)
+
+        wait_until(reaped)
+        return bytes(self.bytes[DATA + 4096 : DATA + 4096 + found[0][1]])
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def bus() -> Iterator[vbus.Bus]:
+    with vbus.Bus("vhost") as bus:
+        yield bus
+
+
+@pytest.fixture
+def fronts(tmp_path: Path, bus: vbus.Bus) -> Iterator[Callable[..., Front]]:
+    made: list[Front] = []
+
+    def front(device: vbus.Device | None = None) -> Front:
+        if device is not None:
+            bus.plug(device, "d0")
+            bus.connect(VhostUser("d0", tmp_path / "d0.sock"), "vm")
+        made.append(Front(tmp_path / "d0.sock"))
+        return made[-1]
+
+    yield front
+    for one in made:
+        one.close()
+
+
+def reasons(bus: vbus.Bus) -> list[str]:
+    return [row["reason"] for row in bus.connectors["vm"].describe()["departed"]]
+
+
+def test_a_request_is_answered_and_the_call_rings(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"hello")
+    front.ring_kick()
+    assert front.answered() == b"hello"
+    wait_until(lambda: _drained(front.call) > 0)
+    assert bus.slot("d0").owner is not None
+
+
+def _drained(fd: int) -> int:
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
+
+
+def test_a_kick_before_enable_is_not_lost(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.submit(b"early")
+    front.ring_kick()
+    front.acked(Request.SET_VRING_KICK, m.U64(0), front.kick)
+    assert front.ring.reap(8) == []
+    front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+    assert front.answered() == b"early"
+
+
+def test_enable_before_a_kick(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.submit(b"early")
+    front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+    front.acked(Request.SET_VRING_KICK, m.U64(0), front.kick)
+    assert front.answered() == b"early"
+
+
+def test_a_disabled_queue_waits(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.start()
+    front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 0))
+    front.submit(b"later")
+    front.ring_kick()
+    # An answer that comes after whatever the kick could have done.
+    front.acked(Request.SET_VRING_CALL, m.U64(0), front.call)
+    assert front.ring.reap(8) == []
+    front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+    assert front.answered() == b"later"
+
+
+def test_without_protocol_features_every_queue_is_enabled(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up(bits=1 << features.VERSION_1)
+    front.submit(b"plain")
+    front.acked(Request.SET_VRING_KICK, m.U64(0), front.kick)
+    assert front.answered() == b"plain"
+
+
+def test_get_vring_base_waits_for_what_is_in_flight(fronts: Callable[..., Front]) -> None:
+    device = Slow()
+    front = fronts(device).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"x")
+    front.ring_kick()
+    assert device.begun.wait(DEADLINE)
+    front.say(Request.GET_VRING_BASE, m.VringState(0, 0))
+    front.sock.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        front.sock.recv(1, socket.MSG_PEEK)
+    front.sock.settimeout(DEADLINE)
+    device.go.set()
+    assert front.hear() == m.VringState(0, 1)
+    assert front.answered() == b"slow"
+
+
+def test_a_queue_goes_on_where_it_stopped(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"one")
+    front.ring_kick()
+    assert front.answered() == b"one"
+    assert front.ask(Request.GET_VRING_BASE, m.VringState(0, 0)) == m.VringState(0, 1)
+    front.submit(b"two")
+    front.set_up(base=1, fresh=False)
+    front.start()
+    assert front.answered() == b"two"
+
+
+def test_a_guest_that_begins_anew(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet(ProtocolFeature.STATUS | ProtocolFeature.RESET_DEVICE)
+    for request in (Request.RESET_DEVICE, Request.SET_STATUS):
+        front.set_up()
+        front.start()
+        front.submit(b"again")
+        front.ring_kick()
+        assert front.answered() == b"again"
+        front.ask(Request.GET_VRING_BASE, m.VringState(0, 0))
+        front.acked(request, m.U64(0) if request is Request.SET_STATUS else None)
+        assert bus.slot("d0").owner is None
+
+
+def test_a_call_descriptor_is_replaced_while_the_ring_goes_on(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.start()
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        front.acked(Request.SET_VRING_CALL, m.U64(0), other)
+        front.submit(b"x")
+        front.ring_kick()
+        wait_until(lambda: _drained(other) > 0)
+        assert _drained(front.call) == 0
+        front.acked(Request.SET_VRING_CALL, m.U64(0 | m.NO_FD))
+        front.ring.reap(8)
+        front.submit(b"y")
+        front.ring_kick()
+        assert front.answered() == b"y"
+        assert _drained(other) == 0
+    finally:
+        os.close(other)
+
+
+def test_memory_comes_and_goes_region_by_region(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet(ProtocolFeature.CONFIGURE_MEM_SLOTS)
+    assert front.number(Request.GET_MAX_MEM_SLOTS) == 509
+    front.set_up()
+    front.start()
+    more = m.MemRegion(GUEST + SIZE, SIZE, USER + 4 * SIZE, 0)
+    for _ in range(3):
+        front.acked(Request.ADD_MEM_REG, more, front.fd)
+        front.acked(Request.REM_MEM_REG, more)
+    front.submit(b"still")
+    front.ring_kick()
+    assert front.answered() == b"still"
+
+
+def test_config_space_is_read_and_a_change_is_told(bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    front = fronts(Blk(path=image)).greet(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(DEADLINE)
+        front.acked(Request.SET_BACKEND_REQ_FD, None, theirs.fileno())
+        answer = front.ask(Request.GET_CONFIG, m.Config(0, 0, bytes(200)))
+        assert isinstance(answer, m.Config)
+        assert struct.unpack_from("<Q", answer.data) == (2048,)
+        assert len(answer.data) == 200
+        front.set_up()
+        front.start()
+        image.write_bytes(bytes(2 << 20))
+        bus.get("d0", Blk).capacity = 4096
+        assert ours.recv(100) == codec.encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty())
+        answer = front.ask(Request.GET_CONFIG, m.Config(0, 0, bytes(8)))
+        assert isinstance(answer, m.Config)
+        assert struct.unpack("<Q", answer.data) == (4096,)
+
+
+def test_a_network_counts_pairs(fronts: Callable[..., Front]) -> None:
+    front = fronts(Net(queue_pairs=3)).greet(ProtocolFeature.MQ)
+    assert front.number(Request.GET_QUEUE_NUM) == 3
+
+
+def test_another_front_end_on_the_same_socket_is_refused(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    first = fronts(Echo()).greet()
+    second = fronts()
+    assert second.is_closed()
+    wait_until(lambda: len(reasons(bus)) == 1)
+    assert "has a front-end already" in reasons(bus)[0]
+    first.set_up()
+    first.start()
+    first.submit(b"mine")
+    first.ring_kick()
+    assert first.answered() == b"mine"
+
+
+def test_a_front_end_comes_back(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo())
+    for n in range(1, 6):
+        front.greet()
+        front.set_up()
+        front.start()
+        front.submit(b"back")
+        front.ring_kick()
+        assert front.answered() == b"back"
+        front.sock.close()
+        wait_until(lambda n=n: len(reasons(bus)) == n)  # type: ignore[misc]
+        assert bus.slot("d0").owner is None
+        front = fronts()
+
+
+def test_vbus_goes_to_a_front_end_that_listens(bus: vbus.Bus, tmp_path: Path) -> None:
+    path = tmp_path / "front.sock"
+    bus.plug(Echo(), "d0")
+    connector = bus.connect(VhostUser("d0", path, connect=True), "vm")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(DEADLINE)
+        for _ in range(2):
+            sock, _ = listener.accept()
+            with sock:
+                sock.settimeout(DEADLINE)
+                wire.send(sock, codec.encode(Request.GET_FEATURES, m.Empty()))
+                assert sock.recv(100)
+    assert connector.address == f"vhost-user:{path}"
+
+
+def test_unplugging_parts_from_the_front_end(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.start()
+    bus.unplug("d0")
+    assert front.is_closed()
+    wait_until(lambda: reasons(bus) == ["the device was unplugged"])
+
+
+def raw(request: int, payload: bytes = b"", flags: int = 1, size: int | None = None) -> bytes:
+    return codec.HEADER.pack(request, flags, len(payload) if size is None else size) + payload
+
+
+REGION = m.Region(GUEST, SIZE, USER, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "fds"),
+    [
+        ("unknown-request", raw(999), 0),
+        ("vhost-user-version", raw(1, flags=2), 0),
+        ("message-size", raw(1, size=1 << 20), 0),
+        ("bad-payload", raw(Request.SET_FEATURES, b"x"), 0),
+        ("answer-unasked", raw(Request.SET_FEATURES, bytes(8), flags=5), 0),
+        ("descriptor-count", raw(Request.GET_FEATURES), 1),
+        ("descriptor-count", raw(Request.SET_MEM_TABLE, m.MemTable((REGION,)).pack()), 0),
+        ("descriptor-count", raw(Request.SET_MEM_TABLE, m.MemTable((REGION,)).pack()), 2),
+        ("too-many-descriptors", raw(Request.SET_MEM_TABLE, m.MemTable((REGION,)).pack()), 9),
+        ("region-overlaps", raw(Request.SET_MEM_TABLE, m.MemTable((REGION, REGION)).pack()), 2),
+        (
+            "region-overlaps",
+            raw(Request.SET_MEM_TABLE, m.MemTable((REGION, m.Region(GUEST + SIZE, SIZE, USER + 4096, 0))).pack()),
+            2,
+        ),
+        ("region-wraps", raw(Request.SET_MEM_TABLE, m.MemTable((m.Region(2**64 - 4096, SIZE, USER, 0),)).pack()), 1),
+        ("region-wraps", raw(Request.SET_MEM_TABLE, m.MemTable((m.Region(GUEST, SIZE, 2**64 - 4096, 0),)).pack()), 1),
+        ("region-not-mappable", raw(Request.SET_MEM_TABLE, m.MemTable((m.Region(GUEST, 0, USER, 0),)).pack()), 1),
+        (
+            "region-not-mappable",
+            raw(Request.SET_MEM_TABLE, m.MemTable((m.Region(GUEST, 2 * SIZE, USER, 0),)).pack()),
+            1,
+        ),
+        ("features-not-offered", raw(Request.SET_FEATURES, m.U64(1 << 40).pack()), 0),
+        ("protocol-features", raw(Request.SET_PROTOCOL_FEATURES, m.U64(1 << 63).pack()), 0),
+        ("not-negotiated", raw(Request.GET_STATUS), 0),
+        ("not-offered", raw(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8).pack()), 0),
+        ("queue-index", raw(Request.SET_VRING_NUM, m.VringState(1, 8).pack()), 0),
+        ("queue-index", raw(Request.GET_VRING_BASE, m.VringState(1 << 31, 0).pack()), 0),
+        ("queue-size", raw(Request.SET_VRING_NUM, m.VringState(0, 7).pack()), 0),
+        ("queue-size", raw(Request.SET_VRING_NUM, m.VringState(0, 1 << 16).pack()), 0),
+        ("vring-base", raw(Request.SET_VRING_BASE, m.VringState(0, 1 << 16).pack()), 0),
+        ("vring-enable", raw(Request.SET_VRING_ENABLE, m.VringState(0, 2).pack()), 0),
+        ("doorbell-kind", raw(Request.SET_VRING_KICK, m.U64(0).pack()), 1),
+        ("ring-not-set-up", raw(Request.SET_VRING_KICK, m.U64(m.NO_FD).pack()), 0),
+    ],
+)
+def test_a_wrong_message_ends_the_connection_by_name(
+    bus: vbus.Bus, fronts: Callable[..., Front], name: str, data: bytes, fds: int
+) -> None:
+    front = fronts(Echo()).greet()
+    before = len(os.listdir("/proc/self/fd"))
+    wire.send(front.sock, data, [front.fd] * fds)
+    assert front.is_closed()
+    wait_until(lambda: bool(reasons(bus)))
+    assert name in reasons(bus)[0]
+    # Its socket is closed, and nothing that came with the message is left.
+    assert len(os.listdir("/proc/self/fd")) < before
+    again = fronts().greet()
+    again.set_up()
+    again.start()
+    again.submit(b"alive")
+    again.ring_kick()
+    assert again.answered() == b"alive"
+
+
+def test_a_ring_outside_memory_is_named(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.say(Request.SET_VRING_ADDR, m.VringAddr(0, 0, USER - 4096, USER, USER, 0))
+    wire.send(front.sock, codec.encode(Request.SET_VRING_KICK, m.U64(0)), [front.kick])
+    front.say(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+    assert front.is_closed()
+    wait_until(lambda: bool(reasons(bus)))
+    assert "ring-outside-memory" in reasons(bus)[0]
+
+
+def test_junk_in_a_ring_stops_the_queue_and_rings_its_error(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    err = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        front.acked(Request.SET_VRING_ERR, m.U64(0), err)
+        front.start()
+        at = front.ring.driver - GUEST
+        front.bytes[at + 2 : at + 4] = struct.pack("<H", 5000)
+        front.ring_kick()
+        wait_until(lambda: _drained(err) > 0)
+        assert bus.slot("d0").violations["index-jump"] == 1
+        assert bus.slot("d0").status & vbus.virtio.Status.DEVICE_NEEDS_RESET
+    finally:
+        os.close(err)
+
+
+def test_who_is_no_member_is_refused(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    bus.members.owner = -5
+    bus.members._uids.clear()
+    front = fronts(Echo())
+    assert front.is_closed()
+    wait_until(lambda: bool(reasons(bus)))
+    assert "is not a member" in reasons(bus)[0]
