@@ -345,6 +345,18 @@ def test_a_network_counts_pairs(fronts: Callable[..., Front]) -> None:
     assert front.number(Request.GET_QUEUE_NUM) == 3
 
 
+def test_what_cannot_reach_the_guest_is_refused_with_the_reason(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Net()).greet(ProtocolFeature.MQ)
+    bus.set("d0", "link", "off")
+    front.set_up()
+    front.start()
+    with pytest.raises(vbus.UsageError, match=r"link cannot reach the driver now.*set_link"):
+        bus.set("d0", "link", "on")
+    front.sock.close()
+    wait_until(lambda: bus.slot("d0").owner is None)
+    bus.set("d0", "link", "on")
+
+
 def test_another_front_end_on_the_same_socket_is_refused(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
     first = fronts(Echo()).greet()
     second = fronts()

@@ -408,7 +408,13 @@ class Bus:
             return value
         if attribute not in known:
             raise NoSuchNameError(hints.no_such("attribute", attribute, known, f"device {name}"))
-        setattr(device, attribute, known[attribute].parse(text))
+        value, field = known[attribute].parse(text), known[attribute].tells
+        slot = self.slot(name)
+        if field is not None and slot.owner is not None:
+            refusal = slot.owner.refuses(slot, field)
+            if refusal is not None:
+                raise UsageError(f"{name}: {attribute} cannot reach the driver now: {refusal}")
+        setattr(device, attribute, value)
         return getattr(device, attribute)
 
     def _set_priority(self, slot: Slot, attribute: str, text: str) -> int:

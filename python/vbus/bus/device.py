@@ -34,6 +34,7 @@ class attribute(Generic[T]):
     `config` names the field of config space that shows it to the driver: setting the attribute then raises the
     config-change event. `set` runs in the setter's thread before the change shows; it gives the value to store, or
     raises `UsageError`. `get` computes a read-only attribute. Without `config` or `get` the device keeps the value.
+    `tells` is the field of config space that a computed attribute changes, for whoever asks what reaches the driver.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class attribute(Generic[T]):
         kind: type[T],
         *,
         config: str | None = None,
+        tells: str | None = None,
         get: Callable[[Any], T] | None = None,
         set: Callable[[Any, T], T] | None = None,
         default: T | None = None,
@@ -49,6 +51,7 @@ class attribute(Generic[T]):
     ) -> None:
         self.kind = kind
         self.config = config
+        self.tells = config if config is not None else tells
         self.getter = get
         self.setter = set
         self.default = default

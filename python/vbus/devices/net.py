@@ -87,6 +87,7 @@ class Net(Device):
 
     link = attribute(
         bool,
+        tells="status",
         get=lambda net: bool(net.config.status & LinkStatus.LINK_UP),
         set=lambda net, up: net._set_link(up),
         writable=True,
@@ -94,6 +95,7 @@ class Net(Device):
     )
     mac = attribute(
         str,
+        tells="mac",
         get=lambda net: net.config.mac.hex(":"),
         set=lambda net, text: net._set_mac(text),
         writable=True,
@@ -104,6 +106,7 @@ class Net(Device):
     )
     announce = attribute(
         bool,
+        tells="status",
         get=lambda net: bool(net.config.status & LinkStatus.ANNOUNCE),
         set=lambda net, on: net._set_announce(on),
         writable=True,
