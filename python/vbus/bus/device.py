@@ -169,6 +169,9 @@ class Device:
     def ready(self) -> None:
         """A driver set DRIVER_OK: `negotiated` holds what it took."""
 
+    def queues_changed(self) -> None:
+        """Which queues are served (`Queue.served`) changed, where queues come and go one by one."""
+
     def reset(self) -> None:
         """The driver reset the device. Its queues are stopped already."""
 

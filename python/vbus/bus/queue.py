@@ -52,6 +52,11 @@ class Queue:
         queue.index = index
         return queue
 
+    @property
+    def served(self) -> bool:
+        """Whether the driver has set the queue up, and it is not paused."""
+        return self.core.running and not self.paused
+
     def bind(self, slot: Slot | None) -> None:
         """Tell the queue which place on a bus its violations belong to."""
         self._slot = slot

@@ -437,6 +437,7 @@ class Slot:
                 return
             self._rings.update(rings)
             self._raise_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
+            self._tell_queues()
             done(None)
 
         self.actor.post(launch)
@@ -460,6 +461,7 @@ class Slot:
         def start() -> None:
             if self.owner is attachment and self.status & Status.DRIVER_OK and not queue.core.running:
                 self._start_ring(attachment, queue, ring)
+                self._tell_queues()
                 self.mark(queue)
             done()
 
@@ -468,7 +470,12 @@ class Slot:
     def pause_queue(self, queue: Queue, paused: bool) -> None:
         """Take nothing more off the ring, or go on and look at it. What was taken is handled."""
         queue.paused = paused
+        self.actor.post(self._tell_queues)
         self.mark(queue)
+
+    def _tell_queues(self) -> None:
+        if self.status & Status.DRIVER_OK:
+            self.runner.hook(self.device.queues_changed)
 
     def stop_queue(self, index: int, done: Callable[[int | None], None]) -> None:
         """Stop one queue; `done` gets the next entry of its available ring as soon as nothing is in flight any more.
@@ -493,6 +500,7 @@ class Slot:
                 end = (end - held) & 0xFFFF
             queue.core.stop()
             queue.paused = False
+            self._tell_queues()
             done(end)
             return False
 

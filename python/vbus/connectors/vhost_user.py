@@ -498,7 +498,7 @@ class FrontEnd(Attachment):
     def _set_features(self, bits: int, done: Callable[[], None]) -> None:
         if bits & ~self.offered:
             raise Violation("features-not-offered", f"{bits:#x} of {self.offered:#x}")
-        wanted = bits & ~(1 << m.PROTOCOL_FEATURES)
+        wanted = bits & ~(1 << m.PROTOCOL_FEATURES) | self.class_.features_own & self.slot.exposed
         self.features = bits
         if self.launched and wanted != self.slot.negotiated:
             # A driver that begins anew, without a word of its end.
@@ -519,7 +519,7 @@ class FrontEnd(Attachment):
     def _launch(self, done: Callable[[], None]) -> None:
         """The driver is there: start its device, with every ring that is known."""
         rings = {vring.queue.index: self._ring(vring) for vring in self.vrings if vring.started}
-        bits = (self.features or 0) & ~(1 << m.PROTOCOL_FEATURES)
+        bits = (self.features or 0) & ~(1 << m.PROTOCOL_FEATURES) | self.class_.features_own & self.slot.exposed
         then = self._wait()
         self.launched = True
         wrong: list[Error] = []

@@ -6,8 +6,9 @@ asks for, a change on our side cannot reach; who makes one hears why.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from vbus import virtio
 from vbus.virtio import DeviceID
 
 
@@ -17,7 +18,8 @@ class FrontEndOwns:
 
     `config`: whether config space is asked for here at all. `forwarded`: the fields whose change reaches the guest;
     None: all of them. `why` is said of every other. `queues_each`: queues that count as one where queues are counted.
-    `queues_own`: queues at the end that the front-end serves itself.
+    `queues_own`: queues at the end that the front-end serves itself; `features_own`: bits that it answers for to its
+    guest and need not tell, of which the device must know all the same.
     """
 
     config: bool = True
@@ -25,7 +27,7 @@ class FrontEndOwns:
     why: str = ""
     queues_each: int = 1
     queues_own: int = 0
-    features_own: frozenset[str] = field(default_factory=frozenset)
+    features_own: int = 0
 
 
 CLASSES: dict[int, FrontEndOwns] = {
@@ -35,6 +37,7 @@ CLASSES: dict[int, FrontEndOwns] = {
         why="the hypervisor has a MAC, an MTU and a link of its own: set them there (QMP: set_link)",
         queues_each=2,
         queues_own=1,
+        features_own=1 << virtio.net.FEATURES.bit("MQ"),
     ),
     DeviceID.BLOCK: FrontEndOwns(
         forwarded=frozenset({"capacity"}), why="of a disk, the hypervisor tells its guest a new capacity and no more"

@@ -37,6 +37,7 @@ from vbus.virtio.net import (
     LinkStatus,
     controlq,
     receiveq,
+    transmitq,
 )
 
 ETHERNET = 14
@@ -220,6 +221,17 @@ class Net(Device):
             receiver.merge = self.has("MRG_RXBUF")
         self.use_offloads(tuple(name for name in self._backend.features if name[:6] == "GUEST_" and self.has(name)))
         self._watch(0)
+
+    def queues_changed(self) -> None:
+        """Without the control queue somebody else answers commands, and shows their effect by the queues that it has
+        served; what is filtered is theirs too.
+        """
+        if not self._queues[controlq(self._max_pairs)].served:
+            self.filter = Filter(self.config.mac)
+            pairs = [
+                self._queues[receiveq(p)].served and self._queues[transmitq(p)].served for p in range(self._max_pairs)
+            ]
+            self.use_pairs(max(1, sum(pairs)))
 
     def reset(self) -> None:
         """Forget the driver and all that it said."""
