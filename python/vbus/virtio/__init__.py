@@ -3,7 +3,7 @@
 Nothing here does anything; both sides of a bus share it.
 """
 
-from vbus.virtio import blk, console, entropy, features, net, ring
+from vbus.virtio import blk, console, entropy, features, input, net, ring
 from vbus.virtio.config import Config, le16, le32, le64, u8
 from vbus.virtio.features import FeatureSet
 from vbus.virtio.ids import DeviceID, device_type_name
@@ -19,6 +19,7 @@ __all__ = [
     "device_type_name",
     "entropy",
     "features",
+    "input",
     "le16",
     "le32",
     "le64",
