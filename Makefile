@@ -4,18 +4,23 @@ PYTHON ?= $(shell tools/python)
 VENV := .venv
 BIN := $(VENV)/bin
 LOOM_TARGET := $(or $(CARGO_TARGET_DIR),target)/loom
+FUZZ_TARGET := $(or $(CARGO_TARGET_DIR),target)/fuzz
+# Seconds a target, and which targets: all, when none is named.
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS ?=
+FUZZ := PYTHONPATH=fuzz:tests $(BIN)/python -m harness
 RUST_SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find crates -name '*.rs' -o -name Cargo.toml)
 STAMPS := $(VENV)/stamps
 # mkfs.ext4 and e2fsck are there for everybody, but not on everybody's PATH.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: demo test soak soak-short setup build lint rust loom pytest test-unprivileged dist fmt clean
+.PHONY: demo test soak soak-short fuzz fuzz-short fuzz-input fuzz-lint setup build lint rust loom pytest test-unprivileged dist fmt clean
 
 demo: build
 	$(BIN)/vbus demo
 
 test: build
-	tools/steps soak-short\& lint rust loom test-unprivileged pytest
+	tools/steps soak-short\& lint rust fuzz-lint fuzz-short loom test-unprivileged pytest
 
 soak: build
 	VBUS_SOAK_SECONDS=3600 $(BIN)/python -m pytest tests/test_soak.py --timeout 4200 -s
@@ -23,6 +28,22 @@ soak: build
 # Three minutes of it: tools/steps runs it beside the others.
 soak-short:
 	$(BIN)/python -m pytest tests/test_soak.py --timeout 400 --quiet --no-header -s
+
+fuzz: build
+	$(FUZZ) --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+# A while of each: tools/steps runs it.
+fuzz-short: build
+	$(FUZZ) --seconds 20
+
+# An input that was found, again.
+fuzz-input: build
+	$(FUZZ) --input $(INPUT)
+
+fuzz-lint: build
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
+	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir $(FUZZ_TARGET) --no-default-features --all-targets --release \
+		--locked --quiet -- -D warnings
 
 setup: $(STAMPS)/system $(STAMPS)/python
 
@@ -72,6 +93,7 @@ dist: build
 
 fmt:
 	cargo fmt
+	cargo fmt --manifest-path fuzz/Cargo.toml
 	$(BIN)/ruff check --fix --quiet
 	$(BIN)/ruff format --quiet
 

@@ -60,8 +60,9 @@ def test_a_file_speaks_of_the_project_alone(name: str) -> None:
     assert found == []
 
 
-def test_the_lock_names_the_public_registry_alone() -> None:
-    sources = set(re.findall(r'^source = "(.*)"$', (ROOT / "Cargo.lock").read_text(), re.MULTILINE))
+@pytest.mark.parametrize("lock", ["Cargo.lock", "fuzz/Cargo.lock"])
+def test_a_lock_names_the_public_registry_alone(lock: str) -> None:
+    sources = set(re.findall(r'^source = "(.*)"$', (ROOT / lock).read_text(), re.MULTILINE))
     assert sources == {"registry+https://github.com/rust-lang/crates.io-index"}
 
 

@@ -451,6 +451,35 @@ fn memory_that_goes_away_under_a_running_ring() {
 }
 
 #[test]
+fn nothing_is_completed_after_memory_was_gone() {
+    let mut raw = Raw::new(8);
+    (0..2).for_each(|head| raw.desc(head, BUFFER, 4, 0, 0));
+    raw.offer(0);
+    raw.offer(1);
+    let mut ring = raw.ring().unwrap();
+    assert_eq!(take(&mut ring, 2).unwrap().len(), 2);
+    raw.memory.clear();
+    assert_eq!(name(ring.complete([(0, 0)])), "ring-outside-memory");
+    assert_eq!(ring.in_flight(), 0);
+    raw.memory.add(BASE, &raw.mapping, 0, 0x40_0000, true).unwrap();
+    assert!(!ring.complete([(0, 0), (1, 0)]).unwrap());
+    assert_eq!(raw.used_index(), 0);
+}
+
+#[test]
+fn no_limit_is_too_large() {
+    let mut raw = Raw::new(8);
+    (0..2).for_each(|head| raw.desc(head, BUFFER, 4, 0, 0));
+    let mut ring = raw.ring().unwrap();
+    let mut chains = Vec::new();
+    for head in 0..2 {
+        raw.offer(head);
+        ring.take(usize::MAX, &mut chains).unwrap();
+    }
+    assert_eq!(chains.iter().map(Chain::head).collect::<Vec<_>>(), [0, 1]);
+}
+
+#[test]
 fn a_ring_follows_memory_that_moves() {
     let mut raw = Raw::new(8);
     raw.desc(0, BUFFER, 4, 0, 0);

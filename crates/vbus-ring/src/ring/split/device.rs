@@ -188,7 +188,7 @@ impl DeviceRing {
             }
         }
         self.ask_for_silence();
-        let last = chains.len() + limit;
+        let last = chains.len().saturating_add(limit);
         while chains.len() < last && self.look()? {
             // The entry was written before the index that `look` acquired.
             let place = ENTRIES + 2 * usize::from(self.next & (self.size - 1));
@@ -335,6 +335,9 @@ impl DeviceRing {
     pub fn complete(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) -> Result<bool, Violation> {
         if let Err(violation) = self.find_again(&self.memory.snapshot()) {
             self.broken = true;
+            // Nothing is in flight any more, even if the memory comes back.
+            self.taken.fill(0);
+            (self.in_flight, self.buffers) = (0, 0);
             return Err(violation);
         }
         let old = self.used;
