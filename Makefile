@@ -48,8 +48,9 @@ fuzz-lint: build
 setup: $(STAMPS)/system $(STAMPS)/python
 
 # What the machine must have: said before it is installed, or only said where that cannot be done.
-$(STAMPS)/system: tools/system
+$(STAMPS)/system: tools/system tools/qemu
 	tools/system
+	tools/qemu
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/python: pyproject.toml tools/python tools/requirements | $(STAMPS)/system

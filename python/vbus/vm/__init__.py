@@ -1,0 +1,14 @@
+"""Real guests: Debian's own kernel in QEMU, with a small root of busybox and an agent that runs commands.
+
+For tests, and for whoever wants to see a device in a running machine within seconds. Nothing here knows the bus: what
+a guest has beside processors and memory is said in QEMU's own options. The parts, in the order in which they are used:
+
+    debian.py     packages of any architecture, fetched by apt into a cache and unpacked there
+    kernel.py     the stock kernel of an architecture, and which modules a module needs
+    initramfs.py  the guest's files, as the kernel unpacks them
+    machine.py    the machine's options, its start and its end; commands in the guest; QMP
+"""
+
+from vbus.vm.machine import Guest, GuestError
+
+__all__ = ["Guest", "GuestError"]
