@@ -9,7 +9,7 @@ import pytest
 import vbus
 from conftest import Attached, wait_until
 from vbus import virtio
-from vbus.devices.input import AXIS_MAX, Input
+from vbus.devices.input import AXIS_MAX, BACKLOG, Input
 from vbus.proxy import Driver
 from vbus.virtio.input import ABS_INFO, BUTTONS, EVENT, KEYS, EventType, Led, Select, bits
 
@@ -95,22 +95,27 @@ def test_a_tablet_points(attached: Attached) -> None:
     assert driver.happened == [(EventType.ABS, 0, 5), (EventType.ABS, 1, AXIS_MAX), (0, 0, 0)]
 
 
-def test_a_series_without_room_is_missed_whole(attached: Attached) -> None:
+def test_events_wait_for_room_and_what_finds_too_many_is_missed_whole(attached: Attached) -> None:
     device = Input()
     driver = driven(attached, device)
-    # Each letter takes four buffers.
-    assert wait_until(lambda: device.type("abcdefg"))
-    while device.press("h"):
-        pass
+    # Each letter takes four buffers: far more than the driver has.
+    text = "abcdefgh" * (BACKLOG // 64)
+    assert wait_until(lambda: device.type(text[0]))
+    assert device.type(text[1:])
+    pressed = len(text)
+    while device.press("x"):
+        pressed += 1
     missed = device.missed
     assert missed
     assert device.events <= BUFFERS
-    for _ in range(4):
+    for posted in range(BUFFERS, 4 * pressed):
+        assert wait_until(lambda n=posted: n - len(driver.happened) < BUFFERS)  # type: ignore[misc]
         driver.post()
-    assert wait_until(lambda: device.press("z"))
-    assert wait_until(lambda: (EventType.KEY, KEYS["z"], 0) in driver.happened)
+    assert wait_until(lambda: len(driver.happened) == 4 * pressed)
     letters = [code for kind, code, value in driver.happened if kind == EventType.KEY and value == 1]
-    assert letters[:7] == [KEYS[letter] for letter in "abcdefg"]
+    assert letters[: len(text)] == [KEYS[letter] for letter in text]
+    # None is left down.
+    assert letters == [code for kind, code, value in driver.happened if kind == EventType.KEY and value == 0]
 
 
 def test_lights(attached: Attached) -> None:

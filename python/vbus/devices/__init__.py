@@ -2,7 +2,8 @@
 
 from vbus.devices.blk import Blk
 from vbus.devices.console import Console
+from vbus.devices.input import Input
 from vbus.devices.net import Net
 from vbus.devices.rng import Rng
 
-__all__ = ["Blk", "Console", "Net", "Rng"]
+__all__ = ["Blk", "Console", "Input", "Net", "Rng"]

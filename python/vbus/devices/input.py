@@ -2,7 +2,8 @@
 
 What the device is (its name, its keys, its axes) a driver asks of config space question by question: it writes what it
 wants to know, and the answer stands behind it. What happens is a series of events, one buffer each, that ends with a
-report; a driver that has too few buffers for a whole series misses all of it, for half of one would leave a key down.
+report. It waits for buffers, since a driver may have very few; a series that finds too many waiting is missed whole:
+half of one would leave a key down.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from vbus.virtio.input import ABS_INFO, BUS_VIRTUAL, BUTTONS, DEVIDS, EVENT, KEY
 
 AXIS_MAX = 32767
 """The far end of both axes of a tablet."""
+BACKLOG = 1024
+"""Events that may wait for the driver's buffers."""
 
 Event = tuple[int, int, int]
 """type, code, value."""
+REPORT: Event = (EventType.SYN, 0, 0)
 
 
 class Input(Device):
@@ -41,7 +45,7 @@ class Input(Device):
     label = attribute(str, get=lambda device: device._label, doc="The name that the driver is told.")
     leds = attribute(str, get=lambda device: " ".join(sorted(device._leds)), doc="Lights that the driver switched on.")
     events = attribute(int, get=lambda device: device._events, doc="Events that the driver was given.")
-    missed = attribute(int, get=lambda device: device._missed, doc="Events that the driver had no buffers for.")
+    missed = attribute(int, get=lambda device: device._missed, doc="Events that nobody would take.")
 
     def __init__(self, kind: Literal["keyboard", "tablet"] = "keyboard", *, label: str | None = None) -> None:
         if kind not in ("keyboard", "tablet"):
@@ -51,8 +55,7 @@ class Input(Device):
         if len(self._label.encode()) > virtio.input.MAX_DATA:
             raise UsageError(f"input: label has over {virtio.input.MAX_DATA} bytes: choose a shorter one")
         self._leds: set[str] = set()
-        self._spare: deque[Request] = deque()
-        """Buffers that were taken for a series that needed more."""
+        self._waiting: deque[Event] = deque()
         self._events = self._missed = 0
 
     # What the device is.
@@ -91,12 +94,11 @@ class Input(Device):
     def press(self, *names: str) -> bool:
         """Press keys (or a tablet's buttons) and let them go, in the order of a chord. From any thread.
 
-        False when the driver has no room, or there is none. UsageError for a key that there is not.
+        False when too much waits for the driver already, or there is none. UsageError for a key that there is not.
         """
         codes = [self._code(name) for name in names]
-        return self.emit((EventType.KEY, code, 1) for code in codes) and self.emit(
-            (EventType.KEY, code, 0) for code in reversed(codes)
-        )
+        down = [(EventType.KEY, code, 1) for code in codes]
+        return self.emit([*down, REPORT, *((EventType.KEY, code, 0) for code in reversed(codes))])
 
     def type(self, text: str) -> bool:
         """Press one key after the other: small letters, digits, spaces and new lines. UsageError; as `press`."""
@@ -116,21 +118,32 @@ class Input(Device):
         return known[name]
 
     def emit(self, events: Iterable[Event]) -> bool:
-        """Give the driver events and the report that ends them, all or none; False when it has too few buffers."""
-        series = [*events, (EventType.SYN, 0, 0)]
+        """Give the driver events and the report that ends them, all or none, now or as it makes room.
+
+        False when `BACKLOG` events wait already, or there is no driver.
+        """
+        series = [*events, REPORT]
         with self._lock:
-            queue = self.queue("events")
-            self._spare.extend(queue.take_batch(len(series) - len(self._spare)))
-            self._spare = deque(request for request in self._spare if not request.done)
-            if len(self._spare) < len(series):
+            if not self.queue("events").served or len(self._waiting) + len(series) > BACKLOG:
                 self._missed += len(series)
                 return False
-            requests = [self._spare.popleft() for _ in series]
-            for request, (kind, code, value) in zip(requests, series, strict=True):
-                request.write(EVENT.pack(kind, code, value))
-            queue.complete(*requests)
-            self._events += len(series)
-            return True
+            self._waiting.extend(series)
+        self._give()
+        return True
+
+    def available(self, queue: Queue) -> None:
+        """The driver has made room."""
+        self._give()
+
+    def _give(self) -> None:
+        with self._lock:
+            queue = self.queue("events")
+            # Until there is nothing to take: it is then that the driver is asked to say when there is.
+            while self._waiting and (requests := queue.take_batch(len(self._waiting))):
+                for request in requests:
+                    request.write(EVENT.pack(*self._waiting.popleft()))
+                queue.complete(*requests)
+                self._events += len(requests)
 
     def handle(self, queue: Queue, request: Request) -> None:
         """The driver switches a light. Violation: status-size."""
@@ -141,7 +154,7 @@ class Input(Device):
             (self._leds.add if value else self._leds.discard)(Led(code).name.lower())
 
     def reset(self) -> None:
-        """Forget the driver's buffers and what it switched on."""
+        """Forget what the driver was not given, and what it switched on."""
         with self._lock:
-            self._spare.clear()
+            self._waiting.clear()
             self._leds.clear()

@@ -31,9 +31,18 @@ exec /agent </dev/console >/dev/console 2>&1
 """
 
 # Each answer says how long it is, and is base64: nothing that a command or the kernel says can be taken for an answer.
+# An emulated serial line loses characters now and then, so a command says how long it is, too, and may come twice.
 AGENT = """#!/bin/busybox sh
 echo "@ready"
-while read -r number seconds command; do
+last=0
+while read -r mark number seconds command size; do
+    if [ "$mark" != "@" ] || [ "${#command}" != "$size" ]; then
+        echo "@again"
+        continue
+    fi
+    [ "$number" = "$last" ] && continue
+    last=$number
+    echo "@got $number"
     echo "$command" | base64 -d >/tmp/.command
     timeout -s KILL "$seconds" setsid sh /tmp/.command </dev/null >/tmp/.output 2>&1
     status=$?

@@ -32,6 +32,9 @@ from vbus.vm.initramfs import initramfs
 BOOT_SECONDS = 120
 """How long a start may take: ten times what it takes on a busy machine without KVM."""
 END_SECONDS = 10
+SENDINGS = 12
+"""How often a command is sent before the guest counts as deaf."""
+SENDING_SECONDS = 5
 
 
 class GuestError(Exception):
@@ -214,7 +217,8 @@ class Guest:
         self._number += 1
         number = self._number
         encoded = base64.b64encode(command.encode())
-        self._console.sendall(b"%d %d " % (number, max(1, round(seconds))) + encoded + b"\n")
+        line = b"@ %d %d %b %d\n" % (number, max(1, round(seconds)), encoded, len(encoded))
+        self._send(line, re.compile(rb"@got %d\n" % number))
         pattern = re.compile(rb"@answer %d (\d+) (\d+)\n(.*?)@end %d\n" % (number, number), re.DOTALL)
         found = self._await(pattern, seconds + END_SECONDS, repr(command))
         try:
@@ -224,6 +228,20 @@ class Guest:
         if len(output) != int(found[2]):
             raise GuestError(f"the answer to {command!r} is damaged: {len(output)} bytes of {int(found[2])}")
         return Answer(int(found[1]), output.decode(errors="replace"))
+
+    def _send(self, line: bytes, taken: re.Pattern[bytes]) -> None:
+        """Send a line until the guest has all of it."""
+        for _ in range(SENDINGS):
+            with self._answered:
+                start = len(self._said)
+            self._console.sendall(line)
+            with contextlib.suppress(GuestError):
+                pattern = re.compile(rb"@again\n|" + taken.pattern)
+                if taken.match(self._await(pattern, SENDING_SECONDS, "a command", start)[0]):
+                    return
+            if self._ended:
+                break
+        self._await(taken, 0, "a command")
 
     def wait(self) -> None:
         """Until it has started. Raises GuestError."""
@@ -319,11 +337,12 @@ class Guest:
             if not data:
                 return
 
-    def _await(self, pattern: re.Pattern[bytes], seconds: float, what: str) -> re.Match[bytes]:
+    def _await(self, pattern: re.Pattern[bytes], seconds: float, what: str, start: int = 0) -> re.Match[bytes]:
+        """What the console says, or has said behind a place. GuestError when it does not in time, or cannot."""
         deadline = time.monotonic() + seconds
         with self._answered:
             while True:
-                found = pattern.search(self._said)
+                found = pattern.search(self._said, start)
                 if found is not None:
                     return found
                 left = deadline - time.monotonic()

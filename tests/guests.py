@@ -1,0 +1,80 @@
+"""Guests whose devices are a bus's: for a test, a file for the bus and a `with` block.
+
+with running(BUS) as bus, guest(bus, modules=["virtio_rng"]) as vm:
+    vm.run("head -c 16 /dev/hwrng")
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vbus import config
+from vbus.bus import Bus, Device
+from vbus.connectors import VhostUser
+from vbus.control.server import Control
+from vbus.devices import Blk, Input, Net, Rng
+from vbus.rundir import BusDirectory
+from vbus.vm import Guest
+
+SUFFIX = {"q35": "-pci", "pseries": "-pci", "s390x": "-ccw", "microvm": "-device"}
+"""What a device's name ends in, by the machine."""
+MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], "Input": ["virtio_input", "evdev"]}
+"""The guest's modules, by the class of the device."""
+
+
+def device_args(machine: str, device: Device, path: Path, *, reconnect: bool = False) -> list[str]:
+    """QEMU's options for a device whose connector listens at a path."""
+    name = device.name
+    chardev = f"socket,id=c-{name},path={path}" + (",reconnect-ms=100" if reconnect else "")
+    args = ["-chardev", chardev, "-device"]
+    match device:
+        case Net():
+            pairs = device.queue_pairs
+            netdev = f"vhost-user,id=n-{name},chardev=c-{name},queues={pairs}"
+            more = f",mq=on,vectors={2 * pairs + 2}" if pairs > 1 else ""
+            rom = ",romfile=" if SUFFIX[machine] == "-pci" else ""
+            net = f"virtio-net{SUFFIX[machine]},netdev=n-{name},id={name},mac={device.mac}{more}{rom}"
+            return ["-chardev", chardev, "-netdev", netdev, "-device", net]
+        case Blk():
+            return [
+                *args,
+                f"vhost-user-blk{SUFFIX[machine]},chardev=c-{name},id={name},num-queues={device.config.num_queues}",
+            ]
+        case Rng():
+            return [*args, f"vhost-user-rng{SUFFIX[machine]},chardev=c-{name},id={name}"]
+        case Input():
+            return [*args, f"vhost-user-input{SUFFIX[machine]},chardev=c-{name},id={name}"]
+    raise ValueError(device)
+
+
+@contextlib.contextmanager
+def running(text: str, folder: Path) -> Iterator[Bus]:
+    """The bus of a file's text, served and controlled as `vbus run` does."""
+    (folder / "bus.toml").write_text(text)
+    bus = config.make(config.load(folder / "bus.toml"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(bus.stop)
+        directory = stack.enter_context(BusDirectory(bus.name))
+        bus.start()
+        stack.enter_context(Control(bus, directory))
+        yield bus
+
+
+@contextlib.contextmanager
+def guest(
+    bus: Bus, machine: str = "q35", *, modules: Sequence[str] = (), reconnect: bool = False, **options: Any
+) -> Iterator[Guest]:
+    """A guest with every device of a bus that is reached by vhost-user."""
+    args: list[str] = []
+    wanted = list(modules)
+    for connector in bus.connectors.values():
+        if isinstance(connector, VhostUser):
+            device = bus.slot(connector.device_name).device
+            assert connector.socket is not None
+            args += device_args(machine, device, connector.socket, reconnect=reconnect)
+            wanted += MODULES[type(device).__name__]
+    with Guest(machine, args=args, modules=wanted, **options) as vm:
+        yield vm
