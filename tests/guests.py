@@ -19,8 +19,8 @@ from vbus.devices import Blk, Input, Net, Rng
 from vbus.rundir import BusDirectory
 from vbus.vm import Guest
 
-SUFFIX = {"q35": "-pci", "pseries": "-pci", "s390x": "-ccw", "microvm": "-device"}
-"""What a device's name ends in, by the machine."""
+SUFFIX = {"q35": "-pci", "pseries": "-pci", "s390x": "-ccw", "microvm": ""}
+"""What a device's name ends in, by the machine. One that is mapped into memory is named plainly, but for net."""
 MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], "Input": ["virtio_input", "evdev"]}
 """The guest's modules, by the class of the device."""
 
@@ -36,7 +36,7 @@ def device_args(machine: str, device: Device, path: Path, *, reconnect: bool = F
             netdev = f"vhost-user,id=n-{name},chardev=c-{name},queues={pairs}"
             more = f",mq=on,vectors={2 * pairs + 2}" if pairs > 1 else ""
             rom = ",romfile=" if SUFFIX[machine] == "-pci" else ""
-            net = f"virtio-net{SUFFIX[machine]},netdev=n-{name},id={name},mac={device.mac}{more}{rom}"
+            net = f"virtio-net{SUFFIX[machine] or '-device'},netdev=n-{name},id={name},mac={device.mac}{more}{rom}"
             return ["-chardev", chardev, "-netdev", netdev, "-device", net]
         case Blk():
             return [

@@ -1,4 +1,4 @@
-"""The same bus in guests of four kinds: virtio behind PCI, memory-mapped and behind a channel, little- and big-endian."""
+"""The same bus in guests of four kinds: behind PCI, memory-mapped and behind channels, little- and big-endian."""
 
 from __future__ import annotations
 
@@ -65,8 +65,10 @@ def test_devices_work_in_a_stock_guest(machine: str, tmp_path: Path) -> None:
             (tmp_path / "served/file").write_bytes(os.urandom(8 * MIB))
             digest = hashlib.sha256((tmp_path / "served/file").read_bytes()).hexdigest()
             server = subprocess.Popen(
-                ["ip", "netns", "exec", namespace, sys.executable]
-                + ["-m", "http.server", "--bind", HERE, "--directory", str(tmp_path / "served"), "8000"],
+                [
+                    *("ip", "netns", "exec", namespace, sys.executable, "-m", "http.server"),
+                    *("--bind", HERE, "--directory", str(tmp_path / "served"), "8000"),
+                ],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
@@ -77,7 +79,7 @@ def test_devices_work_in_a_stock_guest(machine: str, tmp_path: Path) -> None:
                 assert bus.get("net0", Net).rx_bytes > 8 * MIB
                 if "disk0" in CARRIED[machine]:
                     vm.run("dd if=/tmp/file of=/dev/vda bs=64k conv=fsync && echo 3 >/proc/sys/vm/drop_caches")
-                    assert vm.run("head -c 8M /dev/vda | sha256sum").split()[0] == digest
+                    assert vm.run("head -c 8388608 /dev/vda | sha256sum").split()[0] == digest
                     assert bus.get("disk0", Blk).writes
                 if "rng0" in CARRIED[machine]:
                     assert vm.run("cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0\n"

@@ -26,7 +26,7 @@ MAX_QUEUE_SIZE = 32768
 class Queue:
     """One virtqueue: declared in a class (`Queue("events", pull=True)`), live in a device.
 
-    `size` is the largest number of descriptors that a driver may ask for, a power of two up to 32768.
+    `size` is the largest number of descriptors that a driver is offered, a power of two up to 32768.
     """
 
     def __init__(self, name: str, *, pull: bool = False, size: int = 256) -> None:
@@ -38,7 +38,8 @@ class Queue:
         self.index = -1
         self.paused = False
         """Nothing more is taken off the ring for now; what was taken is handled."""
-        self.core = _core.DeviceQueue(size)
+        # Connectors hold drivers to `max_size` where they can tell them of it: vhost-user's front-ends cannot be told.
+        self.core = _core.DeviceQueue(MAX_QUEUE_SIZE)
         self._slot: Slot | None = None
         self._getters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
         self._lock = threading.Lock()

@@ -38,6 +38,7 @@ from vbus.bus import (
     Slot,
     peer_credentials,
 )
+from vbus.bus.queue import MAX_QUEUE_SIZE
 from vbus.bus.slot import SignalCounters
 from vbus.connectors.eventfd import is_eventfd
 from vbus.connectors.listening import unix_listener
@@ -406,8 +407,9 @@ class FrontEnd(Attachment):
         match request, message.payload:
             case Request.SET_VRING_NUM, m.VringState(index=index, num=num):
                 vring = self._vring(index)
-                if not 0 < num <= vring.queue.max_size or num & (num - 1):
-                    raise Violation("queue-size", f"queue {index}: {num}; powers of two to {vring.queue.max_size}")
+                # No message says what the device would like: guests of memory-mapped virtio take what QEMU has.
+                if not 0 < num <= MAX_QUEUE_SIZE or num & (num - 1):
+                    raise Violation("queue-size", f"queue {index}: {num}; powers of two to {MAX_QUEUE_SIZE}")
                 vring.size = num
             case Request.SET_VRING_ADDR, m.VringAddr(index=index) as addr:
                 self._vring(index).addr = addr
