@@ -61,10 +61,28 @@ class Pair:
         )
         self.start()
 
-    def start(self, **changed: int) -> None:
+    def start(
+        self,
+        *,
+        resume: int | None = None,
+        inflight: tuple[_core.Mapping, int] | None = None,
+        changed: dict[str, int] | None = None,
+    ) -> None:
         driver = self.driver
-        places = {"size": driver.size, "desc": driver.desc, "driver": driver.driver, "device": driver.device} | changed
-        self.queue.start(self.memory, **places, event_idx=self.event_idx, indirect=self.indirect, signal=self.to_driver)
+        places = {"size": driver.size, "desc": driver.desc, "driver": driver.driver, "device": driver.device}
+        places |= changed or {}
+        self.queue.start(
+            self.memory,
+            places["size"],
+            places["desc"],
+            places["driver"],
+            places["device"],
+            event_idx=self.event_idx,
+            indirect=self.indirect,
+            signal=self.to_driver,
+            resume=resume,
+            inflight=inflight,
+        )
 
     def add(self, readable: list[tuple[int, int]], writable: list[tuple[int, int]]) -> int:
         """Buffers are (offset in data, size)."""
@@ -437,7 +455,7 @@ class TestDeviceQueue:
         ids=str,
     )
     def test_rings_that_are_none(self, pair: Pair, changed: dict[str, int], name: str) -> None:
-        assert violation(lambda: pair.start(**changed)) == name
+        assert violation(lambda: pair.start(changed=changed)) == name
         assert not pair.queue.running
         pair.start()
         assert pair.queue.running
@@ -632,3 +650,52 @@ def test_a_ring_that_was_in_use_is_gone_on_with() -> None:
     pair.start(resume=5000)
     with pytest.raises(Violation, match="index-jump"):
         pair.queue.take(1)
+
+
+class TestInflight:
+    """What is in flight, kept in a region that outlives the queue: vhost-user's layout for split rings."""
+
+    def test_what_is_in_flight_is_given_to_the_next(self, pair: Pair) -> None:
+        size = _core.DeviceQueue.inflight_size(8)
+        assert (size, _core.DeviceQueue.inflight_size(1)) == (192, 64)
+        region = mapping(4096)
+        at = memoryview(region)[size:]
+        pair.start(inflight=(region, size))
+        assert struct.unpack_from("<QHHHH", at) == (0, 1, 8, 0, 0)
+        tokens = [pair.add([(0, 4)], [(8, 4)]) for _ in range(4)]
+        first, second, third = pair.queue.take(3)
+        second.write(b"done")
+        pair.queue.complete([second])
+        assert [at[16 + 16 * request.index] for request in (first, second, third)] == [1, 0, 1]
+
+        # As if the process had ended: the next one knows the region and nothing else.
+        pair.queue = _core.DeviceQueue(8)
+        pair.start(resume=77, inflight=(region, size))
+        assert pair.queue.next == 1
+        requests = pair.queue.take(10)
+        assert [request.index for request in requests] == [tokens[0], tokens[2], tokens[3]]
+        assert [request.read() for request in requests] == [bytes(4)] * 3
+        pair.queue.complete(requests)
+        assert sorted(pair.driver.reap(10)) == sorted([(tokens[1], 4), *((tokens[n], 0) for n in (0, 2, 3))])
+        assert (pair.queue.next, struct.unpack_from("<H", at, 14)) == (4, (4,))
+
+    def test_what_a_region_may_not_be(self, pair: Pair) -> None:
+        region = mapping(4096)
+        for header, name in [
+            ((1, 0, 2, 8, 0, 0), "inflight-version"),
+            ((0, 0, 1, 16, 0, 0), "inflight-size"),
+            ((1, 0, 1, 8, 0, 0), "inflight-features"),
+            ((0, 0, 1, 8, 0, 9), "inflight-used-index"),
+            ((0, 0, 1, 8, 8, 65535), "inflight-next"),
+            ((0, 0, 1, 8, 0, 65534), "inflight-loop"),
+        ]:
+            struct.pack_into("<IIHHHH", region, 0, *header)
+            assert violation(lambda: pair.start(inflight=(region, 0))) == name
+            assert not pair.queue.running
+        assert violation(lambda: pair.start(inflight=(region, 4096 - 128))) == "inflight-size"
+        assert violation(lambda: pair.start(inflight=(region, 2))) == "inflight-misaligned"
+        with pytest.raises(ValueError, match="writable"):
+            pair.start(inflight=(mapping(4096, writable=False), 0))
+        for size in (0, 32769):
+            with pytest.raises(ValueError, match="32768"):
+                _core.DeviceQueue.inflight_size(size)

@@ -243,14 +243,27 @@ class DeviceQueue:
         indirect: bool,
         signal: Signal,
         resume: int | None = None,
+        inflight: tuple[Mapping, int] | None = None,
     ) -> None:
         """A new ring; or one that was in use before, to go on with entry `resume` of the available ring.
 
-        Violation: queue-size (0, not a power of two, above max_size), ring-misaligned, ring-outside-memory.
+        `inflight`: a writable mapping and the offset in it where this queue keeps what is in flight, as vhost-user lays
+        it out for split rings. What a predecessor left there is given by `take` first, in the order in which it was
+        taken. Then `resume` is not looked at: the ring goes on behind the used ring's index and what is in flight. A
+        region that was never used (version 0) begins at the used ring's index.
+
+        Violation: queue-size (0, not a power of two, above max_size), ring-misaligned, ring-outside-memory,
+        inflight-size (outside the mapping; of another size than the ring), inflight-misaligned, inflight-version,
+        inflight-features, inflight-used-index, inflight-next, inflight-loop, inflight-counter, inflight-too-many.
         """
+    @staticmethod
+    def inflight_size(size: int) -> int:
+        """Bytes that a queue of this size takes of what is in flight, rounded up to 64. ValueError: 0, above 32768."""
     @property
     def next(self) -> int | None:
-        """The available entry that comes next: where another may resume once nothing is in flight. None: stopped."""
+        """The available entry that comes next: where another may resume once nothing is in flight. None: stopped. What
+        a predecessor left in flight and was not given yet is not counted as taken.
+        """
     def stop(self) -> None:
         """No more requests; completing old ones does nothing."""
     def take(self, limit: int) -> list[Request]:

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
-use vbus_ring::ring::split::{DeviceRing, DriverRing, Setup};
+use vbus_ring::ring::split::{inflight_bytes, DeviceRing, DriverRing, Setup};
 use vbus_ring::ring::{Chain, MAX_SIZE};
 use vbus_ring::signal::Notify;
 use vbus_ring::violation::{Rule, Violation};
@@ -194,6 +194,14 @@ impl DeviceQueue {
         Ok(Self { shared: Arc::default(), max_size })
     }
 
+    #[staticmethod]
+    fn inflight_size(size: u32) -> PyResult<usize> {
+        if size == 0 || size > MAX_SIZE {
+            return Err(PyValueError::new_err("a queue's size is 1 to 32768"));
+        }
+        Ok(inflight_bytes(size as u16))
+    }
+
     #[getter]
     fn max_size(&self) -> u32 {
         self.max_size
@@ -210,7 +218,7 @@ impl DeviceQueue {
     }
 
     #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (memory, size, desc, driver, device, *, event_idx, indirect, signal, resume=None))]
+    #[pyo3(signature = (memory, size, desc, driver, device, *, event_idx, indirect, signal, resume=None, inflight=None))]
     fn start(
         &self,
         py: Python<'_>,
@@ -223,10 +231,18 @@ impl DeviceQueue {
         indirect: bool,
         signal: &Signal,
         resume: Option<u16>,
+        inflight: Option<(PyRef<'_, Mapping>, u64)>,
     ) -> PyResult<()> {
+        if inflight.as_ref().is_some_and(|(mapping, _)| !mapping.0.writable()) {
+            return Err(PyValueError::new_err("what is in flight needs a writable mapping"));
+        }
         self.shared.replace(None);
         let setup = Setup { size, desc, driver, device, event_idx, indirect, resume };
-        let ring = DeviceRing::new(memory.0.clone(), self.max_size, setup);
+        let memory = memory.0.clone();
+        let ring = match inflight {
+            None => DeviceRing::new(memory, self.max_size, setup),
+            Some((mapping, offset)) => DeviceRing::tracked(memory, self.max_size, setup, &mapping.0, offset),
+        };
         let ring = ring.map_err(|violation| to_error(py, &violation))?;
         self.shared.replace(Some(Running { ring, signal: signal.0.clone() }));
         Ok(())

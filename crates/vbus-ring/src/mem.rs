@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use vm_memory::VolatileMemory;
@@ -157,8 +157,32 @@ macro_rules! word {
             let word = self.word::<$word>(offset);
             // SAFETY: as for the load, and the mapping is writable.
             unsafe { <$atomic>::from_ptr(word) }.store(value.to_le(), order);
+            #[cfg(test)]
+            watch::stored();
         }
     };
+}
+
+/// A test that wants to see the memory after each store of its thread.
+#[cfg(test)]
+pub(crate) mod watch {
+    use std::cell::RefCell;
+
+    thread_local! {
+        static WATCHER: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
+    }
+
+    /// Call `watcher` after each store while `run` runs.
+    pub fn stores<R>(watcher: impl FnMut() + 'static, run: impl FnOnce() -> R) -> R {
+        WATCHER.with_borrow_mut(|slot| *slot = Some(Box::new(watcher)));
+        let result = run();
+        WATCHER.with_borrow_mut(Option::take);
+        result
+    }
+
+    pub(super) fn stored() {
+        WATCHER.with_borrow_mut(|slot| slot.as_mut().map_or((), |watcher| watcher()));
+    }
 }
 
 impl Window {
@@ -193,6 +217,7 @@ impl Window {
         word
     }
 
+    word!(load8, store8, AtomicU8, u8);
     word!(load16, store16, AtomicU16, u16);
     word!(load32, store32, AtomicU32, u32);
     word!(load64, store64, AtomicU64, u64);

@@ -64,6 +64,24 @@ pub enum Rule {
     IndirectTableTooLong,
     /// More bytes than the request's writable part takes.
     BufferTooSmall,
+    /// A region of what is in flight off its alignment.
+    InflightMisaligned,
+    /// A region of what is in flight that is not in its mapping, or that belongs to a ring of another size.
+    InflightSize,
+    /// A region of what is in flight whose layout is unknown.
+    InflightVersion,
+    /// A region of what is in flight with features that there are not.
+    InflightFeatures,
+    /// A used index that is not that of the region, or of a batch after it.
+    InflightUsedIndex,
+    /// A batch of completions that links a head out of range.
+    InflightNext,
+    /// A batch of completions that comes back to a head of its own.
+    InflightLoop,
+    /// Two heads in flight that were taken at the same time, or one at the end of time.
+    InflightCounter,
+    /// More in flight than the driver made available.
+    InflightTooMany,
     /// The used index ran ahead by more than what is outstanding.
     UsedIndexJump,
     /// A used element that names no outstanding request.
@@ -111,6 +129,15 @@ impl Rule {
             Self::IndirectTableSize => "indirect-table-size",
             Self::IndirectTableTooLong => "indirect-table-too-long",
             Self::BufferTooSmall => "buffer-too-small",
+            Self::InflightMisaligned => "inflight-misaligned",
+            Self::InflightSize => "inflight-size",
+            Self::InflightVersion => "inflight-version",
+            Self::InflightFeatures => "inflight-features",
+            Self::InflightUsedIndex => "inflight-used-index",
+            Self::InflightNext => "inflight-next",
+            Self::InflightLoop => "inflight-loop",
+            Self::InflightCounter => "inflight-counter",
+            Self::InflightTooMany => "inflight-too-many",
             Self::UsedIndexJump => "used-index-jump",
             Self::UsedIdUnknown => "used-id-unknown",
             Self::UsedLength => "used-length",

@@ -1,13 +1,15 @@
 //! The device side of a split ring.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 
+use super::inflight::Inflight;
 use super::{
     avail_bytes, passes, used_bytes, Desc, DESC_BYTES, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, ENTRIES, INDEX, SUPPRESS,
     USED_BYTES,
 };
-use crate::mem::{Access, Memory, Segments, Table, Window};
+use crate::mem::{Access, Mapping, Memory, Segments, Table, Window};
 use crate::ring::{Chain, MAX_SIZE};
 use crate::violation::{Rule, Violation};
 
@@ -30,7 +32,8 @@ pub struct Setup {
     pub event_idx: bool,
     /// VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
-    /// Where to go on in a ring that was in use before: the index of the next available entry. None: a new ring.
+    /// Where to go on in a ring that was in use before: the index of the next available entry. None: a new ring. A
+    /// tracked ring knows better.
     pub resume: Option<u16>,
 }
 
@@ -95,6 +98,10 @@ pub struct DeviceRing {
     /// Pieces of memory a head has in flight.
     costs: Vec<u32>,
     buffers: usize,
+    /// Where others find what is in flight.
+    inflight: Option<Inflight>,
+    /// Heads that were in flight before this ring started, to be taken first; entries before `next` named them.
+    again: VecDeque<u16>,
     /// Why this ring gives nothing any more, until it was told.
     violation: Option<Violation>,
     broken: bool,
@@ -106,15 +113,54 @@ impl DeviceRing {
     ///
     /// Violation: queue-size (0, not a power of two, above `max_size`), ring-misaligned, ring-outside-memory.
     pub fn new(memory: Arc<Memory>, max_size: u32, setup: Setup) -> Result<Self, Violation> {
+        Self::start(memory, max_size, setup, None)
+    }
+
+    /// As `new`, with the region at `offset` of a writable mapping in which the heads in flight are kept for whoever
+    /// serves the ring after this one: those that the one before left are taken again, before all others.
+    ///
+    /// Where the ring goes on follows from the region and the used ring's index, and `resume` is not looked at. The next
+    /// available entry is always the used index and the number of heads in flight, for the next one to count from. So
+    /// a new region begins at the used index, too: whatever was taken beyond it nobody remembers, and it is taken again.
+    ///
+    /// Violation: as `new`; inflight-misaligned, inflight-size, inflight-version, inflight-features,
+    /// inflight-used-index, inflight-next, inflight-loop, inflight-counter, inflight-too-many.
+    pub fn tracked(
+        memory: Arc<Memory>,
+        max_size: u32,
+        setup: Setup,
+        mapping: &Arc<Mapping>,
+        offset: u64,
+    ) -> Result<Self, Violation> {
+        Self::start(memory, max_size, setup, Some((mapping, offset)))
+    }
+
+    fn start(
+        memory: Arc<Memory>,
+        max_size: u32,
+        setup: Setup,
+        region: Option<(&Arc<Mapping>, u64)>,
+    ) -> Result<Self, Violation> {
         if !setup.size.is_power_of_two() || setup.size > max_size.min(MAX_SIZE) {
             let detail = format!("{}, must be a power of two up to {max_size}", setup.size);
             return Err(Violation::new(Rule::QueueSize, detail));
         }
         let size = setup.size as u16;
         let parts = Parts::find(&memory.snapshot(), &setup)?;
-        let (next, used) = match setup.resume {
-            None => (0, 0),
-            Some(next) => (next, parts.used.load16(INDEX, Ordering::Acquire)),
+        let used_index = || parts.used.load16(INDEX, Ordering::Acquire);
+        let (next, used, inflight, again) = match (region, setup.resume) {
+            (Some((mapping, offset)), _) => {
+                let used = used_index();
+                let (inflight, again) = Inflight::open(mapping, offset, size, used)?;
+                let made = parts.avail.load16(INDEX, Ordering::Acquire).wrapping_sub(used);
+                if again.len() > usize::from(made) {
+                    let detail = format!("{} of {made} that are available", again.len());
+                    return Err(Violation::new(Rule::InflightTooMany, detail));
+                }
+                (used.wrapping_add(again.len() as u16), used, Some(inflight), again)
+            }
+            (None, None) => (0, 0, None, VecDeque::new()),
+            (None, Some(next)) => (next, used_index(), None, VecDeque::new()),
         };
         let mut ring = Self {
             memory,
@@ -129,6 +175,8 @@ impl DeviceRing {
             in_flight: 0,
             costs: vec![0; size as usize],
             buffers: 0,
+            inflight,
+            again,
             violation: None,
             broken: false,
         };
@@ -141,9 +189,10 @@ impl DeviceRing {
         self.size
     }
 
-    /// Index of the next available entry to take: where another could go on, once nothing is in flight.
+    /// Index of the next available entry to take: where another could go on, once nothing is in flight. What another
+    /// left in flight and was not taken again counts as not taken.
     pub fn next(&self) -> u16 {
-        self.next
+        self.next.wrapping_sub(self.again.len() as u16)
     }
 
     /// Chains taken and not completed.
@@ -177,7 +226,7 @@ impl DeviceRing {
     fn take_some(&mut self, limit: usize, chains: &mut Vec<Chain>) -> Result<(), Violation> {
         let table = self.memory.snapshot();
         self.find_again(&table)?;
-        if !self.look()? {
+        if self.again.is_empty() && !self.look()? {
             self.ask_for_notifications();
             // The driver adds an entry and then looks whether we want to hear of it; we have said that we want to, and
             // now look for entries. Each side's store comes before its load only with a full fence between them: then
@@ -189,12 +238,25 @@ impl DeviceRing {
         }
         self.ask_for_silence();
         let last = chains.len().saturating_add(limit);
-        while chains.len() < last && self.look()? {
+        while chains.len() < last {
+            if let Some(&head) = self.again.front() {
+                let chain = self.chain(&table, head)?;
+                self.begin(&chain)?;
+                self.again.pop_front();
+                chains.push(chain);
+                continue;
+            }
+            if !self.look()? {
+                break;
+            }
             // The entry was written before the index that `look` acquired.
             let place = ENTRIES + 2 * usize::from(self.next & (self.size - 1));
             let head = self.parts.avail.load16(place, Ordering::Relaxed);
             let chain = self.chain(&table, head)?;
             self.begin(&chain)?;
+            if let Some(inflight) = &mut self.inflight {
+                inflight.take(head);
+            }
             self.next = self.next.wrapping_add(1);
             chains.push(chain);
         }
@@ -352,6 +414,9 @@ impl DeviceRing {
             let place = ENTRIES + USED_BYTES * usize::from(self.used & (self.size - 1));
             self.parts.used.store32(place, u32::from(head), Ordering::Relaxed);
             self.parts.used.store32(place + 4, written, Ordering::Relaxed);
+            if let Some(inflight) = &mut self.inflight {
+                inflight.link(head);
+            }
             self.used = self.used.wrapping_add(1);
         }
         if self.used == old {
@@ -359,6 +424,9 @@ impl DeviceRing {
         }
         // Release: whoever sees the index sees the elements, and what was written into the buffers.
         self.parts.used.store16(INDEX, self.used, Ordering::Release);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.shown(self.used);
+        }
         // The index must be out before we look whether the driver waits for it; the driver does the reverse. See
         // `take_some` for why nothing less than a full fence will do.
         fence(Ordering::SeqCst);

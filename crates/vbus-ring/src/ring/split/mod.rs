@@ -5,9 +5,11 @@
 
 mod device;
 mod driver;
+mod inflight;
 
 pub use device::{DeviceRing, Setup, MAX_BUFFERS};
 pub use driver::{AddError, DriverRing, INDIRECT_ENTRIES};
+pub use inflight::inflight_bytes;
 
 /// Bytes of a descriptor: u64 address, u32 length, u16 flags, u16 next.
 const DESC_BYTES: usize = 16;
