@@ -699,3 +699,48 @@ class TestInflight:
         for size in (0, 32769):
             with pytest.raises(ValueError, match="32768"):
                 _core.DeviceQueue.inflight_size(size)
+
+
+class TestLog:
+    """The log of written pages, which a hypervisor reads while it moves its guest."""
+
+    def test_what_is_written_is_said(self, pair: Pair) -> None:
+        log = mapping((BASE + SIZE) // 4096 // 8)
+        bits = memoryview(log)
+
+        def pages() -> set[int]:
+            found = {8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1}
+            bits[:] = bytes(log.size)
+            return found
+
+        data, ring = (BASE + DATA) // 4096, pair.driver.device // 4096
+        pair.memory.write(BASE + DATA, b"before")
+        request = pair.request([(0, 4)], [(4096, 4), (8192, 4097)])
+        pair.memory.log(log)
+        assert pages() == set()
+        pair.memory.write(BASE + DATA + 4095, b"xy")
+        assert pages() == {data, data + 1}
+        request.views()[1][1][4096] = 1
+        assert pages() == set(), "not before it is completed"
+        pair.queue.complete([request])
+        assert pages() == {data + 1, data + 2, data + 3, ring}
+        pair.memory.log(None)
+        pair.queue.complete([pair.request([], [(4096, 4)])])
+        assert pages() == set()
+
+        pair.memory.log(log)
+        request = pair.request([], [(4096, 4)])
+        pair.queue.stop()
+        pages()
+        pair.queue.complete([request])
+        assert pages() == set(), "a driver does not look at what it does not get back"
+
+    def test_what_a_log_may_not_be(self, pair: Pair) -> None:
+        request = pair.request([], [(0, 4)])
+        pair.memory.log(mapping(4096))
+        assert violation(lambda: pair.memory.write(BASE, b"x")) == "log-too-small"
+        assert violation(lambda: pair.queue.complete([request])) == "log-too-small"
+        assert pair.queue.take(1) == []
+        assert violation(pair.start) == "log-too-small"
+        with pytest.raises(ValueError, match="writable"):
+            pair.memory.log(mapping(4096, writable=False))

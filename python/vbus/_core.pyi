@@ -61,7 +61,15 @@ class Memory:
     def read(self, address: int, size: int) -> bytes:
         """Violation: address-outside-memory."""
     def write(self, address: int, data: _ReadableBuffer) -> None:
-        """Violation: address-outside-memory, region-read-only."""
+        """Violation: address-outside-memory, region-read-only; log-too-small, when it is written."""
+    def log(self, mapping: Mapping | None) -> None:
+        """From now on, set a bit for each page of 4096 bytes that is written (page % 8 of byte page / 8, counted from
+        driver address 0) in this writable mapping; None: no more. From any thread, while requests are in flight.
+
+        A bit is set after the bytes were written: for `write` at once, for a request when it is completed (all that it
+        could write, as `views` may have been written anywhere), for a ring whenever its device side writes it. What a
+        request wrote that is never completed is not said: a driver may not look at buffers that it does not get back.
+        """
 
 @final
 class Doorbell:
@@ -276,7 +284,7 @@ class DeviceQueue:
         """
     def complete(self, requests: Sequence[Request]) -> None:
         """Put requests into the used ring, published together, and signal when the driver wants it. Requests that
-        are done already are ignored. Violation: ring-outside-memory.
+        are done already are ignored. Violation: ring-outside-memory; log-too-small, when they are completed.
         """
     @property
     def in_flight(self) -> int:

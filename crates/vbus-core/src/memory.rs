@@ -203,24 +203,24 @@ impl Memory {
     }
 
     fn read<'py>(&self, py: Python<'py>, address: u64, size: u64) -> PyResult<Bound<'py, PyBytes>> {
-        let segments = self.translate(py, address, size, Access::Read)?;
-        new_bytes(py, size as usize, |bytes| segments.read(0, bytes))
+        let raise = |violation| to_error(py, &violation);
+        // Before the bytes are made: a size that is nonsense must not cost memory.
+        self.0.snapshot().translate(address, size, Access::Read, &mut Segments::default()).map_err(raise)?;
+        let mut result = Ok(());
+        let bytes = new_bytes(py, size as usize, |bytes| result = self.0.read(address, bytes))?;
+        result.map_err(raise)?;
+        Ok(bytes)
     }
 
     fn write(&self, py: Python<'_>, address: u64, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        with_bytes(data, |bytes| {
-            let segments = self.translate(py, address, bytes.len() as u64, Access::Write)?;
-            segments.write(0, bytes);
-            Ok(())
-        })?
+        with_bytes(data, |bytes| self.0.write(address, bytes))?.map_err(|violation| to_error(py, &violation))
     }
-}
 
-impl Memory {
-    fn translate(&self, py: Python<'_>, address: u64, size: u64, access: Access) -> PyResult<Segments> {
-        let mut segments = Segments::default();
-        let result = self.0.snapshot().translate(address, size, access, &mut segments);
-        result.map_err(|violation| to_error(py, &violation))?;
-        Ok(segments)
+    fn log(&self, mapping: Option<&Mapping>) -> PyResult<()> {
+        if mapping.is_some_and(|mapping| !mapping.0.writable()) {
+            return Err(PyValueError::new_err("a log needs a writable mapping"));
+        }
+        self.0.log(mapping.map(|mapping| mapping.0.clone()));
+        Ok(())
     }
 }

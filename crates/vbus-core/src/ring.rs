@@ -309,9 +309,9 @@ impl DeviceQueue {
         };
         let fresh = |request: &&Request| !request.stopped() && !request.completed.swap(true, Ordering::Relaxed);
         let requests: Vec<&Request> = requests.iter().map(|request| request.get()).filter(fresh).collect();
-        let notify = running.ring.complete(requests.iter().map(|request| {
+        let notify = running.ring.complete_chains(requests.iter().map(|request| {
             // Never above the chain's total, which has 32 bits.
-            (request.chain.head(), request.written() as u32)
+            (&request.chain, request.written() as u32)
         }))?;
         for request in &requests {
             self.shared.completed.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,7 @@
 //! Driver memory, split rings, event rings and link rings: the parts of vbus that run once per descriptor or per event.
 
 pub mod area;
+pub mod dirty;
 pub mod doorbell;
 pub mod event;
 pub mod link;

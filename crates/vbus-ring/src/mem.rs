@@ -13,12 +13,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{fence, AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use vm_memory::VolatileMemory;
 pub use vm_memory::VolatileSlice;
 
+use crate::dirty::Log;
 use crate::violation::{Rule, Violation};
 
 /// Why a file could not be mapped.
@@ -155,15 +156,17 @@ macro_rules! word {
         pub fn $store(&self, offset: usize, value: $word, order: Ordering) {
             assert!(self.mapping.writable, "a store to a read-only mapping");
             let word = self.word::<$word>(offset);
+            #[cfg(test)]
+            watch::look();
             // SAFETY: as for the load, and the mapping is writable.
             unsafe { <$atomic>::from_ptr(word) }.store(value.to_le(), order);
             #[cfg(test)]
-            watch::stored();
+            watch::look();
         }
     };
 }
 
-/// A test that wants to see the memory after each store of its thread.
+/// A test that wants to see the memory before and after each store of its thread.
 #[cfg(test)]
 pub(crate) mod watch {
     use std::cell::RefCell;
@@ -172,7 +175,7 @@ pub(crate) mod watch {
         static WATCHER: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
     }
 
-    /// Call `watcher` after each store while `run` runs.
+    /// Call `watcher` before and after each store while `run` runs.
     pub fn stores<R>(watcher: impl FnMut() + 'static, run: impl FnOnce() -> R) -> R {
         WATCHER.with_borrow_mut(|slot| *slot = Some(Box::new(watcher)));
         let result = run();
@@ -180,7 +183,7 @@ pub(crate) mod watch {
         result
     }
 
-    pub(super) fn stored() {
+    pub(super) fn look() {
         WATCHER.with_borrow_mut(|slot| slot.as_mut().map_or((), |watcher| watcher()));
     }
 }
@@ -221,6 +224,14 @@ impl Window {
     word!(load16, store16, AtomicU16, u16);
     word!(load32, store32, AtomicU32, u32);
     word!(load64, store64, AtomicU64, u64);
+
+    /// Set bits of a byte, whatever others do to it.
+    pub fn or8(&self, offset: usize, bits: u8, order: Ordering) {
+        assert!(self.mapping.writable, "a store to a read-only mapping");
+        let byte = self.word::<u8>(offset);
+        // SAFETY: as for a store.
+        unsafe { AtomicU8::from_ptr(byte) }.fetch_or(bits, order);
+    }
 }
 
 /// A range of driver memory that is contiguous in one mapping.
@@ -230,6 +241,8 @@ pub struct Segment {
     mapping: u32,
     /// Bytes of the range that come before this segment.
     start: u64,
+    /// Driver address.
+    address: u64,
     offset: usize,
     size: usize,
 }
@@ -261,7 +274,12 @@ impl Segments {
         self.segments.iter().map(|segment| (&self.mappings[segment.mapping as usize], segment.offset, segment.size))
     }
 
-    fn push(&mut self, mapping: &Arc<Mapping>, offset: usize, size: usize) {
+    /// Driver address and bytes of the pieces, in order.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.segments.iter().map(|segment| (segment.address, segment.size as u64))
+    }
+
+    fn push(&mut self, mapping: &Arc<Mapping>, address: u64, offset: usize, size: usize) {
         let index = match self.mappings.iter().rposition(|known| Arc::ptr_eq(known, mapping)) {
             Some(index) => index,
             None => {
@@ -269,7 +287,7 @@ impl Segments {
                 self.mappings.len() - 1
             }
         };
-        self.segments.push(Segment { mapping: index as u32, start: self.total, offset, size });
+        self.segments.push(Segment { mapping: index as u32, start: self.total, address, offset, size });
         self.total += size as u64;
     }
 
@@ -379,7 +397,7 @@ impl Table {
         for region in &self.regions[self.first(address)..] {
             let skip = at - region.address;
             let count = left.min(region.size - skip);
-            segments.push(&region.mapping, region.offset + skip as usize, count as usize);
+            segments.push(&region.mapping, at, region.offset + skip as usize, count as usize);
             left -= count;
             if left == 0 {
                 break;
@@ -430,6 +448,9 @@ impl Table {
 #[derive(Debug)]
 pub struct Memory {
     table: RwLock<Arc<Table>>,
+    log: RwLock<Option<Log>>,
+    /// Whether there is a log: what is looked at while there is none.
+    logged: AtomicBool,
     max_regions: usize,
     max_bytes: u64,
 }
@@ -437,13 +458,74 @@ pub struct Memory {
 impl Memory {
     /// No regions yet; at most so many, and so many bytes of them.
     pub fn new(max_regions: usize, max_bytes: u64) -> Self {
-        Self { table: RwLock::default(), max_regions, max_bytes }
+        Self {
+            table: RwLock::default(),
+            log: RwLock::default(),
+            logged: AtomicBool::new(false),
+            max_regions,
+            max_bytes,
+        }
     }
 
     /// The regions as they are now. Hold it shortly: it keeps all their mappings.
     #[inline]
     pub fn snapshot(&self) -> Arc<Table> {
         self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Copy bytes out. Violation: address-outside-memory.
+    pub fn read(&self, address: u64, into: VolatileSlice<'_>) -> Result<(), Violation> {
+        let mut segments = Segments::default();
+        self.snapshot().translate(address, into.len() as u64, Access::Read, &mut segments)?;
+        segments.read(0, into);
+        Ok(())
+    }
+
+    /// Copy bytes in. Violation: address-outside-memory, region-read-only; log-too-small, when they are written.
+    pub fn write(&self, address: u64, from: VolatileSlice<'_>) -> Result<(), Violation> {
+        let mut segments = Segments::default();
+        self.snapshot().translate(address, from.len() as u64, Access::Write, &mut segments)?;
+        segments.write(0, from);
+        // See `written`.
+        fence(Ordering::SeqCst);
+        self.written(|| [(address, from.len() as u64)])
+    }
+
+    /// From now on, set the bit of each page that is written in this writable mapping; or in none.
+    ///
+    /// When this returns, whatever is shown to the driver later is said there, requests that were taken before included,
+    /// and nothing is said in a log from before any more.
+    pub fn log(&self, mapping: Option<Arc<Mapping>>) {
+        let logged = mapping.is_some();
+        let old = {
+            // Waits for those who set bits in the old one.
+            let mut log = self.log.write().unwrap_or_else(PoisonError::into_inner);
+            self.logged.store(logged, Ordering::Relaxed);
+            std::mem::replace(&mut *log, mapping.map(Log::new))
+        };
+        // See `written`.
+        fence(Ordering::SeqCst);
+        drop(old);
+    }
+
+    /// Say in the log, if there is one, that ranges (driver address, bytes) were written.
+    ///
+    /// The caller has written them and has then made a full fence, as `log` does behind its own store: so either this
+    /// sees that there is a log, or whoever reads the memory after `log` sees the bytes.
+    ///
+    /// Violation: log-too-small; what follows is not said then.
+    #[inline]
+    pub(crate) fn written<R>(&self, ranges: impl FnOnce() -> R) -> Result<(), Violation>
+    where
+        R: IntoIterator<Item = (u64, u64)>,
+    {
+        if !self.logged.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        match &*self.log.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(log) => ranges().into_iter().try_for_each(|(address, size)| log.mark(address, size)),
+            None => Ok(()),
+        }
     }
 
     /// Give `size` bytes of `mapping` from `offset` a driver address.

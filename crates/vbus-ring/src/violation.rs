@@ -82,6 +82,8 @@ pub enum Rule {
     InflightCounter,
     /// More in flight than the driver made available.
     InflightTooMany,
+    /// A page that was written and that the log of written pages has no bit for.
+    LogTooSmall,
     /// The used index ran ahead by more than what is outstanding.
     UsedIndexJump,
     /// A used element that names no outstanding request.
@@ -138,6 +140,7 @@ impl Rule {
             Self::InflightLoop => "inflight-loop",
             Self::InflightCounter => "inflight-counter",
             Self::InflightTooMany => "inflight-too-many",
+            Self::LogTooSmall => "log-too-small",
             Self::UsedIndexJump => "used-index-jump",
             Self::UsedIdUnknown => "used-id-unknown",
             Self::UsedLength => "used-length",

@@ -92,6 +92,8 @@ pub struct DeviceRing {
     used: u16,
     /// Without EVENT_IDX: what the used ring's flags say.
     suppressing: bool,
+    /// Whether what we asked for was written and is not in the log of written pages.
+    asked: bool,
     /// A bit a head: taken and not completed.
     taken: Vec<u64>,
     in_flight: usize,
@@ -171,6 +173,7 @@ impl DeviceRing {
             seen: next,
             used,
             suppressing: true,
+            asked: false,
             taken: vec![0; (size as usize).div_ceil(64)],
             in_flight: 0,
             costs: vec![0; size as usize],
@@ -181,6 +184,9 @@ impl DeviceRing {
             broken: false,
         };
         ring.ask_for_notifications();
+        // See `Memory::written`.
+        fence(Ordering::SeqCst);
+        ring.log_asked()?;
         Ok(ring)
     }
 
@@ -210,7 +216,7 @@ impl DeviceRing {
         if self.broken || limit == 0 {
             return self.violation.take().map_or(Ok(()), Err);
         }
-        match self.take_some(limit, chains) {
+        match self.take_some(limit, chains).and_then(|()| self.log_asked()) {
             Ok(()) => Ok(()),
             Err(violation) => {
                 self.broken = true;
@@ -388,13 +394,31 @@ impl DeviceRing {
         Ok(())
     }
 
-    /// Put chains, each a head and the bytes written, into the used ring, and show them all at once. True when the
-    /// driver is to be notified.
+    /// Put chains, each with the bytes written, into the used ring, and show them all at once. True when the driver is
+    /// to be notified. All of their writable memory counts as written.
     ///
-    /// Heads that are not in flight are left out. Violation: ring-outside-memory, ring-misaligned (the memory has
-    /// changed); then nothing is completed, now or later.
+    /// Those that are not in flight are left out. Violation: ring-outside-memory, ring-misaligned (the memory has
+    /// changed); then nothing is completed, now or later. log-too-small: they are completed, and the ring gives nothing
+    /// any more.
+    #[must_use = "the driver may be waiting for a notification"]
+    pub fn complete_chains<'a>(
+        &mut self,
+        chains: impl Iterator<Item = (&'a Chain, u32)> + Clone,
+    ) -> Result<bool, Violation> {
+        self.put(chains.clone().map(|(chain, written)| (chain.head(), written)), chains.map(|(chain, _)| chain))
+    }
+
+    /// As `complete_chains` by their heads, where nobody logs what is written: of that, only the ring's own is said.
     #[must_use = "the driver may be waiting for a notification"]
     pub fn complete(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) -> Result<bool, Violation> {
+        self.put(chains, std::iter::empty())
+    }
+
+    fn put<'a>(
+        &mut self,
+        heads: impl IntoIterator<Item = (u16, u32)>,
+        chains: impl Iterator<Item = &'a Chain>,
+    ) -> Result<bool, Violation> {
         if let Err(violation) = self.find_again(&self.memory.snapshot()) {
             self.broken = true;
             // Nothing is in flight any more, even if the memory comes back.
@@ -403,7 +427,7 @@ impl DeviceRing {
             return Err(violation);
         }
         let old = self.used;
-        for (head, written) in chains {
+        for (head, written) in heads {
             let (word, bit) = bit(head);
             if head >= self.size || self.taken[word] & bit == 0 {
                 continue;
@@ -430,6 +454,13 @@ impl DeviceRing {
         // The index must be out before we look whether the driver waits for it; the driver does the reverse. See
         // `take_some` for why nothing less than a full fence will do.
         fence(Ordering::SeqCst);
+        // Behind the fence, and so after the used index: see `Memory::written`.
+        let ring = self.used_ranges(old);
+        let buffers = chains.flat_map(|chain| chain.writable().ranges());
+        if let Err(violation) = self.memory.written(|| buffers.chain(ring)) {
+            self.broken = true;
+            return Err(violation);
+        }
         Ok(if self.setup.event_idx {
             let event = self.parts.avail.load16(avail_bytes(self.size), Ordering::Relaxed);
             passes(event, self.used, old)
@@ -438,12 +469,37 @@ impl DeviceRing {
         })
     }
 
+    /// What the used ring has of its entries from `old` on, and its index: driver addresses and bytes.
+    fn used_ranges(&self, old: u16) -> [(u64, u64); 3] {
+        let place = old & (self.size - 1);
+        let count = self.used.wrapping_sub(old);
+        let first = count.min(self.size - place);
+        let entries = self.setup.device + ENTRIES as u64;
+        [
+            (entries + (USED_BYTES * usize::from(place)) as u64, (USED_BYTES * usize::from(first)) as u64),
+            (entries, (USED_BYTES * usize::from(count - first)) as u64),
+            (self.setup.device + INDEX as u64, 2),
+        ]
+    }
+
+    /// Say in the log that we have written what we ask the driver for. Silence is not fenced from this: should a log
+    /// begin at this very moment, it may be missing there; but whoever goes on with the ring asks anew.
+    fn log_asked(&mut self) -> Result<(), Violation> {
+        if !std::mem::replace(&mut self.asked, false) {
+            return Ok(());
+        }
+        let place = if self.setup.event_idx { used_bytes(self.size) as u64 } else { 0 };
+        self.memory.written(|| [(self.setup.device + place, 2)])
+    }
+
     /// Notifications on, from the next entry on. The caller looks again after a full fence.
     fn ask_for_notifications(&mut self) {
         if self.setup.event_idx {
             self.parts.used.store16(used_bytes(self.size), self.next, Ordering::Relaxed);
+            self.asked = true;
         } else if self.suppressing {
             self.parts.used.store16(0, 0, Ordering::Relaxed);
+            self.asked = true;
         }
         self.suppressing = false;
     }
@@ -454,6 +510,7 @@ impl DeviceRing {
         // again, 65536 entries later, notifies once too often at worst.
         if !self.setup.event_idx && !self.suppressing {
             self.parts.used.store16(0, SUPPRESS, Ordering::Relaxed);
+            self.asked = true;
         }
         self.suppressing = true;
     }

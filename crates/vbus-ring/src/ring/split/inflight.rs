@@ -177,7 +177,7 @@ const fn place(head: u16) -> usize {
 
 #[cfg(test)]
 mod tests {
-    //! A process that ends after any of its stores: what is left is looked at after each of them, and whoever goes on
+    //! A process that ends after any of its stores: what is left is looked at around each of them, and whoever goes on
     //! from there must give every request once more, or find it completed, and never both.
 
     use std::cell::RefCell;
@@ -260,9 +260,9 @@ mod tests {
             bytes
         }
 
-        /// What is left after each store of `run`, and before the first.
+        /// What is left before and after each store of `run`.
         fn ends(&self, run: impl FnOnce()) -> Vec<Vec<u8>> {
-            let ends = Rc::new(RefCell::new(vec![self.bytes()]));
+            let ends = Rc::new(RefCell::new(Vec::new()));
             let (into, mapping) = (ends.clone(), self.mapping.clone());
             let look = Self { window: self.window.clone(), mapping };
             watch::stores(move || into.borrow_mut().push(look.bytes()), run);
