@@ -7,7 +7,10 @@ import errno
 import gc
 import mmap
 import os
+import signal
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -744,3 +747,90 @@ class TestLog:
         assert violation(pair.start) == "log-too-small"
         with pytest.raises(ValueError, match="writable"):
             pair.memory.log(mapping(4096, writable=False))
+
+
+class TestGuarded:
+    """Files that their owner truncates while they are mapped here."""
+
+    def guarded(self, size: int = SIZE) -> tuple[int, _core.Mapping]:
+        fd = memfd(size)
+        return fd, _core.Mapping(fd, size, guarded=True)
+
+    def test_python_that_copies_through_a_view_lives(self) -> None:
+        fd, one = self.guarded()
+        view = memoryview(one)
+        view[:4] = b"here"
+        os.ftruncate(fd, 0)
+        assert not one.lost
+        reading, writing = os.pipe()
+        with pytest.raises(OSError, match=r".") as caught:
+            os.write(writing, view[:64])
+        assert (caught.value.errno, one.lost) == (errno.EFAULT, False)
+        assert bytes(view) == bytes(SIZE)
+        assert one.lost
+        view[:4] = b"gone"
+        assert bytes(view[:4]) == b"gone"
+        assert not mapping().lost
+        for end in (fd, reading, writing):
+            os.close(end)
+
+    def test_a_write_through_a_view_lives_as_well(self) -> None:
+        fd, one = self.guarded()
+        os.ftruncate(fd, 4096)
+        memoryview(one)[SIZE - 8 :] = b"too late"
+        assert (one.lost, bytes(memoryview(one)[-8:])) == (True, b"too late")
+        os.close(fd)
+
+    def test_a_queue_says_what_happened(self) -> None:
+        pair = Pair()
+        first, second = self.guarded(), self.guarded()
+        pair.memory.add(0, first[1])
+        pair.memory.add(SIZE, second[1])
+        request = pair.request([(0, 4)], [])
+        pair.driver.add([(0, 4)], [(SIZE, 4)])
+        pair.driver.publish()
+        (other,) = pair.queue.take(1)
+        assert other.read() == bytes(4)
+        os.ftruncate(second[0], 0)
+        other.write(b"lost")
+        assert (first[1].lost, second[1].lost) == (False, True)
+        assert violation(lambda: pair.queue.complete([other])) == "region-lost"
+        assert pair.queue.take(1) == []
+        assert violation(lambda: pair.memory.read(BASE, 1)) == "region-lost"
+        assert violation(lambda: pair.memory.write(BASE, b"x")) == "region-lost"
+        assert violation(pair.start) == "region-lost"
+        assert request.read() == bytes(4)
+        pair.memory.remove(SIZE)
+        pair.start()
+        assert pair.memory.read(0, 1) == b"\0"
+        for fd, _ in (first, second):
+            os.close(fd)
+
+    def test_a_ring_that_is_truncated(self) -> None:
+        pair = Pair()
+        fd, one = self.guarded()
+        pair.memory.clear()
+        pair.memory.add(BASE, one)
+        pair.start()
+        os.ftruncate(fd, 0)
+        assert violation(lambda: pair.queue.take(1)) == "region-lost"
+        assert one.lost
+        os.close(fd)
+
+    @pytest.mark.parametrize("options", [[], ["-X", "faulthandler"]], ids=str)
+    def test_another_bus_error_still_kills(self, options: list[str]) -> None:
+        code = """if True:
+            import mmap, os
+            from vbus import _core
+
+            fd = os.memfd_create("test")
+            os.ftruncate(fd, 4096)
+            one, other = _core.Mapping(fd, 4096, guarded=True), mmap.mmap(fd, 4096)
+            os.ftruncate(fd, 0)
+            assert bytes(memoryview(one)) == bytes(4096) and one.lost
+            print("alive", flush=True)
+            other[0]
+        """
+        child = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, timeout=60, check=False)
+        assert (child.returncode, child.stdout) == (-signal.SIGBUS, b"alive\n")
+        assert (b"Bus error" in child.stderr) == bool(options), "who was there before hears of it"

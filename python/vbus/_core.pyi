@@ -29,13 +29,25 @@ __all__ = [
 class Mapping:
     """Bytes of a file, mapped shared into this process; unmapped when its last user (region, ring, view) is gone."""
 
-    def __new__(cls, fd: int, size: int, offset: int = 0, *, writable: bool = True) -> Mapping:
+    def __new__(
+        cls, fd: int, size: int, offset: int = 0, *, writable: bool = True, guarded: bool = False
+    ) -> Mapping:
         """Map `size` bytes of the file `fd` from `offset` (a multiple of the page size); `fd` may be closed after.
+
+        `guarded`: should its owner truncate the file, then whoever touches what is gone goes on with zeroes in place of
+        all of the mapping, and it is `lost`. Without it that is SIGBUS. The first one installs a handler for SIGBUS,
+        which gives others to the one from before; one that is installed later must do the same. (The system's own
+        accesses, as in `os.write` of a view, fail with EFAULT and lose nothing.)
 
         Raises OSError when the system refuses, ValueError when size is 0 or the file ends before offset + size.
         """
     @property
     def size(self) -> int: ...
+    @property
+    def lost(self) -> bool:
+        """Its file was truncated and something touched what is gone. Stays true. Rings and memories that use it raise
+        the violation region-lost.
+        """
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
@@ -59,9 +71,9 @@ class Memory:
     def regions(self) -> list[tuple[int, int, bool]]:
         """(address, size, writable) of each region, by address."""
     def read(self, address: int, size: int) -> bytes:
-        """Violation: address-outside-memory."""
+        """Violation: address-outside-memory, region-lost."""
     def write(self, address: int, data: _ReadableBuffer) -> None:
-        """Violation: address-outside-memory, region-read-only; log-too-small, when it is written."""
+        """Violation: address-outside-memory, region-read-only, region-lost; log-too-small, when it is written."""
     def log(self, mapping: Mapping | None) -> None:
         """From now on, set a bit for each page of 4096 bytes that is written (page % 8 of byte page / 8, counted from
         driver address 0) in this writable mapping; None: no more. From any thread, while requests are in flight.
@@ -262,7 +274,7 @@ class DeviceQueue:
 
         Violation: queue-size (0, not a power of two, above max_size), ring-misaligned, ring-outside-memory,
         inflight-size (outside the mapping; of another size than the ring), inflight-misaligned, inflight-version,
-        inflight-features, inflight-used-index, inflight-next, inflight-loop, inflight-counter, inflight-too-many.
+        inflight-features, inflight-used-index, inflight-next, inflight-loop, inflight-counter, inflight-too-many, region-lost, log-too-small.
         """
     @staticmethod
     def inflight_size(size: int) -> int:
@@ -280,11 +292,13 @@ class DeviceQueue:
         Notifications are off while the ring is not empty and on again in the call that gives none. Violations
         (index-jump, descriptor-out-of-range, descriptor-loop, chain-too-long, chain-too-large, readable-after-writable,
         zero-length-descriptor, address-outside-memory, region-read-only, indirect-*, ...): raised after the good
-        requests before it were given (on the next call).
+        requests before it were given (on the next call). region-lost: at once, also for a mapping of the log or of what
+        is in flight.
         """
     def complete(self, requests: Sequence[Request]) -> None:
         """Put requests into the used ring, published together, and signal when the driver wants it. Requests that
-        are done already are ignored. Violation: ring-outside-memory; log-too-small, when they are completed.
+        are done already are ignored. Violation: ring-outside-memory, region-lost; log-too-small, when they are
+        completed.
         """
     @property
     def in_flight(self) -> int:

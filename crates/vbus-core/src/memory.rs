@@ -24,8 +24,8 @@ pub struct Mapping(pub Arc<mem::Mapping>);
 #[pymethods]
 impl Mapping {
     #[new]
-    #[pyo3(signature = (fd, size, offset = 0, *, writable = true))]
-    fn new(py: Python<'_>, fd: RawFd, size: usize, offset: u64, writable: bool) -> PyResult<Self> {
+    #[pyo3(signature = (fd, size, offset = 0, *, writable = true, guarded = false))]
+    fn new(py: Python<'_>, fd: RawFd, size: usize, offset: u64, writable: bool, guarded: bool) -> PyResult<Self> {
         if fd < 0 {
             return Err(os_error(py, io::Error::from_raw_os_error(libc::EBADF)));
         }
@@ -33,7 +33,8 @@ impl Mapping {
         // has lost track of its own descriptors; nothing here owns or closes it.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
         // Without the interpreter's lock: a file system may take its time.
-        match py.detach(|| mem::Mapping::new(fd, size, offset, writable)) {
+        let map = if guarded { mem::Mapping::guarded } else { mem::Mapping::new };
+        match py.detach(|| map(fd, size, offset, writable)) {
             Ok(mapping) => Ok(Self(Arc::new(mapping))),
             Err(MapError::System(error)) => Err(os_error(py, error)),
             Err(error) => Err(PyValueError::new_err(error.to_string())),
@@ -43,6 +44,11 @@ impl Mapping {
     #[getter]
     fn size(&self) -> usize {
         self.0.size()
+    }
+
+    #[getter]
+    fn lost(&self) -> bool {
+        self.0.lost()
     }
 
     /// # Safety

@@ -28,6 +28,11 @@ impl Log {
         Self { bits: Window::new(mapping, 0, size) }
     }
 
+    /// Whether its mapping is.
+    pub fn lost(&self) -> bool {
+        self.bits.lost()
+    }
+
     /// Say that these bytes were written. Violation: log-too-small, after all that there are bits for were set.
     #[cold]
     pub fn mark(&self, address: u64, size: u64) -> Result<(), Violation> {

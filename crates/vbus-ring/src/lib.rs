@@ -4,6 +4,7 @@ pub mod area;
 pub mod dirty;
 pub mod doorbell;
 pub mod event;
+pub mod guard;
 pub mod link;
 pub mod mem;
 pub mod ring;

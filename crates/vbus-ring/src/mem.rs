@@ -20,6 +20,7 @@ use vm_memory::VolatileMemory;
 pub use vm_memory::VolatileSlice;
 
 use crate::dirty::Log;
+use crate::guard;
 use crate::violation::{Rule, Violation};
 
 /// Why a file could not be mapped.
@@ -52,6 +53,7 @@ pub struct Mapping {
     base: NonNull<u8>,
     size: usize,
     writable: bool,
+    guard: Option<&'static guard::Slot>,
 }
 
 // SAFETY: the memory is shared with other processes anyway; all access goes through atomics and volatile slices.
@@ -62,6 +64,18 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Map `size` bytes of `fd` from `offset`, which is a multiple of the page size. `fd` may be closed after.
     pub fn new(fd: BorrowedFd<'_>, size: usize, offset: u64, writable: bool) -> Result<Self, MapError> {
+        Self::map(fd, size, offset, writable)
+    }
+
+    /// As `new`, of a file that its owner may truncate while it is mapped: touching what is not there any more gives
+    /// zeroes in place of all of it, and it is lost from then on. Without this, it kills the process.
+    pub fn guarded(fd: BorrowedFd<'_>, size: usize, offset: u64, writable: bool) -> Result<Self, MapError> {
+        let mut mapping = Self::map(fd, size, offset, writable)?;
+        mapping.guard = Some(guard::Slot::take(mapping.as_ptr() as usize, size, writable)?);
+        Ok(mapping)
+    }
+
+    fn map(fd: BorrowedFd<'_>, size: usize, offset: u64, writable: bool) -> Result<Self, MapError> {
         if size == 0 {
             return Err(MapError::Empty);
         }
@@ -82,7 +96,7 @@ impl Mapping {
             return Err(io::Error::last_os_error().into());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
-        Ok(Self { base, size, writable })
+        Ok(Self { base, size, writable, guard: None })
     }
 
     /// Bytes.
@@ -93,6 +107,11 @@ impl Mapping {
     /// Whether it was mapped for writing. A write to one that was not kills the process, so callers check.
     pub fn writable(&self) -> bool {
         self.writable
+    }
+
+    /// Whether zeroes of our own are in its place since its file was truncated. Then it stays so.
+    pub fn lost(&self) -> bool {
+        self.guard.is_some_and(guard::Slot::lost)
     }
 
     /// The first byte, aligned to a page. Valid while `self` lives.
@@ -125,7 +144,10 @@ fn huge_page(fd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: exactly what `new` mapped, and its last user is gone.
+        if let Some(guard) = self.guard {
+            guard.give_back();
+        }
+        // SAFETY: exactly what `map` mapped, and its last user is gone.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.size) };
     }
 }
@@ -193,6 +215,11 @@ impl Window {
     pub fn new(mapping: Arc<Mapping>, offset: usize, size: usize) -> Self {
         assert!(offset <= mapping.size && size <= mapping.size - offset, "a window outside its mapping");
         Self { mapping, offset, size }
+    }
+
+    /// Whether its mapping is.
+    pub fn lost(&self) -> bool {
+        self.mapping.lost()
     }
 
     /// Bytes of the window.
@@ -370,12 +397,27 @@ pub struct Table {
     /// Sorted by address, never overlapping.
     regions: Vec<Region>,
     generation: u64,
+    /// How many mappings were lost when last no region was among them.
+    sound: AtomicU64,
 }
 
 impl Table {
     /// Differs from that of every other table of this memory.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// A region that was lost.
+    fn lost(&self) -> Option<&Region> {
+        let losses = guard::losses();
+        if losses == self.sound.load(Ordering::Relaxed) {
+            return None;
+        }
+        let lost = self.regions.iter().find(|region| region.mapping.lost());
+        if lost.is_none() {
+            self.sound.store(losses, Ordering::Relaxed);
+        }
+        lost
     }
 
     /// By address.
@@ -473,22 +515,45 @@ impl Memory {
         self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Copy bytes out. Violation: address-outside-memory.
+    /// Copy bytes out. Violation: address-outside-memory, region-lost.
     pub fn read(&self, address: u64, into: VolatileSlice<'_>) -> Result<(), Violation> {
         let mut segments = Segments::default();
-        self.snapshot().translate(address, into.len() as u64, Access::Read, &mut segments)?;
+        let table = self.snapshot();
+        table.translate(address, into.len() as u64, Access::Read, &mut segments)?;
         segments.read(0, into);
-        Ok(())
+        self.sound(&table)
     }
 
-    /// Copy bytes in. Violation: address-outside-memory, region-read-only; log-too-small, when they are written.
+    /// Copy bytes in. Violation: address-outside-memory, region-read-only, region-lost; log-too-small, when they are
+    /// written.
     pub fn write(&self, address: u64, from: VolatileSlice<'_>) -> Result<(), Violation> {
         let mut segments = Segments::default();
-        self.snapshot().translate(address, from.len() as u64, Access::Write, &mut segments)?;
+        let table = self.snapshot();
+        table.translate(address, from.len() as u64, Access::Write, &mut segments)?;
         segments.write(0, from);
         // See `written`.
         fence(Ordering::SeqCst);
-        self.written(|| [(address, from.len() as u64)])
+        let said = self.written(|| [(address, from.len() as u64)]);
+        self.sound(&table).and(said)
+    }
+
+    /// To be asked after the memory of a table was used, and before what was read there is believed: whether it still
+    /// was that of its files, and the log that of its own. Violation: region-lost.
+    #[inline]
+    pub fn sound(&self, table: &Table) -> Result<(), Violation> {
+        if guard::losses() == 0 {
+            return Ok(());
+        }
+        if let Some(region) = table.lost() {
+            let detail = format!("the file of {} bytes at {:#x} was truncated", region.size, region.address);
+            return Err(Violation::new(Rule::RegionLost, detail));
+        }
+        match &*self.log.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(log) if log.lost() => {
+                Err(Violation::new(Rule::RegionLost, "the file of the log of written pages was truncated"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// From now on, set the bit of each page that is written in this writable mapping; or in none.
@@ -601,7 +666,7 @@ impl Memory {
             let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
             let mut regions = table.regions.clone();
             change(&mut regions)?;
-            let new = Arc::new(Table { regions, generation: table.generation + 1 });
+            let new = Arc::new(Table { regions, generation: table.generation + 1, sound: AtomicU64::new(0) });
             std::mem::replace(&mut *table, new)
         };
         // Outside the lock: the last user of a mapping unmaps it, which can take long.

@@ -22,6 +22,8 @@ pub enum Rule {
     RegionReadOnly,
     /// No region begins at this address.
     RegionUnknown,
+    /// Memory whose file was truncated while it was in use.
+    RegionLost,
     /// More regions than allowed.
     TooManyRegions,
     /// More bytes of regions than allowed.
@@ -110,6 +112,7 @@ impl Rule {
             Self::RegionOutsideFile => "region-outside-file",
             Self::RegionReadOnly => "region-read-only",
             Self::RegionUnknown => "region-unknown",
+            Self::RegionLost => "region-lost",
             Self::TooManyRegions => "too-many-regions",
             Self::TooMuchMemory => "too-much-memory",
             Self::AddressOutsideMemory => "address-outside-memory",

@@ -113,7 +113,8 @@ impl DeviceRing {
     /// Start at index 0, or go on, with notifications on. A ring that goes on has its used index in memory: whoever
     /// served it before wrote it, and if the driver did since, only its own requests are lost.
     ///
-    /// Violation: queue-size (0, not a power of two, above `max_size`), ring-misaligned, ring-outside-memory.
+    /// Violation: queue-size (0, not a power of two, above `max_size`), ring-misaligned, ring-outside-memory,
+    /// region-lost, log-too-small.
     pub fn new(memory: Arc<Memory>, max_size: u32, setup: Setup) -> Result<Self, Violation> {
         Self::start(memory, max_size, setup, None)
     }
@@ -143,12 +144,29 @@ impl DeviceRing {
         setup: Setup,
         region: Option<(&Arc<Mapping>, u64)>,
     ) -> Result<Self, Violation> {
+        let table = memory.snapshot();
+        let ring = Self::prepare(memory.clone(), &table, max_size, setup, region);
+        // First: what is wrong with zeroes is not the fault of who wrote something else there.
+        memory.sound(&table)?;
+        if region.is_some_and(|(mapping, _)| mapping.lost()) {
+            return Err(inflight_lost());
+        }
+        ring
+    }
+
+    fn prepare(
+        memory: Arc<Memory>,
+        table: &Table,
+        max_size: u32,
+        setup: Setup,
+        region: Option<(&Arc<Mapping>, u64)>,
+    ) -> Result<Self, Violation> {
         if !setup.size.is_power_of_two() || setup.size > max_size.min(MAX_SIZE) {
             let detail = format!("{}, must be a power of two up to {max_size}", setup.size);
             return Err(Violation::new(Rule::QueueSize, detail));
         }
         let size = setup.size as u16;
-        let parts = Parts::find(&memory.snapshot(), &setup)?;
+        let parts = Parts::find(table, &setup)?;
         let used_index = || parts.used.load16(INDEX, Ordering::Acquire);
         let (next, used, inflight, again) = match (region, setup.resume) {
             (Some((mapping, offset)), _) => {
@@ -210,13 +228,21 @@ impl DeviceRing {
     ///
     /// Notifications are off from the first chain until a call gives none, so whoever got some calls again before it
     /// waits. A violation comes after the chains before it: with them the call succeeds, and the next one fails. After
-    /// that there are none.
+    /// that there are none. region-lost comes before all others, and without chains.
     pub fn take(&mut self, limit: usize, chains: &mut Vec<Chain>) -> Result<(), Violation> {
         let before = chains.len();
         if self.broken || limit == 0 {
             return self.violation.take().map_or(Ok(()), Err);
         }
-        match self.take_some(limit, chains).and_then(|()| self.log_asked()) {
+        let table = self.memory.snapshot();
+        let result = self.take_some(&table, limit, chains).and_then(|()| self.log_asked());
+        if let Err(lost) = self.sound(&table) {
+            self.broken = true;
+            // They may be made of zeroes.
+            chains.truncate(before);
+            return Err(lost);
+        }
+        match result {
             Ok(()) => Ok(()),
             Err(violation) => {
                 self.broken = true;
@@ -229,9 +255,8 @@ impl DeviceRing {
         }
     }
 
-    fn take_some(&mut self, limit: usize, chains: &mut Vec<Chain>) -> Result<(), Violation> {
-        let table = self.memory.snapshot();
-        self.find_again(&table)?;
+    fn take_some(&mut self, table: &Table, limit: usize, chains: &mut Vec<Chain>) -> Result<(), Violation> {
+        self.find_again(table)?;
         if self.again.is_empty() && !self.look()? {
             self.ask_for_notifications();
             // The driver adds an entry and then looks whether we want to hear of it; we have said that we want to, and
@@ -246,7 +271,7 @@ impl DeviceRing {
         let last = chains.len().saturating_add(limit);
         while chains.len() < last {
             if let Some(&head) = self.again.front() {
-                let chain = self.chain(&table, head)?;
+                let chain = self.chain(table, head)?;
                 self.begin(&chain)?;
                 self.again.pop_front();
                 chains.push(chain);
@@ -258,7 +283,7 @@ impl DeviceRing {
             // The entry was written before the index that `look` acquired.
             let place = ENTRIES + 2 * usize::from(self.next & (self.size - 1));
             let head = self.parts.avail.load16(place, Ordering::Relaxed);
-            let chain = self.chain(&table, head)?;
+            let chain = self.chain(table, head)?;
             self.begin(&chain)?;
             if let Some(inflight) = &mut self.inflight {
                 inflight.take(head);
@@ -267,6 +292,15 @@ impl DeviceRing {
             chains.push(chain);
         }
         Ok(())
+    }
+
+    /// Whether all memory that this ring uses is still that of its files.
+    fn sound(&self, table: &Table) -> Result<(), Violation> {
+        self.memory.sound(table)?;
+        match &self.inflight {
+            Some(inflight) if inflight.lost() => Err(inflight_lost()),
+            _ => Ok(()),
+        }
     }
 
     /// Whether there is an entry to take.
@@ -398,8 +432,8 @@ impl DeviceRing {
     /// to be notified. All of their writable memory counts as written.
     ///
     /// Those that are not in flight are left out. Violation: ring-outside-memory, ring-misaligned (the memory has
-    /// changed); then nothing is completed, now or later. log-too-small: they are completed, and the ring gives nothing
-    /// any more.
+    /// changed); then nothing is completed, now or later. log-too-small, region-lost: they are completed as far as that
+    /// goes, and the ring gives nothing any more.
     #[must_use = "the driver may be waiting for a notification"]
     pub fn complete_chains<'a>(
         &mut self,
@@ -419,7 +453,8 @@ impl DeviceRing {
         heads: impl IntoIterator<Item = (u16, u32)>,
         chains: impl Iterator<Item = &'a Chain>,
     ) -> Result<bool, Violation> {
-        if let Err(violation) = self.find_again(&self.memory.snapshot()) {
+        let table = self.memory.snapshot();
+        if let Err(violation) = self.find_again(&table) {
             self.broken = true;
             // Nothing is in flight any more, even if the memory comes back.
             self.taken.fill(0);
@@ -457,7 +492,8 @@ impl DeviceRing {
         // Behind the fence, and so after the used index: see `Memory::written`.
         let ring = self.used_ranges(old);
         let buffers = chains.flat_map(|chain| chain.writable().ranges());
-        if let Err(violation) = self.memory.written(|| buffers.chain(ring)) {
+        let said = self.memory.written(|| buffers.chain(ring));
+        if let Err(violation) = self.sound(&table).and(said) {
             self.broken = true;
             return Err(violation);
         }
@@ -514,6 +550,10 @@ impl DeviceRing {
         }
         self.suppressing = true;
     }
+}
+
+fn inflight_lost() -> Violation {
+    Violation::new(Rule::RegionLost, "the file of what is in flight was truncated")
 }
 
 fn bit(head: u16) -> (usize, u64) {

@@ -146,6 +146,11 @@ impl Inflight {
         Ok(again.into_iter().map(|(_, head)| head).collect())
     }
 
+    /// Whether its mapping is.
+    pub fn lost(&self) -> bool {
+        self.window.lost()
+    }
+
     /// A head is taken off the available ring.
     pub fn take(&mut self, head: u16) {
         self.window.store64(place(head) + COUNTER, self.counter, Ordering::Release);
