@@ -29,9 +29,7 @@ __all__ = [
 class Mapping:
     """Bytes of a file, mapped shared into this process; unmapped when its last user (region, ring, view) is gone."""
 
-    def __new__(
-        cls, fd: int, size: int, offset: int = 0, *, writable: bool = True, guarded: bool = False
-    ) -> Mapping:
+    def __new__(cls, fd: int, size: int, offset: int = 0, *, writable: bool = True, guarded: bool = False) -> Mapping:
         """Map `size` bytes of the file `fd` from `offset` (a multiple of the page size); `fd` may be closed after.
 
         `guarded`: should its owner truncate the file, then whoever touches what is gone goes on with zeroes in place of
@@ -274,7 +272,8 @@ class DeviceQueue:
 
         Violation: queue-size (0, not a power of two, above max_size), ring-misaligned, ring-outside-memory,
         inflight-size (outside the mapping; of another size than the ring), inflight-misaligned, inflight-version,
-        inflight-features, inflight-used-index, inflight-next, inflight-loop, inflight-counter, inflight-too-many, region-lost, log-too-small.
+        inflight-features, inflight-used-index, inflight-next, inflight-loop, inflight-counter, inflight-too-many,
+        region-lost, log-too-small.
         """
     @staticmethod
     def inflight_size(size: int) -> int:
