@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import threading
@@ -370,6 +371,170 @@ def test_another_front_end_on_the_same_socket_is_refused(bus: vbus.Bus, fronts: 
     assert first.answered() == b"mine"
 
 
+INFLIGHT = ProtocolFeature.INFLIGHT_SHMFD
+
+
+def test_requests_under_way_are_served_again_by_whoever_comes_next(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path
+) -> None:
+    device = Slow()
+    front = fronts(device).greet(INFLIGHT)
+    front.say(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8))
+    got = front.reader.read()
+    assert got is not None
+    message, fds = codec.decode(got[0]), got[1]
+    assert isinstance(message, codec.Message)
+    inflight = message.payload
+    assert isinstance(inflight, m.Inflight)
+    assert (inflight.num_queues, inflight.queue_size) == (1, 8)
+    assert os.fstat(fds[0]).st_size == inflight.mmap_size
+    front.acked(Request.SET_INFLIGHT_FD, inflight, fds[0])
+    front.set_up()
+    front.start()
+    front.submit(b"x")
+    front.ring_kick()
+    assert device.begun.wait(DEADLINE)
+    # As a kill is seen from here: it is gone, with a request in its hands.
+    front.sock.close()
+    device.go.set()
+    wait_until(lambda: bus.slot("d0").owner is None)
+    assert front.ring.reap(8) == []
+    front.reader.close()
+    front.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    front.sock.settimeout(DEADLINE)
+    front.sock.connect(str(tmp_path / "d0.sock"))
+    front.reader = wire.Reader(front.sock)
+    front.greet(INFLIGHT)
+    front.acked(Request.SET_INFLIGHT_FD, inflight, fds[0])
+    # The ring was read up to its first entry, which nobody answered: that it comes back is due to the region alone.
+    front.set_up(base=1, fresh=False)
+    front.start()
+    assert front.answered() == b"slow"
+    os.close(fds[0])
+
+
+def logged(log: memoryview) -> set[int]:
+    return {page for page in range(len(log) * 8) if log[page // 8] >> page % 8 & 1}
+
+
+def test_pages_are_logged_while_the_features_say_so(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet(ProtocolFeature.LOG_SHMFD)
+    front.set_up()
+    front.start()
+    fd = os.memfd_create("log")
+    size = (GUEST + SIZE) // 4096 // 8
+    os.ftruncate(fd, size)
+    mapping = _core.Mapping(fd, size)
+    log = memoryview(mapping)
+    front.say(Request.SET_LOG_BASE, m.Log(size, 0), fd)
+    assert front.hear() == m.U64(0)
+    front.submit(b"one")
+    front.ring_kick()
+    assert front.answered() == b"one"
+    assert logged(log) == set()
+    # A migration begins: the features change under a device that goes on.
+    front.acked(Request.SET_FEATURES, m.U64(MY_FEATURES | 1 << m.LOG_ALL))
+    front.submit(b"two")
+    front.ring_kick()
+    assert front.answered() == b"two"
+    pages = {(GUEST + DATA + 4096) // 4096, front.ring.device // 4096}
+    wait_until(lambda: pages <= logged(log))
+    assert (GUEST + DATA) // 4096 not in logged(log)
+    # And it fails.
+    front.acked(Request.SET_FEATURES, m.U64(MY_FEATURES))
+    log[:] = bytes(size)
+    front.submit(b"three")
+    front.ring_kick()
+    assert front.answered() == b"three"
+    assert logged(log) == set()
+    assert bus.slot("d0").owner is not None
+    os.close(fd)
+
+
+def test_calls_in_band(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet(ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.BACKEND_REQ)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(DEADLINE)
+        front.acked(Request.SET_BACKEND_REQ_FD, None, theirs.fileno())
+        front.set_up()
+        front.acked(Request.SET_VRING_CALL, m.U64(m.NO_FD))
+        front.acked(Request.SET_VRING_KICK, m.U64(m.NO_FD))
+        front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+        front.submit(b"in band")
+        front.say(Request.VRING_KICK, m.VringState(0, 0))
+        assert front.answered() == b"in band"
+        assert ours.recv(100) == codec.encode(BackendRequest.VRING_CALL, m.VringState(0, 0))
+        # Descriptors are possible all the same.
+        front.acked(Request.SET_VRING_CALL, m.U64(0), front.call)
+        front.submit(b"out")
+        front.say(Request.VRING_KICK, m.VringState(0, 0))
+        assert front.answered() == b"out"
+        wait_until(lambda: bool(select.select([front.call], [], [], 0)[0]))
+
+
+def test_memory_that_its_owner_truncates_is_lost_and_nobody_else_notices(
+    bus: vbus.Bus, fronts: Callable[..., Front]
+) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"x")
+    os.ftruncate(front.fd, 0)
+    front.ring_kick()
+    wait_until(lambda: bus.slot("d0").violations["region-lost"] == 1)
+    front.sock.close()
+    wait_until(lambda: bus.slot("d0").owner is None)
+    again = fronts().greet()
+    again.set_up()
+    again.start()
+    again.submit(b"here")
+    again.ring_kick()
+    assert again.answered() == b"here"
+
+
+BAD_PROTOCOL = ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.LOG_SHMFD
+LOG_SIZE = (GUEST + SIZE) // 4096 // 8
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "payload"),
+    [
+        ("inflight-size", Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 2, 8)),
+        ("inflight-size", Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 7)),
+        ("inflight-size", Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 0, 8)),
+        ("inflight-size", Request.SET_INFLIGHT_FD, m.Inflight(64, 0, 1, 256)),
+        ("inflight-size", Request.SET_INFLIGHT_FD, m.Inflight(1 << 63, 1 << 63, 1, 8)),
+        ("inflight-size", Request.SET_INFLIGHT_FD, m.Inflight(SIZE, 0, 2, 8)),
+        ("inflight-not-mappable", Request.SET_INFLIGHT_FD, m.Inflight(SIZE, SIZE, 1, 8)),
+        ("log-too-small", Request.SET_LOG_BASE, m.Log(LOG_SIZE - 1, 0)),
+        ("log-not-mappable", Request.SET_LOG_BASE, m.Log(LOG_SIZE, SIZE)),
+        ("log-not-mappable", Request.SET_LOG_BASE, m.Log(LOG_SIZE, 1)),
+        ("log-not-mappable", Request.SET_LOG_BASE, m.Log(1 << 63, 0)),
+    ],
+)
+def test_a_region_that_does_not_fit_is_named(
+    bus: vbus.Bus, fronts: Callable[..., Front], name: str, request_: Request, payload: m.Payload
+) -> None:
+    front = fronts(Echo()).greet(BAD_PROTOCOL)
+    front.share()
+    front.say(request_, payload, *([front.fd] if request_ != Request.GET_INFLIGHT_FD else []))
+    assert front.is_closed()
+    wait_until(lambda: bool(reasons(bus)))
+    assert name in reasons(bus)[0]
+
+
+def test_a_queue_larger_than_its_place_is_named(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet(BAD_PROTOCOL)
+    front.acked(Request.SET_INFLIGHT_FD, m.Inflight(SIZE, 0, 1, 4), front.fd)
+    front.set_up()
+    front.say(Request.SET_VRING_KICK, m.U64(0), front.kick)
+    front.say(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+    assert front.is_closed()
+    wait_until(lambda: bool(reasons(bus)))
+    assert "inflight-size" in reasons(bus)[0]
+
+
 def test_a_front_end_comes_back(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
     front = fronts(Echo())
     for n in range(1, 6):
@@ -447,7 +612,9 @@ REGION = m.Region(GUEST, SIZE, USER, 0)
         ("features-not-offered", raw(Request.SET_FEATURES, m.U64(1 << 40).pack()), 0),
         ("protocol-features", raw(Request.SET_PROTOCOL_FEATURES, m.U64(1 << 63).pack()), 0),
         ("not-negotiated", raw(Request.GET_STATUS), 0),
-        ("not-offered", raw(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8).pack()), 0),
+        ("not-negotiated", raw(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8).pack()), 0),
+        ("not-offered", raw(Request.CHECK_DEVICE_STATE), 0),
+        ("unknown-request", raw(Request.POSTCOPY_ADVISE), 0),
         ("queue-index", raw(Request.SET_VRING_NUM, m.VringState(1, 8).pack()), 0),
         ("queue-index", raw(Request.GET_VRING_BASE, m.VringState(1 << 31, 0).pack()), 0),
         ("queue-size", raw(Request.SET_VRING_NUM, m.VringState(0, 7).pack()), 0),

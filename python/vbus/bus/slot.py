@@ -61,7 +61,8 @@ class RefusedError(Error):
 class Ring:
     """Where a queue's ring is, in driver addresses, and how many entries it has.
 
-    `resume`: the entry of the available ring to go on with, for a ring that was in use before.
+    `resume`: the entry of the available ring to go on with, for a ring that was in use before. `inflight`: the mapping,
+    and the offset in it, where requests under way are kept for a successor of this process.
     """
 
     size: int = 0
@@ -69,6 +70,7 @@ class Ring:
     driver: int = 0
     device: int = 0
     resume: int | None = None
+    inflight: tuple[_core.Mapping, int] | None = None
 
 
 class Attachment(ABC):
@@ -413,6 +415,7 @@ class Slot:
                 indirect=bool(self.negotiated >> features.RING_INDIRECT_DESC & 1),
                 signal=owner.signal(self, queue),
                 resume=ring.resume,
+                inflight=ring.inflight,
             )
         except Violation as violation:
             self.violated(violation, queue)

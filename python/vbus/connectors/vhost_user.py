@@ -55,6 +55,10 @@ MAX_MEMORY_SLOTS = 509
 """Regions of a guest's memory, as kernels and other back-ends have."""
 MAX_GUEST_MEMORY = 1 << 46
 """Bytes of a guest's memory that may be mapped: address space, no memory of ours."""
+_LOG_PAGE = 4096
+MAX_LOG = MAX_GUEST_MEMORY // _LOG_PAGE // 8
+"""Bytes of a dirty log, which has a bit for each page."""
+_SIZES = frozenset(1 << shift for shift in range(MAX_QUEUE_SIZE.bit_length()))
 RECONNECT_SECONDS = 0.5
 HISTORY = 16
 
@@ -67,6 +71,8 @@ PROTOCOL = (
     | ProtocolFeature.INBAND_NOTIFICATIONS
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.LOG_SHMFD
 )
 """What every class is offered with."""
 
@@ -242,10 +248,35 @@ class _Place:
             raise Violation("region-wraps", f"{region}")
         before = region.offset % _PAGE
         try:
-            mapping = _core.Mapping(fd, region.size + before, region.offset - before)
+            mapping = _core.Mapping(fd, region.size + before, region.offset - before, guarded=True)
         except (OSError, ValueError, OverflowError) as error:
             raise Violation("region-not-mappable", str(error)) from None
         return cls(region, _identity(fd), mapping, before)
+
+
+@dataclass(frozen=True)
+class _Inflight:
+    """Where requests under way are kept for a successor of this process."""
+
+    mapping: _core.Mapping
+    before: int
+    queues: int
+    queue_size: int
+
+    @classmethod
+    def size(cls, queues: int, queue_size: int) -> int:
+        """Bytes that so many queues take. Violation: inflight-size."""
+        if queue_size not in _SIZES or not queues:
+            raise Violation("inflight-size", f"{queues} queues of {queue_size} entries")
+        return queues * _core.DeviceQueue.inflight_size(queue_size)
+
+    def of(self, index: int, size: int) -> tuple[_core.Mapping, int] | None:
+        """The place of a queue, if it has one. Violation: inflight-size."""
+        if index >= self.queues:
+            return None
+        if size > self.queue_size:
+            raise Violation("inflight-size", f"queue {index} has {size} entries, and a place for {self.queue_size}")
+        return self.mapping, self.before + index * _core.DeviceQueue.inflight_size(self.queue_size)
 
 
 class Vring:
@@ -263,6 +294,7 @@ class Vring:
         # The descriptor behind it is replaced when the front-end names another, while the ring goes on.
         self.call = _core.Doorbell(_nobody_listens())
         self.signal = _core.Signal.direct(self.call)
+        self.called_in_band = False
         self.err: _core.Doorbell | None = None
 
 
@@ -286,6 +318,8 @@ class FrontEnd(Attachment):
         self.launched = False
         self.is_parted = False
         self._places: list[_Place] = []
+        self._inflight: _Inflight | None = None
+        self._dirty_log: _core.Mapping | None = None
         self._sock = sock
         self._backend: socket.socket | None = None
         self._lock = threading.Lock()
@@ -397,8 +431,16 @@ class FrontEnd(Attachment):
             case Request.GET_STATUS, _:
                 needs = self.slot.status & Status.DEVICE_NEEDS_RESET if self.slot.owner is self else 0
                 self.answer(request, m.U64(int(self.status) | int(needs)))
-            case ((Request.SEND_RARP | Request.NET_SET_MTU), _):
+            case ((Request.SEND_RARP | Request.NET_SET_MTU | Request.SET_LOG_FD), _):
                 done()
+            case Request.GET_INFLIGHT_FD, m.Inflight(num_queues=queues, queue_size=size):
+                self._make_inflight(queues, size)
+            case Request.SET_INFLIGHT_FD, m.Inflight() as inflight:
+                self._set_inflight(inflight, fds.fds[0])
+                done()
+            case Request.SET_LOG_BASE, m.Log() as dirty:
+                self._set_log(dirty, fds.fds[0])
+                self.answer(request, m.U64(0))
             case _:
                 self._about_queue(message, fds, done)
 
@@ -490,7 +532,7 @@ class FrontEnd(Attachment):
     @property
     def offered(self) -> int:
         """The feature bits, with the one that says that there are protocol features."""
-        return self.slot.exposed | 1 << m.PROTOCOL_FEATURES
+        return self.slot.exposed | 1 << m.PROTOCOL_FEATURES | 1 << m.LOG_ALL
 
     @property
     def offered_protocol(self) -> ProtocolFeature:
@@ -500,13 +542,19 @@ class FrontEnd(Attachment):
     def _set_features(self, bits: int, done: Callable[[], None]) -> None:
         if bits & ~self.offered:
             raise Violation("features-not-offered", f"{bits:#x} of {self.offered:#x}")
-        wanted = bits & ~(1 << m.PROTOCOL_FEATURES) | self.class_.features_own & self.slot.exposed
+        wanted = self._negotiated(bits)
         self.features = bits
+        # That comes and goes with a migration, while the device runs.
+        self._log_writes()
         if self.launched and wanted != self.slot.negotiated:
             # A driver that begins anew, without a word of its end.
             self._reset(done, features=bits)
         else:
             done()
+
+    def _negotiated(self, bits: int) -> int:
+        """What the device is told of the features that a front-end sets."""
+        return bits & ~(1 << m.PROTOCOL_FEATURES | 1 << m.LOG_ALL) | self.class_.features_own & self.slot.exposed
 
     def _set_status(self, value: int, done: Callable[[], None]) -> None:
         if value == 0:
@@ -521,7 +569,7 @@ class FrontEnd(Attachment):
     def _launch(self, done: Callable[[], None]) -> None:
         """The driver is there: start its device, with every ring that is known."""
         rings = {vring.queue.index: self._ring(vring) for vring in self.vrings if vring.started}
-        bits = (self.features or 0) & ~(1 << m.PROTOCOL_FEATURES) | self.class_.features_own & self.slot.exposed
+        bits = self._negotiated(self.features or 0)
         then = self._wait()
         self.launched = True
         wrong: list[Error] = []
@@ -624,6 +672,49 @@ class FrontEnd(Attachment):
                 return user - region.user + region.guest
         raise Violation("ring-outside-memory", f"{what} at {user:#x}")
 
+    # What outlives a process, or a machine.
+
+    def _make_inflight(self, queues: int, queue_size: int) -> None:
+        """Memory for requests under way: the front-end keeps it, and gives it to whoever serves it next."""
+        if queues > len(self.vrings):
+            raise Violation("inflight-size", f"{queues} queues; {self.slot.name} has {len(self.vrings)}")
+        size = _Inflight.size(queues, queue_size)
+        fd = os.memfd_create("vbus-inflight", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            self.answer(Request.GET_INFLIGHT_FD, m.Inflight(size, 0, queues, queue_size), [fd])
+        finally:
+            os.close(fd)
+
+    def _set_inflight(self, given: m.Inflight, fd: int) -> None:
+        size = _Inflight.size(given.num_queues, given.queue_size)
+        if given.mmap_size < size or given.num_queues > len(self.vrings):
+            raise Violation("inflight-size", f"{given.mmap_size} bytes; {given.num_queues} queues take {size}")
+        if given.mmap_size + given.mmap_offset > 1 << 63:
+            raise Violation("inflight-size", f"{given.mmap_size} bytes at {given.mmap_offset:#x}")
+        before = given.mmap_offset % _PAGE
+        try:
+            mapping = _core.Mapping(fd, size + before, given.mmap_offset - before, guarded=True)
+        except (OSError, ValueError) as error:
+            raise Violation("inflight-not-mappable", str(error)) from None
+        self._inflight = _Inflight(mapping, before, given.num_queues, given.queue_size)
+
+    def _set_log(self, given: m.Log, fd: int) -> None:
+        """Where pages that were written are marked, once the features say so."""
+        last = max((place.region.guest + place.region.size for place in self._places), default=0)
+        if given.size * 8 * _LOG_PAGE < last:
+            raise Violation("log-too-small", f"{given.size} bytes for memory up to {last:#x}")
+        if given.size > MAX_LOG or given.offset >= 1 << 62 or given.offset % _PAGE:
+            raise Violation("log-not-mappable", f"{given.size} bytes at {given.offset:#x}")
+        try:
+            self._dirty_log = _core.Mapping(fd, given.size, given.offset, guarded=True)
+        except (OSError, ValueError) as error:
+            raise Violation("log-not-mappable", str(error)) from None
+        self._log_writes()
+
+    def _log_writes(self) -> None:
+        self.memory.log(self._dirty_log if (self.features or 0) >> m.LOG_ALL & 1 else None)
+
     # Queues.
 
     def _bell(self, value: int, fds: _Descriptors) -> _core.Doorbell | None:
@@ -638,6 +729,10 @@ class FrontEnd(Attachment):
             os.close(fd)
 
     def _set_call(self, vring: Vring, value: int, fds: _Descriptors) -> None:
+        in_band = bool(value & m.NO_FD and self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS)
+        if vring.called_in_band:
+            self.actor.unwatch(vring.call.fileno())
+        vring.called_in_band = in_band
         fd = _nobody_listens() if value & m.NO_FD else fds.take()
         try:
             if not is_eventfd(fd):
@@ -645,6 +740,19 @@ class FrontEnd(Attachment):
             os.dup2(fd, vring.call.fileno(), inheritable=False)
         finally:
             os.close(fd)
+        if in_band:
+            self.actor.watch(vring.call.fileno(), lambda: self._call_in_band(vring))
+
+    def _call_in_band(self, vring: Vring) -> None:
+        """The core rang, and nobody else hears it: say so on the backend channel."""
+        vring.call.drain()
+        if self._backend is None or self.is_parted:
+            return
+        try:
+            wire.send(self._backend, codec.encode(BackendRequest.VRING_CALL, m.VringState(vring.queue.index, 0)))
+        except OSError as error:
+            # A call that is lost is a driver that waits for ever.
+            self.part(f"its queues' calls cannot be sent: {error.strerror}")
 
     def _is_enabled(self, vring: Vring) -> bool:
         """Without protocol features there is no word for it: every queue is."""
@@ -678,6 +786,7 @@ class FrontEnd(Attachment):
             self._guest_address(f"queue {index}: available ring", addr.avail),
             self._guest_address(f"queue {index}: used ring", addr.used),
             vring.base,
+            self._inflight.of(index, vring.size) if self._inflight is not None else None,
         )
 
     def _stop(self, index: int) -> None:
@@ -777,8 +886,13 @@ class FrontEnd(Attachment):
         self._sock.close()
         if self._backend is not None:
             self._backend.close()
+        for vring in self.vrings:
+            if vring.called_in_band:
+                self.actor.unwatch(vring.call.fileno())
+        self.memory.log(None)
         self.memory.clear()
         self._places.clear()
+        self._inflight = self._dirty_log = None
         self.host.parted(self, reason)
         self.actor.close()
 
@@ -814,6 +928,9 @@ NEEDS: dict[Request, ProtocolFeature] = {
     Request.SET_CONFIG: ProtocolFeature.CONFIG,
     Request.RESET_DEVICE: ProtocolFeature.RESET_DEVICE,
     Request.VRING_KICK: ProtocolFeature.INBAND_NOTIFICATIONS,
+    Request.GET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
+    Request.SET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
+    Request.SET_LOG_BASE: ProtocolFeature.LOG_SHMFD,
     Request.GET_MAX_MEM_SLOTS: ProtocolFeature.CONFIGURE_MEM_SLOTS,
     Request.ADD_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
     Request.REM_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
