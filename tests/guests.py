@@ -7,9 +7,13 @@ with running(BUS) as bus, guest(bus, modules=["virtio_rng"]) as vm:
 from __future__ import annotations
 
 import contextlib
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vbus import config
 from vbus.bus import Bus, Device
@@ -25,9 +29,8 @@ MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], 
 """The guest's modules, by the class of the device."""
 
 
-def device_args(machine: str, device: Device, path: Path, *, reconnect: bool = False) -> list[str]:
+def device_args(machine: str, name: str, device: Device, path: Path, *, reconnect: bool = False) -> list[str]:
     """QEMU's options for a device whose connector listens at a path."""
-    name = device.name
     chardev = f"socket,id=c-{name},path={path}" + (",reconnect-ms=100" if reconnect else "")
     args = ["-chardev", chardev, "-device"]
     match device:
@@ -63,6 +66,41 @@ def running(text: str, folder: Path) -> Iterator[Bus]:
         yield bus
 
 
+class Served:
+    """A bus of a file in a process of its own, which can be killed and started again."""
+
+    def __init__(self, file: Path, bus: str, inside: Sequence[str] = ()) -> None:
+        self._command = [*inside, sys.executable, "-m", "vbus", "run", str(file)]
+        self._said = file.with_suffix(".log")
+        self._bus = bus
+        self._process: subprocess.Popen[bytes]
+
+    def start(self) -> None:
+        """Start it, and wait until it serves."""
+        with self._said.open("wb") as said:
+            self._process = subprocess.Popen(self._command, stdout=said, stderr=said)
+        while f"bus {self._bus}: " not in self.said():
+            assert self._process.poll() is None, self.said()
+            time.sleep(0.02)
+
+    def said(self) -> str:
+        """What it has said since it was started."""
+        return self._said.read_text()
+
+    def end(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End it, and wait for that."""
+        self._process.send_signal(number)
+        self._process.wait(30)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self.end()
+
+
 @contextlib.contextmanager
 def guest(
     bus: Bus, machine: str = "q35", *, modules: Sequence[str] = (), reconnect: bool = False, **options: Any
@@ -74,7 +112,7 @@ def guest(
         if isinstance(connector, VhostUser):
             device = bus.slot(connector.device_name).device
             assert connector.socket is not None
-            args += device_args(machine, device, connector.socket, reconnect=reconnect)
+            args += device_args(machine, device.name, device, connector.socket, reconnect=reconnect)
             wanted += MODULES[type(device).__name__]
     with Guest(machine, args=args, modules=wanted, **options) as vm:
         yield vm

@@ -48,6 +48,25 @@ class Slow(vbus.Device):
         request.write(b"slow")
 
 
+class Keeper(vbus.Device):
+    """Keeps what it takes, until it is told to answer."""
+
+    device_id = 0x7E0A
+    queues = (vbus.Queue("requests", pull=True),)
+
+    def __init__(self) -> None:
+        self.kept: list[vbus.Request] = []
+        self.answers = False
+
+    def available(self, queue: vbus.Queue) -> None:
+        while (request := queue.take()) is not None:
+            if self.answers:
+                request.write(b"slow")
+                queue.complete(request)
+            else:
+                self.kept.append(request)
+
+
 class Front:
     """A front-end that does what a test tells it, and believes nothing."""
 
@@ -377,7 +396,7 @@ INFLIGHT = ProtocolFeature.INFLIGHT_SHMFD
 def test_requests_under_way_are_served_again_by_whoever_comes_next(
     bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path
 ) -> None:
-    device = Slow()
+    device = Keeper()
     front = fronts(device).greet(INFLIGHT)
     front.say(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8))
     got = front.reader.read()
@@ -393,10 +412,10 @@ def test_requests_under_way_are_served_again_by_whoever_comes_next(
     front.start()
     front.submit(b"x")
     front.ring_kick()
-    assert device.begun.wait(DEADLINE)
+    wait_until(lambda: len(device.kept) == 1)
     # As a kill is seen from here: it is gone, with a request in its hands.
     front.sock.close()
-    device.go.set()
+    device.answers = True
     wait_until(lambda: bus.slot("d0").owner is None)
     assert front.ring.reap(8) == []
     front.reader.close()

@@ -90,7 +90,7 @@ def test_bytes_as_the_protocol_has_them() -> None:
         "=IIIIIQQQQ", 9, 1, 40, 1, 2, 3, 4, 5, 6
     )
     assert encode(Request.GET_CONFIG, m.Config(4, 0, b"abc")) == struct.pack("=IIIIII3s", 24, 1, 15, 4, 3, 0, b"abc")
-    assert encode(Request.SET_INFLIGHT_FD, m.Inflight(1, 2, 3, 4)) == struct.pack("=IIIQQHH", 32, 1, 20, 1, 2, 3, 4)
+    assert encode(Request.SET_INFLIGHT_FD, m.Inflight(1, 2, 3, 4)) == struct.pack("=IIIQQHH4x", 32, 1, 24, 1, 2, 3, 4)
     assert encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty()) == native("02000000 01000000 00000000")
 
 

@@ -275,7 +275,8 @@ class Config(Payload):
 class Inflight(Payload):
     """The memory that remembers requests under way: bytes, place in its file, queues, and their size."""
 
-    layout: ClassVar[struct.Struct] = struct.Struct("=QQHH")
+    # With the padding that every compiler adds, although the specification's drawing has none.
+    layout: ClassVar[struct.Struct] = struct.Struct("=QQHH4x")
 
     mmap_size: int
     mmap_offset: int
