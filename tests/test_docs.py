@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = ["concepts.md", "channels.md"]
+PAGES = ["concepts.md", "channels.md", "virtual-machines.md"]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -26,6 +26,7 @@ def blocks(page: str, kind: str) -> list[str]:
 PROGRAMS = [(page, number, program) for page in PAGES for number, program in enumerate(blocks(page, "python"))]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("program", [p for _, _, p in PROGRAMS], ids=[f"{page}-{n}" for page, n, _ in PROGRAMS])
 def test_a_program_of_a_page_runs(program: str, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -34,10 +35,12 @@ def test_a_program_of_a_page_runs(program: str, tmp_path: Path) -> None:
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    # What a guest is made of is fetched the first time.
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("vbus: fetching ")]
+    assert (done.returncode, errors) == (0, []), done.stderr
 
 
 def test_every_page_has_programs() -> None:

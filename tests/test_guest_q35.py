@@ -155,14 +155,14 @@ def test_a_mebibyte_of_entropy(here: Running) -> None:
 
 def test_a_tree_is_copied_and_found_whole(here: Running) -> None:
     vm = here.vm
-    vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /mnt/a /mnt/b")
-    vm.run("mount /dev/vda /mnt/a && mount -o ro /dev/vdb /mnt/b")
-    vm.run("cp -a /mnt/b/. /mnt/a && sync && echo 3 >/proc/sys/vm/drop_caches")
-    listed = vm.run("cd /mnt/a && find . -type f | xargs sha256sum", seconds=120)
+    vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /disks/a /disks/b")
+    vm.run("mount /dev/vda /disks/a && mount -o ro /dev/vdb /disks/b")
+    vm.run("cp -a /disks/b/. /disks/a && sync && echo 3 >/proc/sys/vm/drop_caches")
+    listed = vm.run("cd /disks/a && find . -type f | xargs sha256sum", seconds=120)
     found = {line.split("  ./")[1]: line.split("  ")[0] for line in listed.splitlines()}
     assert found == here.tree
-    assert vm.ask("echo x >/mnt/b/new").status != 0
-    vm.run("umount /mnt/a /mnt/b && e2fsck -fn /dev/vda")
+    assert vm.ask("echo x >/disks/b/new").status != 0
+    vm.run("umount /disks/a /disks/b && e2fsck -fn /dev/vda")
     assert here.bus.get("disk0", Blk).flushes > 0
     # And the host finds it whole, too.
     subprocess.run(["e2fsck", "-fn", str(here.folder / "disk.img")], check=True, capture_output=True)
@@ -172,14 +172,14 @@ def test_a_tree_is_copied_and_found_whole(here: Running) -> None:
 
 def test_a_disk_that_grows_while_it_is_mounted(here: Running) -> None:
     vm = here.vm
-    vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /mnt/g && mount /dev/vda /mnt/g && echo kept >/mnt/g/kept")
+    vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /disks/g && mount /dev/vda /disks/g && echo kept >/disks/g/kept")
     sectors = here.bus.get("disk0", Blk).capacity * 2
     here.bus.set("disk0", "capacity", str(sectors))
     vm.wait_for(f"test $(cat /sys/block/vda/size) = {sectors}", seconds=20)
-    before = int(vm.run("df -k /mnt/g | tail -1 | awk '{print $2}'"))
+    before = int(vm.run("df -k /disks/g | tail -1 | awk '{print $2}'"))
     vm.run("resize2fs /dev/vda")
-    assert int(vm.run("df -k /mnt/g | tail -1 | awk '{print $2}'")) > 1.8 * before
-    assert vm.run("cat /mnt/g/kept && umount /mnt/g && e2fsck -fn /dev/vda >/dev/null 2>&1") == "kept\n"
+    assert int(vm.run("df -k /disks/g | tail -1 | awk '{print $2}'")) > 1.8 * before
+    assert vm.run("cat /disks/g/kept && umount /disks/g && e2fsck -fn /dev/vda >/dev/null 2>&1") == "kept\n"
 
 
 def inside(*words: str, **options: object) -> subprocess.Popen[str]:
