@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import re
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def wheel_of_sdist(sdist: Path, folder: Path) -> Path:
     words = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
     out = folder / "from-sdist"
     path = f"{BIN}:{os.environ['PATH']}"
+    # The times of an sdist's files are all the same: Cargo would take what it built of another for this one's.
+    for fingerprint in TARGET.glob("*/.fingerprint/vbus-*"):
+        shutil.rmtree(fingerprint)
     run(sys.executable, *words, "--wheel-dir", out, sdist, cwd=folder, CARGO_TARGET_DIR=str(TARGET), PATH=path)
     [path_of_wheel] = out.iterdir()
     return path_of_wheel
