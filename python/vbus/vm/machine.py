@@ -259,6 +259,10 @@ class Guest:
                 raise GuestError(f"{command!r} still ends with {answer.status} in the guest:\n{answer.output}")
             time.sleep(0.1)
 
+    def take_over(self, other: Guest) -> None:
+        """Be asked from now on what the other was, which was migrated here and owes no answer."""
+        self._number = other._number
+
     @property
     def console(self) -> str:
         """All that its console has said so far."""
