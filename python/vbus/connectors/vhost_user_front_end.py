@@ -413,7 +413,7 @@ class FrontEnd(Attachment):
         """Memory for requests under way: the front-end keeps it, and gives it to whoever serves it next."""
         if queues > len(self.vrings):
             raise Violation("inflight-size", f"{queues} queues; {self.slot.name} has {len(self.vrings)}")
-        size = Inflight.size(queues, queue_size)
+        size = Inflight.room(queues, queue_size)
         fd = os.memfd_create("vbus-inflight", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size)

@@ -23,6 +23,8 @@ MAX_GUEST_MEMORY = 1 << 46
 _LOG_PAGE = 4096
 MAX_LOG = MAX_GUEST_MEMORY // _LOG_PAGE // 8
 """Bytes of a dirty log, which has a bit for each page."""
+INFLIGHT_ENTRIES = 1024
+"""For how many entries of a queue there is room at least, where what is in flight is kept."""
 _SIZES = frozenset(1 << shift for shift in range(MAX_QUEUE_SIZE.bit_length()))
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -53,16 +55,27 @@ class Place:
 
 @dataclass(frozen=True)
 class Inflight:
-    """Where requests under way are kept for a successor of this process."""
+    """Where requests under way are kept for a successor of this process.
+
+    A front-end asks with the queue size that *it* would choose, and passes that on with the memory; its guest may choose
+    a larger one (QEMU's memory-mapped virtio lets it have 1024, whatever the device says). So what is made here has
+    room for more than was asked for, and what comes is as large as its bytes say.
+    """
 
     mapping: _core.Mapping
     before: int
     queues: int
     queue_size: int
+    """Entries that there is room for in each queue."""
 
     @classmethod
-    def size(cls, queues: int, queue_size: int) -> int:
-        """Bytes that so many queues take. Violation: inflight-size."""
+    def room(cls, queues: int, queue_size: int) -> int:
+        """Bytes to make for so many queues. Violation: inflight-size."""
+        cls._bytes(queues, queue_size)
+        return cls._bytes(queues, max(queue_size, INFLIGHT_ENTRIES))
+
+    @classmethod
+    def _bytes(cls, queues: int, queue_size: int) -> int:
         if queue_size not in _SIZES or not queues:
             raise Violation("inflight-size", f"{queues} queues of {queue_size} entries")
         return queues * _core.DeviceQueue.inflight_size(queue_size)
@@ -70,17 +83,21 @@ class Inflight:
     @classmethod
     def map(cls, given: m.Inflight, fd: int, most_queues: int) -> Inflight:
         """Map what a front-end kept, of a descriptor which the caller closes. Violation: inflight-*."""
-        size = cls.size(given.num_queues, given.queue_size)
+        size = cls._bytes(given.num_queues, given.queue_size)
         if given.mmap_size < size or given.num_queues > most_queues:
             raise Violation("inflight-size", f"{given.mmap_size} bytes; {given.num_queues} queues take {size}")
         if given.mmap_size + given.mmap_offset > 1 << 63:
             raise Violation("inflight-size", f"{given.mmap_size} bytes at {given.mmap_offset:#x}")
+        # Exactly what another size takes is of that size; anything else has something behind it that nobody reads.
+        larger = [room for room in _SIZES if given.mmap_size == cls._bytes(given.num_queues, room)]
+        queue_size = max([given.queue_size, *larger])
+        size = cls._bytes(given.num_queues, queue_size)
         before = given.mmap_offset % _PAGE
         try:
             mapping = _core.Mapping(fd, size + before, given.mmap_offset - before, guarded=True)
         except (OSError, ValueError) as error:
             raise Violation("inflight-not-mappable", str(error)) from None
-        return cls(mapping, before, given.num_queues, given.queue_size)
+        return cls(mapping, before, given.num_queues, queue_size)
 
     def of(self, index: int, size: int) -> tuple[_core.Mapping, int] | None:
         """The place of a queue, if it has one. Violation: inflight-size."""
