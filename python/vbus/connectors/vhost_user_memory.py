@@ -57,7 +57,7 @@ class Place:
 class Inflight:
     """Where requests under way are kept for a successor of this process.
 
-    A front-end asks with the queue size that *it* would choose, and passes that on with the memory; its guest may choose
+    A front-end asks with the queue size that it would choose, and passes that on with the memory; its guest may choose
     a larger one (QEMU's memory-mapped virtio lets it have 1024, whatever the device says). So what is made here has
     room for more than was asked for, and what comes is as large as its bytes say.
     """
