@@ -353,7 +353,7 @@ class FrontEnd(Attachment):
                 self.part(str(wrong[0]))
             done()
 
-        resumed = then(launched)
+        resumed = then(self._called([self.vrings[index] for index in rings], launched))
 
         def answered(error: Error | None) -> None:
             if error is not None:
@@ -451,6 +451,10 @@ class FrontEnd(Attachment):
             os.close(fd)
         if in_band:
             self.actor.watch(vring.call.fileno(), lambda: self._call_in_band(vring))
+        if vring.started:
+            # What was rung on the descriptor before may have been heard by nobody: QEMU enables a queue with one that
+            # it throws away, and names the right one then.
+            vring.call.ring()
 
     def _call_in_band(self, vring: Vring) -> None:
         """The core rang, and nobody else hears it: say so on the backend channel."""
@@ -477,11 +481,26 @@ class FrontEnd(Attachment):
         vring.started = True
         if self.launched:
             ring = self._ring(vring)
-            self.slot.start_queue(self, vring.queue.index, ring, self._wait()(done))
+            self.slot.start_queue(self, vring.queue.index, ring, self._wait()(self._called([vring], done)))
         elif self._is_enabled(vring):
             self._launch(done)
         else:
             done()
+
+    @staticmethod
+    def _called(vrings: list[Vring], done: Callable[[], None]) -> Callable[[], None]:
+        """Call once for each ring, now that it runs: whoever served it before may have died before it could.
+
+        A driver that is called in vain looks, and waits again. One that is not called waits for ever: with EVENT_IDX its
+        event lies behind what is used by then, and nothing that is used later passes it.
+        """
+
+        def called() -> None:
+            for vring in vrings:
+                vring.call.ring()
+            done()
+
+        return called
 
     def _ring(self, vring: Vring) -> Ring:
         """Where the core finds it. Violation when that is nowhere."""
