@@ -62,6 +62,7 @@ name = "killed"
 [device.net0]
 type = "net"
 backend = "tap:{tap}"
+queue_pairs = 2
 [connector.net0]
 type = "vhost-user"
 device = "net0"
@@ -141,7 +142,7 @@ def test_a_transfer_goes_on(tmp_path: Path) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        args = device_args("q35", "net0", Net(), tmp_path / "net0.sock", reconnect=True)
+        args = device_args("q35", "net0", Net(queue_pairs=2), tmp_path / "net0.sock", reconnect=True)
         try:
             with (
                 Served(tmp_path / "bus.toml", "killed", inside) as served,

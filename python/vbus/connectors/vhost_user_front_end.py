@@ -491,8 +491,8 @@ class FrontEnd(Attachment):
     def _called(vrings: list[Vring], done: Callable[[], None]) -> Callable[[], None]:
         """Call once for each ring, now that it runs: whoever served it before may have died before it could.
 
-        A driver that is called in vain looks, and waits again. One that is not called waits for ever: with EVENT_IDX its
-        event lies behind what is used by then, and nothing that is used later passes it.
+        A driver that is called in vain looks, and waits again. One that is not called waits for ever: with EVENT_IDX
+        its event lies behind what is used by then, and nothing that is used later passes it.
         """
 
         def called() -> None:
