@@ -4,14 +4,15 @@ Offsets and sizes are bytes. Driver addresses are numbers of the driver's addres
 Everything that reads what the other side wrote raises `vbus.errors.Violation`, with a stable name.
 """
 
-from collections.abc import Sequence
-from typing import TypeAlias, final
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, final, overload
 
 from vbus.errors import Violation
 
 _ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
 
 __all__ = [
+    "Batch",
     "DeviceQueue",
     "Doorbell",
     "DriverQueue",
@@ -237,6 +238,16 @@ class Request:
         """Already completed, or its queue was stopped."""
 
 @final
+class Batch(Sequence[Request]):
+    """Requests that a handler answers together; objects of Python only once somebody looks at one."""
+
+    @overload
+    def __getitem__(self, index: int) -> Request: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Request]: ...
+    def __len__(self) -> int: ...
+
+@final
 class DeviceQueue:
     """The device side of a split ring. All methods may be called from any thread."""
 
@@ -293,6 +304,24 @@ class DeviceQueue:
         zero-length-descriptor, address-outside-memory, region-read-only, indirect-*, ...): raised after the good
         requests before it were given (on the next call). region-lost: at once, also for a mapping of the log or of what
         is in flight.
+        """
+    def serve(
+        self,
+        handler: Callable[..., object],
+        queue: object,
+        limit: int,
+        *,
+        batch: bool,
+        charge: Callable[[int, int], object] | None = None,
+        urgent: tuple[Scheduler, int, int] | None = None,
+    ) -> bool:
+        """Let `handler(queue, request)` answer requests, each completed when it returns; with `batch`, let
+        `handler(queue, requests)` answer all, completed together. True when there were some.
+
+        At most `limit` are taken from the ring, and none while some wait that a turn before put off: it does so with
+        those behind one whose handler raised, which is raised here, and when something more urgent waits: `urgent` is a
+        scheduler, the actor whose turn this is, and the priority of its key. `charge` is told of requests and bytes
+        that were taken, before they are handled. Violation: as `take` and `complete`.
         """
     def complete(self, requests: Sequence[Request]) -> None:
         """Put requests into the used ring, published together, and signal when the driver wants it. Requests that

@@ -9,6 +9,7 @@ mod link;
 mod memory;
 mod ring;
 mod scheduler;
+mod serve;
 mod signal;
 mod violation;
 
@@ -27,6 +28,8 @@ mod _core {
     use crate::ring::{DeviceQueue, DriverQueue, Request};
     #[pymodule_export]
     use crate::scheduler::Scheduler;
+    #[pymodule_export]
+    use crate::serve::Batch;
     #[pymodule_export]
     use crate::signal::Signal;
 }
