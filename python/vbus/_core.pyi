@@ -5,7 +5,7 @@ Everything that reads what the other side wrote raises `vbus.errors.Violation`, 
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, final, overload
+from typing import TypeAlias, TypedDict, final, overload
 
 from vbus.errors import Violation
 
@@ -13,17 +13,20 @@ _ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
 
 __all__ = [
     "Batch",
+    "BenchRequest",
     "DeviceQueue",
     "Doorbell",
     "DriverQueue",
     "EventReceiver",
     "EventSender",
     "LinkRing",
+    "Load",
     "Mapping",
     "Memory",
     "Request",
     "Scheduler",
     "Signal",
+    "bench_calls",
 ]
 
 @final
@@ -191,8 +194,13 @@ class Scheduler:
     def add_events(self, receiver: EventReceiver, doorbells: Sequence[Doorbell], fault_key: int) -> None:
         """Drain `receiver` from now on; its fault marks `fault_key`."""
     def remove_events(self, receiver: EventReceiver) -> None: ...
-    def next(self, timeout: float | None = None) -> tuple[int, int] | None:
-        """(actor, key), whose turn begins; None when `timeout` seconds passed or the scheduler was closed."""
+    def next(
+        self, timeout: float | None = None, *, done: tuple[int, int, bool] | None = None
+    ) -> tuple[int, int] | None:
+        """(actor, key), whose turn begins; None when `timeout` seconds passed or the scheduler was closed.
+
+        `done`: the turn that is over (actor, key, again), as the method has it, for a thread that goes on.
+        """
     def urgent(self, actor: int, priority: int) -> bool:
         """Whether a key more urgent than `priority` waits for a thread, or for `actor` to end its turn."""
     def done(self, actor: int, key: int, *, again: bool = False) -> None:
@@ -395,3 +403,50 @@ class LinkRing:
         """
     def receive(self) -> bytes | None:
         """The next message, copied out; None when there is none. Violation: link-index, link-message-size."""
+
+# Load generators and bare references, for `vbus bench` alone.
+
+class _LoadReport(TypedDict):
+    requests: int
+    bytes_sent: int
+    bytes_received: int
+    checksum: int
+    """Of what the device wrote; whatever the order of its answers."""
+    seconds: float
+    p50_us: float
+    p99_us: float
+    max_us: float
+
+@final
+class Load:
+    """A driver that keeps `depth` requests under way, each answer bringing the next, without Python in its loop.
+
+    `ring` is a driver's side with nothing outstanding; `arena` holds the buffers from `offset` on, and its first byte
+    has the driver address `address`. Without a `bell`, answers are polled for; with one, this side sleeps on it.
+    RuntimeError: a wrong answer, or none for 30 seconds. Violation: as `DriverQueue.reap`.
+    """
+
+    def __new__(cls, ring: DriverQueue, arena: Mapping, address: int, offset: int, depth: int) -> Load: ...
+    @staticmethod
+    def bytes_needed(depth: int, size: int) -> int:
+        """Bytes of the arena that the buffers of requests take, each of `size` bytes."""
+    def numbered(
+        self, total: int, readable: int, writable: int, written: int, bell: Doorbell | None = None
+    ) -> _LoadReport:
+        """`total` requests of `readable` bytes that begin with their number, with room for `writable` bytes of which
+        `written` must be written. ValueError: sizes that are no multiples of 8.
+        """
+    def random_reads(self, total: int, size: int, places: int, seed: int, bell: Doorbell | None = None) -> _LoadReport:
+        """`total` reads of a disk of `places` times `size` bytes, at places that follow from `seed`."""
+
+@final
+class BenchRequest:
+    """What `bench_calls` calls with: as small as an object is that native code makes for a call."""
+
+    @property
+    def number(self) -> int: ...
+
+def bench_calls(function: Callable[..., object], queue: object, count: int, batch: int = 0) -> float:
+    """Call `function(queue, BenchRequest)` `count` times, or `function(queue, list)` with `batch` of them each until
+    there were as many; gives the seconds that it took. ValueError: `count` is no multiple of `batch`.
+    """

@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod area;
+mod bench;
 mod doorbell;
 mod event;
 mod link;
@@ -16,6 +17,8 @@ mod violation;
 /// The native core of vbus; `_core.pyi` beside it is its documentation.
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::bench::{bench_calls, BenchRequest, Load};
     #[pymodule_export]
     use crate::doorbell::Doorbell;
     #[pymodule_export]

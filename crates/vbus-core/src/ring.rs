@@ -383,11 +383,11 @@ impl DeviceQueue {
 #[pyclass(frozen, module = "vbus._core")]
 pub struct DriverQueue {
     ring: Mutex<DriverRing>,
-    signal: Option<Arc<dyn Notify>>,
+    pub signal: Option<Arc<dyn Notify>>,
 }
 
 impl DriverQueue {
-    fn lock(&self) -> MutexGuard<'_, DriverRing> {
+    pub fn lock(&self) -> MutexGuard<'_, DriverRing> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

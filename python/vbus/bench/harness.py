@@ -18,7 +18,7 @@ from vbus.bench import machine, measure
 from vbus.bench.measurement import AnyMeasurement, C, Measurement, P, Plan, Row, Sample, Say, V
 from vbus.errors import UsageError
 
-NAMES = ("signal",)
+NAMES = ("python", "signal")
 """What can be measured: modules in `measurements`."""
 
 

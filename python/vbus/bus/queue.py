@@ -93,7 +93,7 @@ class Queue:
         return requests
 
     def serve(self, handler: Callable[..., object], batch: bool, limit: int) -> bool:
-        """Let `handler` answer requests in a turn of the device, at most `limit` from the ring; True when there were some.
+        """Let `handler` answer requests in a turn of the device, `limit` at most; True when there were some.
 
         Those that were taken before come first. A violation, of the driver or of the handler, is raised, and so is
         whatever else the handler raises: it ends the turn.

@@ -48,7 +48,9 @@ class SyncRunner:
             self.hook(device.available, queue, of=queue)
             return False
         try:
-            return queue.serve(device.handle_batch if self._batch else device.handle, self._batch, 0 if finish else BUDGET)
+            return queue.serve(
+                device.handle_batch if self._batch else device.handle, self._batch, 0 if finish else BUDGET
+            )
         except Violation as violation:
             self.slot.violated(violation, queue)
         except Exception as error:

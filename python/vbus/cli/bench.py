@@ -39,6 +39,13 @@ class About:
 
 
 ABOUT = {
+    "python": About(
+        "Devices in Python, against bare calls of Python from native code.",
+        """Measure a device in Python that does nothing, against bare calls of the same handler from native code.
+
+        One request at a time (`handle`), and 64 at once (`handle_batch`), which the device looks at or not.
+        """,
+    ),
     "signal": About(
         "Doorbells, CPU time and latency: tunnelled against direct signals.",
         """Measure doorbells and CPU time a request, and latency: tunnelled signals against direct ones.

@@ -298,11 +298,20 @@ impl DriverRing {
     ///
     /// Violation: used-index-jump, used-id-unknown, used-length.
     pub fn reap(&mut self, limit: usize, finished: &mut Vec<(u16, u32)>) -> Result<(), Violation> {
+        self.reap_or_poll(limit, finished, true)
+    }
+
+    /// As `reap`, for whoever comes again by itself: when there are none, interrupts stay as they were.
+    pub fn poll(&mut self, limit: usize, finished: &mut Vec<(u16, u32)>) -> Result<(), Violation> {
+        self.reap_or_poll(limit, finished, false)
+    }
+
+    fn reap_or_poll(&mut self, limit: usize, finished: &mut Vec<(u16, u32)>, ask: bool) -> Result<(), Violation> {
         let before = finished.len();
         if self.broken || limit == 0 {
             return self.violation.take().map_or(Ok(()), Err);
         }
-        match self.reap_some(before.saturating_add(limit), finished) {
+        match self.reap_some(before.saturating_add(limit), finished, ask) {
             Ok(()) => Ok(()),
             Err(violation) => {
                 self.broken = true;
@@ -315,7 +324,7 @@ impl DriverRing {
         }
     }
 
-    fn reap_some(&mut self, last: usize, finished: &mut Vec<(u16, u32)>) -> Result<(), Violation> {
+    fn reap_some(&mut self, last: usize, finished: &mut Vec<(u16, u32)>, ask: bool) -> Result<(), Violation> {
         loop {
             while self.look()? {
                 if finished.len() == last {
@@ -323,6 +332,10 @@ impl DriverRing {
                     return Ok(());
                 }
                 finished.push(self.finish()?);
+            }
+            if !ask {
+                self.ask_for_silence();
+                return Ok(());
             }
             self.ask_for_interrupts();
             // As in `publish`, with the sides exchanged: the device writes its index, then looks whether we want to
