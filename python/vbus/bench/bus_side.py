@@ -6,18 +6,22 @@ Run as a process of its own: `python -m vbus.bench.bus_side`, told what to do by
 from __future__ import annotations
 
 import contextlib
+import gc
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from vbus import _core
 from vbus.bench import children
-from vbus.bench.work import DEVICE_ID, Usage, usage, used_between
+from vbus.bench.work import DEVICE_ID, Usage, names_checksum, resident_bytes, usage, used_between
 from vbus.bus import Bus, Device, Queue, Request
 from vbus.connectors import Process
 
 SETTLE_SECONDS = 5.0
 LOOK_SECONDS = 0.01
+MAX_SOURCES = 16384
+"""Room for ten thousand devices; what is not used takes no memory."""
 
 
 class Echo(Device):
@@ -82,7 +86,7 @@ class BusSide:
         model: str = "Echo",
     ) -> str:
         """Serve devices of a model, given by name with their priority, at a socket; the address to attach to."""
-        bus = Bus("bench")
+        bus = Bus("bench", max_sources=MAX_SOURCES)
         self._closing.callback(bus.stop)
         for name, priority in devices.items():
             bus.plug(MODELS[model](), name, priority=priority, mask=() if event_idx else ["RING_EVENT_IDX"])
@@ -100,6 +104,36 @@ class BusSide:
         """The same at the end of a window: what is used by looking does not belong to it."""
         used: Usage = usage()
         return {"rows": self._settled(), "usage": used}
+
+    def populate(self, count: int) -> dict[str, Any]:
+        """Plug so many devices more, which nobody drives; a checksum of all names, and the memory that each takes."""
+        assert self._bus is not None
+        gc.collect()
+        before = resident_bytes()
+        for number in range(count):
+            self._bus.plug(Echo(), f"idle{number}")
+        gc.collect()
+        after = resident_bytes()
+        names = names_checksum(slot.name for slot in self._bus.slots())
+        return {"devices": len(self._bus.slots()), "names": names, "bytes": (after - before) / max(count, 1)}
+
+    def replug(self, cycles: int) -> dict[str, Any]:
+        """Plug one device and unplug it, `cycles` times; the median microseconds of each, and how many were there."""
+        assert self._bus is not None
+        plugs, unplugs = [], []
+        for _ in range(cycles):
+            began = time.perf_counter_ns()
+            self._bus.plug(Echo(), "comer")
+            plugged = time.perf_counter_ns()
+            self._bus.unplug("comer")
+            ended = time.perf_counter_ns()
+            plugs.append(plugged - began)
+            unplugs.append(ended - plugged)
+        return {
+            "cycles": len(plugs),
+            "plug_us": statistics.median(plugs) / 1000,
+            "unplug_us": statistics.median(unplugs) / 1000,
+        }
 
     def calls(self, model: str, count: int, batch: int) -> dict[str, Any]:
         """Call the handler of a model `count` times, or with `batch` requests at once, from native code alone."""
@@ -131,7 +165,8 @@ def main() -> None:
     """Serve until standard input ends."""
     side = BusSide()
     try:
-        children.serve({"serve": side.serve, "begin": side.begin, "end": side.end, "calls": side.calls})
+        names = ("serve", "begin", "end", "calls", "populate", "replug")
+        children.serve({name: getattr(side, name) for name in names})
     finally:
         side.close()
 

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vbus import _core
+from vbus import _core, msg
 from vbus.bench import children
 from vbus.bench.measure import percentile
-from vbus.bench.work import DEVICE_ID, URGENT, Usage, usage, used_between
+from vbus.bench.work import DEVICE_ID, URGENT, Usage, names_checksum, usage, used_between
 from vbus.proxy import Driver, Remote, RemoteQueue, attach
 from vbus.virtio import features
 
@@ -195,6 +195,26 @@ class DriverSide:
         self._drivers = {device.name: Echo(device) for device in remote}
         return {name: driver.has_event_idx for name, driver in self._drivers.items()}
 
+    def discover(self, address: str) -> dict[str, Any]:
+        """Attach, and drive nothing: how long it took, how many devices there are, and a checksum of their names."""
+        began = time.perf_counter_ns()
+        remote = self._closing.enter_context(attach(address))
+        ended = time.perf_counter_ns()
+        names = [device.name for device in remote]
+        self._remote = remote
+        return {"devices": len(names), "names": names_checksum(names), "seconds": (ended - began) / NANOSECONDS}
+
+    def ping(self, count: int) -> dict[str, Any]:
+        """Ask the bus for an answer and wait for it, `count` times: how long it took."""
+        assert self._remote is not None
+        connector = self._remote.connector
+        began = time.perf_counter_ns()
+        answers = [connector.call(msg.Ping(number), msg.PingResponse).data for number in range(count)]
+        ended = time.perf_counter_ns()
+        if answers != list(range(count)):
+            raise children.SideError("a PING was answered with another's data")
+        return {"round_trips": len(answers), "seconds": (ended - began) / NANOSECONDS}
+
     def _queue(self, name: str) -> RemoteQueue:
         return self._drivers[name].queue(0)
 
@@ -326,7 +346,9 @@ def main() -> None:
     """Drive until standard input ends."""
     side = DriverSide()
     try:
-        commands = {name: getattr(side, name) for name in ("attach", "saturate", "pace", "urgent", "load")}
+        commands = {
+            name: getattr(side, name) for name in ("attach", "saturate", "pace", "urgent", "load", "discover", "ping")
+        }
         children.serve(commands)
     finally:
         side.close()

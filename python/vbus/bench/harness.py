@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from vbus.bench import machine, measure
+from vbus.bench.measure import Summary
 from vbus.bench.measurement import AnyMeasurement, C, Measurement, P, Plan, Row, Sample, Say, V
 from vbus.errors import UsageError
 
-NAMES = ("python", "signal")
+NAMES = ("python", "scale", "signal")
 """What can be measured: modules in `measurements`."""
 
 
@@ -110,14 +111,19 @@ def comparisons_of(
     """A row a comparison: ratios, whether they count, and which bars they meet."""
     rows = []
     for comparison in measurement.comparisons(plan, case):
-        ours, base = ([sample.values for sample in samples[one]] for one in (comparison.of, comparison.against))
-        found = measure.ratios(ours, base)
+        ours = [sample.values for sample in samples[comparison.of]]
+        against = comparison.against
+        found: Mapping[str, Summary | None]
+        if against is None:
+            found = measure.summarise(ours)
+        else:
+            found = measure.ratios(ours, [sample.values for sample in samples[against]])
         why, bars = comparison.judge(found)
         rows.append(
             {
                 "case": case.factors(),
                 "of": comparison.of.factors(),
-                "against": comparison.against.factors(),
+                "against": against.factors() if against is not None else None,
                 "ratios": {key: value.median if value else None for key, value in found.items()},
                 "spread": {key: [value.low, value.high] if value else None for key, value in found.items()},
                 "counts": not why,

@@ -64,6 +64,8 @@ class Bar:
     """What the value is called, in a verdict."""
     limit: float
     at_least: bool = False
+    unit: str = "x"
+    """Of what is compared with the limit: a ratio, or the value itself where there is nothing to hold it against."""
 
     def is_met(self, ratio: float) -> bool:
         """Whether this ratio is good enough."""
@@ -71,10 +73,12 @@ class Bar:
 
     def objection(self, ratio: float) -> str:
         """Why a ratio is not good enough."""
-        return f"{self.what} {ratio:.3f}x, {'less' if self.at_least else 'more'} than {self.limit:g}x"
+        return (
+            f"{self.what} {ratio:.3f}{self.unit}, {'less' if self.at_least else 'more'} than {self.limit:g}{self.unit}"
+        )
 
     def __str__(self) -> str:
-        return f"{self.what} {'at least' if self.at_least else 'at most'} {self.limit:g}x"
+        return f"{self.what} {'at least' if self.at_least else 'at most'} {self.limit:g}{self.unit}"
 
 
 V = TypeVar("V", bound=Factors)
@@ -84,10 +88,10 @@ P = TypeVar("P", bound=Plan)
 
 @dataclass(frozen=True)
 class Comparison(Generic[V]):
-    """Two variants of a case, by the figures of which one is held against the other."""
+    """Two variants of a case, by the figures of which one is held against the other; or one, by its figures alone."""
 
     of: V
-    against: V
+    against: V | None = None
     bars: tuple[Bar, ...] = ()
     guards: tuple[Bar, ...] = ()
 

@@ -89,11 +89,13 @@ def verdict(row: Row) -> str:
 
 def limit(bar: Row) -> str:
     """A bar in words."""
-    return f"{'at least' if bar['at_least'] else 'at most'} {bar['limit']:g}x"
+    return f"{'at least' if bar['at_least'] else 'at most'} {bar['limit']:g}{bar['unit']}"
 
 
-def named(factors: Row) -> str:
+def named(factors: Row | None) -> str:
     """A variant in words."""
+    if factors is None:
+        return "-"
     return ", ".join(
         cell(value) if not isinstance(value, bool) else f"{key.replace('_', ' ')} {cell(value)}"
         for key, value in factors.items()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TypedDict
 
 DEVICE_ID = 0x7E10
@@ -35,6 +39,16 @@ def used_between(before: Usage, after: Usage) -> Usage:
         "system": after["system"] - before["system"],
         "sleeps": after["sleeps"] - before["sleeps"],
     }
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def names_checksum(names: Iterable[str]) -> int:
+    """Of names, in whatever order."""
+    return zlib.crc32("\n".join(sorted(names)).encode())
 
 
 def load_names(count: int) -> list[str]:

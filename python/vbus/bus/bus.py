@@ -27,6 +27,7 @@ from vbus.bus.members import Credentials, Members
 from vbus.bus.pool import shared_pool
 from vbus.bus.runner import BusLoop
 from vbus.bus.slot import Slot
+from vbus.bus.sources import Sources
 from vbus.errors import NoSuchNameError, UsageError
 from vbus.virtio import Status, device_type_name, features
 
@@ -73,8 +74,11 @@ class Bus:
         self._slots: dict[str, Slot] = {}
         self._numbers: dict[int, Slot] = {}
         self._last_number = 0
-        self._sources: list[tuple[int, int]] = []
+        self._sources = Sources(max_sources - CHANNEL_SOURCES)
         self._held_sources: dict[int, tuple[int, int]] = {}
+        """Of each number: the first of its sources, and how many there are."""
+        self._left: set[int] = set()
+        """Numbers whose device is gone, and whose sources are not given back."""
         self._lock = threading.RLock()
         self._running = False
         self._stop_wanted = threading.Event()
@@ -171,6 +175,7 @@ class Bus:
         with self._lock:
             self._slots.pop(slot.name, None)
             self._numbers.pop(slot.number, None)
+            self._left.add(slot.number)
 
     def slots(self) -> list[Slot]:
         """The places that hold a device, by address."""
@@ -206,7 +211,7 @@ class Bus:
             number = (self._last_number + step - 1) % MAX_DEVICES + 1
             if number not in self._numbers and not self._held(number):
                 self._last_number = number
-                self._held_sources.pop(number, None)
+                self._give_back_sources(number)
                 return number
         raise UsageError(f"bus {self.name} has no free address: {MAX_DEVICES} devices are the most")
 
@@ -215,20 +220,21 @@ class Bus:
 
     def _take_sources(self, number: int, count: int, name: str) -> int:
         """The first of `count` event sources in a row; those of a number that somebody holds stay taken."""
-        for held in [n for n in self._held_sources if n not in self._numbers and not self._held(n)]:
-            del self._held_sources[held]
-        first = 0
-        for start, length in sorted(self._held_sources.values()):
-            if start - first >= count:
-                break
-            first = max(first, start + length)
-        if first + count > self.max_sources - CHANNEL_SOURCES:
+        for gone in [n for n in self._left if n in self._numbers or not self._held(n)]:
+            self._give_back_sources(gone)
+        first = self._sources.take(count)
+        if first is None:
             raise UsageError(
                 f"device {name}: the bus has {self.max_sources - CHANNEL_SOURCES} event sources for queues, "
                 "all in use: give it more max_sources"
             )
         self._held_sources[number] = (first, count)
         return first
+
+    def _give_back_sources(self, number: int) -> None:
+        self._left.discard(number)
+        if number in self._held_sources:
+            self._sources.give_back(*self._held_sources.pop(number))
 
     # Channels.
 

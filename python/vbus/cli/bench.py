@@ -46,6 +46,14 @@ ABOUT = {
         One request at a time (`handle`), and 64 at once (`handle_batch`), which the device looks at or not.
         """,
     ),
+    "scale": About(
+        "Many devices on one bus: to find them, to plug one, to have one.",
+        """Measure a bus with ten thousand devices.
+
+        How long a driver's side needs to find all of them, against as many PING round trips; what it costs to plug and
+        unplug one, against a bus without devices; and how much memory a device takes that nobody drives.
+        """,
+    ),
     "signal": About(
         "Doorbells, CPU time and latency: tunnelled against direct signals.",
         """Measure doorbells and CPU time a request, and latency: tunnelled signals against direct ones.

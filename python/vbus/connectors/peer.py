@@ -66,6 +66,8 @@ class MessagePeer(Attachment):
         """Bytes of a message that both sides take."""
         self.held: set[int] = set()
         """Device numbers that this driver has been told of and has not let go."""
+        self._gone: set[int] = set()
+        """Those of them whose device was removed."""
         self._dirty: set[int] = set()
         self._channels_dirty = False
         self.channels = PeerChannels(self)
@@ -179,6 +181,7 @@ class MessagePeer(Attachment):
                 self._get_devices(offset, count, token)
             case msg.Release():
                 self.held.discard(frame.dev_num)
+                self._gone.discard(frame.dev_num)
                 self.send(msg.ReleaseResponse(), frame.dev_num, token)
             case _ if self.bodied(frame) or self.channels.handle(frame):
                 pass
@@ -205,7 +208,7 @@ class MessagePeer(Attachment):
 
         match frame.body:
             case msg.GetDeviceInfo():
-                self.held.add(number)
+                self._hold(number)
                 answer(
                     msg.GetDeviceInfoResponse(
                         device_id=int(slot.device.device_id),
@@ -307,17 +310,24 @@ class MessagePeer(Attachment):
         for number in numbers:
             if offset <= number < offset + count:
                 bitmap[(number - offset) // 8] |= 1 << (number - offset) % 8
-                self.held.add(number)
+                self._hold(number)
         later = [number for number in numbers if number >= offset + count]
         # The draft asks for offsets that are multiples of 8.
         self.send(msg.GetDevicesResponse(offset, count, min(later, default=0) & ~7, bytes(bitmap)), token=token)
+
+    def _hold(self, number: int) -> None:
+        """The driver is told of a number."""
+        self.held.add(number)
+        if self.bus.slot_at(number) is None:
+            # Removed at this very moment: `unplugged` did not find it among those that are held.
+            self._gone.add(number)
 
     # What slots and the bus say.
 
     def plugged(self, slot: Slot) -> None:
         """Offer a device that arrived."""
         if self.greeted:
-            self.held.add(slot.number)
+            self._hold(slot.number)
             # Behind the removal of what had this number before.
             self.send(msg.EventDevice(slot.number, msg.DeviceState.READY), priority=LEAST_URGENT)
 
@@ -326,9 +336,10 @@ class MessagePeer(Attachment):
         if self.greeted:
             # Behind the completions of its last requests.
             self.send(msg.EventDevice(slot.number, msg.DeviceState.REMOVED), priority=LEAST_URGENT)
-        gone = sum(self.bus.slot_at(number) is None for number in list(self.held))
-        if gone > MAX_UNRELEASED:
-            self.part(f"removed-devices-held: it does not let go of {gone} devices that were removed")
+        if slot.number in self.held:
+            self._gone.add(slot.number)
+        if len(self._gone) > MAX_UNRELEASED:
+            self.part(f"removed-devices-held: it does not let go of {len(self._gone)} devices that were removed")
 
     def config_changed(self, slot: Slot) -> None:
         """Remember that a device changed; the driver hears of it once, however often it did meanwhile."""

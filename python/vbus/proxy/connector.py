@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vbus import msg
 from vbus.channel import Mirror
@@ -35,6 +36,17 @@ def _checked(wanted: type[R], on_answer: Callable[[R], None], result: object) ->
     """Call back with an answer of the kind that was asked for; `call` says what is wrong with another."""
     if isinstance(result, wanted):
         on_answer(result)
+
+
+@dataclass(frozen=True)
+class Question(Generic[R]):
+    """What the bus was asked, until its answer is here."""
+
+    body: msg.Body
+    answer: type[R]
+    dev_num: int
+    token: int
+    future: Future[Any]
 
 
 class GuestConnector(ABC):
@@ -80,6 +92,21 @@ class GuestConnector(ABC):
         `channel_priority` the question travels behind what was said on the channels of this priority; one about a
         device behind everything that was sent to its queues: a reset must not overtake requests from before it.
         """
+        question = self.ask(body, answer, dev_num, on_answer, channel_priority)
+        return self.answer_to(question, timeout)
+
+    def ask(
+        self,
+        body: msg.Body,
+        answer: type[R],
+        dev_num: int = 0,
+        on_answer: Callable[[R], None] | None = None,
+        channel_priority: int | None = None,
+    ) -> Question[R]:
+        """As `call`, and do not wait: `answer_to` does. Whoever asks much waits now and then, as a link holds only so much.
+
+        DriverError: ECONNRESET, EPROTO.
+        """
         if self.loop.is_here:
             raise RuntimeError("this thread answers the bus and must not wait for it; use a hook")
         future: Future[Any] = Future()
@@ -88,24 +115,40 @@ class GuestConnector(ABC):
                 raise DriverError(self.lost.errno or errno.ECONNRESET, self.lost.strerror)
             token = next(t for t in self._tokens if t not in self._calls)
             self._calls[token] = future, None if on_answer is None else partial(_checked, answer, on_answer)
-        limit = self.timeout if timeout is None else timeout
+        question = Question(body, answer, dev_num, token, future)
         try:
             message = msg.encode(msg.Frame(body=body, dev_num=dev_num, token=token))
             if channel_priority is None or not self.transmit_on_channel(channel_priority, message):
                 self.transmit(message, LEAST_URGENT if dev_num else 0)
-            result = future.result(limit)
+        except Violation as violation:
+            self._forget(token)
+            raise DriverError(errno.EPROTO, str(violation)) from None
+        except BaseException:
+            self._forget(token)
+            raise
+        return question
+
+    def answer_to(self, question: Question[R], timeout: float | None = None) -> R:
+        """Wait for the answer. DriverError, as `call`."""
+        limit = self.timeout if timeout is None else timeout
+        asked = type(question.body).__name__
+        try:
+            result = question.future.result(limit)
         except FutureTimeoutError:
             raise DriverError(
-                errno.ETIMEDOUT, f"no answer to {type(body).__name__} of device {dev_num} within {limit} s"
+                errno.ETIMEDOUT, f"no answer to {asked} of device {question.dev_num} within {limit} s"
             ) from None
         except Violation as violation:
             raise DriverError(errno.EPROTO, str(violation)) from None
         finally:
-            with self._call_lock:
-                self._calls.pop(token, None)
-        if not isinstance(result, answer):
-            raise DriverError(errno.EPROTO, f"{type(result).__name__} came as the answer to {type(body).__name__}")
+            self._forget(question.token)
+        if not isinstance(result, question.answer):
+            raise DriverError(errno.EPROTO, f"{type(result).__name__} came as the answer to {asked}")
         return result
+
+    def _forget(self, token: int) -> None:
+        with self._call_lock:
+            self._calls.pop(token, None)
 
     def received(self, data: bytes) -> None:
         """Handle one message of the bus, on the loop's thread. Violation: malformed-message."""

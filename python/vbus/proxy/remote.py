@@ -12,7 +12,7 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 from uuid import UUID
@@ -34,6 +34,8 @@ QUEUE_SIZE = 128
 OWN_FEATURES = 1 << features.VERSION_1 | 1 << features.RING_INDIRECT_DESC | 1 << features.RING_EVENT_IDX
 """What our rings understand beside a driver's own features."""
 CONFIG_TRIES = 8
+AT_ONCE = 64
+"""Devices that are asked for at once."""
 
 
 class RemoteDevice:
@@ -211,23 +213,30 @@ class Remote:
         offset = 0
         while True:
             answer = self.connector.call(msg.GetDevices(offset, 2048), msg.GetDevicesResponse)
-            for number in answer.numbers():
-                self._discover_one(number)
+            numbers = list(answer.numbers())
+            for start in range(0, len(numbers), AT_ONCE):
+                self._discover(numbers[start : start + AT_ONCE])
             if answer.next_offset <= offset:
                 return
             offset = answer.next_offset
 
-    def _discover_one(self, number: int) -> None:
+    def _discover(self, numbers: Sequence[int]) -> None:
+        """Ask for what stands behind some numbers, and then wait for all answers."""
         with self._changed:
-            if number in self._devices:
-                return
-        try:
-            info = self.connector.call(msg.GetDeviceInfo(), msg.GetDeviceInfoResponse, number)
-            name = self.connector.call(msg.Name(), msg.NameResponse, number)
-        except DriverError as error:
-            if error.errno == errno.ENODEV:
-                return
-            raise
+            numbers = [number for number in numbers if number not in self._devices]
+        ask = self.connector.ask
+        questions = [
+            (n, ask(msg.GetDeviceInfo(), msg.GetDeviceInfoResponse, n), ask(msg.Name(), msg.NameResponse, n))
+            for n in numbers
+        ]
+        for number, info, name in questions:
+            try:
+                self._add(number, self.connector.answer_to(info), self.connector.answer_to(name))
+            except DriverError as error:
+                if error.errno != errno.ENODEV:
+                    raise
+
+    def _add(self, number: int, info: msg.GetDeviceInfoResponse, name: msg.NameResponse) -> None:
         device = RemoteDevice(self, number, info, name.name, name.uuid)
         with self._changed:
             if number in self._devices:
@@ -253,7 +262,7 @@ class Remote:
 
     def _arrived(self, number: int) -> None:
         with contextlib.suppress(DriverError):
-            self._discover_one(number)
+            self._discover([number])
 
     def _left(self, number: int, device: RemoteDevice | None) -> None:
         with self._changed:
