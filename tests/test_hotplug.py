@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from vbus.devices import Net
 from vbus.errors import Error
 from vbus.vm import Guest
 from vbus.vm.hotplug import HotplugError, Monitor
+from vbus.vm.options import VhostUserDevice
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -100,7 +104,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         patch.setenv("VBUS_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
         with running(BUS, folder) as bus:
             printed = out_of("qemu-args", "bus.toml", "--memory", "none", "--root-ports", "3", cwd=folder)
-            with Guest(args=shlex.split(printed), modules=["virtio_rng", "virtio_blk", "virtio_net"]) as vm:
+            with Guest(args=shlex.split(printed), modules=["virtio_rng", "virtio_blk", "virtio_net"], cpus=2) as vm:
                 yield Running(vm, bus, folder)
 
 
@@ -112,7 +116,7 @@ def same_place(here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def out_of(*words: str, cwd: Path) -> str:
     """What a command prints, whatever it notes beside."""
-    command = ["python3", "-m", "vbus", *words]
+    command = [sys.executable, "-m", "vbus", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
@@ -158,7 +162,10 @@ def test_entropy_comes_and_goes_with_the_name_of_a_number(here: Running) -> None
 def test_a_network_comes_and_goes(here: Running) -> None:
     before = here.everything()
     namespace = f"{TAP}s"
-    ip = lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True)  # noqa: E731
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
     ip("netns", "add", namespace)
     try:
         ip("tuntap", "add", TAP, "mode", "tap", "multi_queue")
@@ -297,9 +304,6 @@ def test_a_socket_that_is_none(here: Running, folder: Path) -> None:
 def test_a_socket_of_something_else(here: Running, folder: Path) -> None:
     said = folder / "greeting"
     said.write_text("SSH-2.0-OpenSSH\n")
-    import socket
-    import threading
-
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "other.sock"))
         listening.listen()
@@ -325,7 +329,7 @@ def test_a_monitor_that_somebody_else_has(here: Running, folder: Path) -> None:
         Monitor(qemu.socket, seconds=0.5)
 
 
-UNFIT = {
+UNFIT: dict[str, tuple[tuple[str, ...], bool, str]] = {
     "pc": (("-M", "pc,memory-backend=mem"), True, "QEMU's machine is a pc-i440fx-"),
     "microvm": (("-M", "microvm,memory-backend=mem"), True, "a microvm takes no device while it runs"),
     "memory": (("-M", "q35"), False, "QEMU shares none of its memory: start it with what vbus qemu-args prints"),
@@ -340,7 +344,7 @@ def test_a_machine_that_takes_no_device(what: str, here: Running, folder: Path) 
         assert plugging(here, qemu, status=2).startswith(line)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, dict[str, Any]], str]] = {
     "socket": ((), ("chardev-add", {"id": "c-x", "backend": {"type": "null", "data": {}}}), "QEMU refuses chardev-add"),
     "network": (("--type", "net"), ("netdev_add", {"id": "n-x", "type": "hubport", "hubid": 0}), "refuses netdev_add"),
     "device": ((), ("device_add", {"id": "x", "driver": "virtio-rng-pci", "bus": "p0"}), "QEMU refuses device_add"),
@@ -390,7 +394,9 @@ def test_a_qemu_that_is_no_member(here: Running, folder: Path) -> None:
         root = Path(os.environ["VBUS_RUNTIME_DIR"])
         modes = {path: path.stat().st_mode for path in (root, *root.parents)}
         root.chmod(0o700)
-        assert "Permission denied" in plugging(here, qemu)
+        said = plugging(here, qemu)
+        assert said.startswith("x is not plugged: QEMU refuses chardev-add: Failed to add chardev 'k-x': Failed to ")
+        assert "Permission denied: QEMU's user must get at this directory: open it, or set VBUS_RUNTIME_DIR" in said
         try:
             for path, mode in modes.items():
                 path.chmod(mode | 0o011)
@@ -399,7 +405,7 @@ def test_a_qemu_that_is_no_member(here: Running, folder: Path) -> None:
             for path, mode in modes.items():
                 path.chmod(mode)
         assert said.startswith("x is not plugged: the bus turns QEMU away (x: uid 65534 pid ")
-        assert said.endswith("): it is not a member of this bus")
+        assert said.endswith("): it is not a member of this bus: name its user in [bus] members")
         with Monitor(qemu.socket) as monitor:
             assert in_qemu(monitor) == before
 
@@ -417,11 +423,38 @@ def test_a_qemu_that_dies_in_the_middle(here: Running, folder: Path) -> None:
         return make
 
     with Qemu(folder) as qemu:
+
+        def die() -> None:
+            qemu.process.kill()
+            qemu.process.wait()
+
         with pytest.raises(Error, match=r"x is not plugged: QEMU at .* went away at chardev-add"):
-            hotplug.plug(
-                bus, "x", plugged_then(lambda: (qemu.process.kill(), qemu.process.wait())[0]), qemu.socket, None
-            )
+            hotplug.plug(bus, "x", plugged_then(die), qemu.socket, None)
         assert on_bus(here.bus) == before
+
+
+def test_a_qemu_that_dies_while_the_guest_is_asked(
+    here: Running, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = on_bus(here.bus)
+    with Qemu(folder) as qemu:
+        out("plug", "x", "--type", "blk", "--memory", "1 MiB", "--qmp", str(qemu), cwd=here.folder)
+        there = on_bus(here.bus)
+        wait = Monitor._wait_deleted
+
+        def wait_and_kill(self: Monitor, device: VhostUserDevice, seconds: float) -> None:
+            threading.Timer(0.2, qemu.process.kill).start()
+            wait(self, device, seconds)
+
+        monkeypatch.setattr(Monitor, "_wait_deleted", wait_and_kill)
+        with pytest.raises(
+            Error, match=r"went away before the guest released x; without --qmp, x is taken off its bus"
+        ):
+            hotplug.unplug("x", qemu.socket, surprise=False, seconds=60)
+        assert on_bus(here.bus) == there
+    out("unplug", "x", cwd=here.folder)
+    here.bus.disconnect("x")
+    assert on_bus(here.bus) == before
 
 
 def test_an_unplug_from_a_qemu_that_has_no_such_device(here: Running, folder: Path) -> None:
@@ -429,7 +462,8 @@ def test_an_unplug_from_a_qemu_that_has_no_such_device(here: Running, folder: Pa
     with Qemu(folder) as qemu:
         said = fails("unplug", "rng0", "--qmp", str(qemu), cwd=here.folder)
         assert said == [
-            f"vbus: QEMU at '{qemu}' has no device 'rng0': is it another QEMU? Without --qmp, rng0 is taken off its bus alone"
+            f"vbus: QEMU at '{qemu}' has no device 'rng0': is it another QEMU? Without --qmp, rng0 is taken "
+            "off its bus alone"
         ]
         assert fails("unplug", "rgn0", "--qmp", str(qemu), cwd=here.folder) == [
             "vbus: bus hot has no device 'rgn0': did you mean 'rng0'?"

@@ -15,7 +15,7 @@ from vbus.cli import buses, machines
 from vbus.control.client import BusClient, Row
 from vbus.errors import Error, NoSuchNameError, UsageError
 from vbus.virtio import DeviceID
-from vbus.vm.hotplug import HotplugError, Monitor, NotReleasedError
+from vbus.vm.hotplug import GoneError, HotplugError, Monitor, NotReleasedError
 from vbus.vm.options import VhostUserDevice, machine_kind
 
 ABORTS_EARLY = {DeviceID.ENTROPY, DeviceID.INPUT, DeviceID.SOUND, DeviceID.I2C, DeviceID.GPIO}
@@ -124,6 +124,8 @@ def unplug(text: str, qmp: Path, *, surprise: bool, seconds: float) -> str:
             )
         try:
             qemu.remove(device, seconds)
+        except GoneError as error:
+            raise Error(f"{error}; without --qmp, {name} is taken off its bus alone") from None
         except NotReleasedError as error:
             if bus is None:
                 raise Error(f"{error}: it is on no bus any more; say it again when the guest runs") from None

@@ -201,10 +201,11 @@ def qemu_args_command(
     xargs wants it: vbus qemu-args bus.toml | xargs qemu-system-x86_64 ...
     """
     from vbus.units import parse_size
-    from vbus.vm.options import device_options, machine_options
 
     size = None if memory == "none" else parse_size(memory, "--memory")
     found = find(what)
+    from vbus.vm.options import device_options, machine_options
+
     words = machine_options(machine, size, root_ports)
     words += _each(found, lambda device: device_options(device, machine, reconnect))
     for note in found.notes:
@@ -253,10 +254,10 @@ def libvirt_xml_command(what: str | None, machine: str, no_reconnect: bool) -> N
     Of a file, or of a running bus. Put the parts into your own domain (virsh edit): memoryBacking, devices, and for
     classes that libvirt has no element for, qemu:commandline with its namespace.
     """
+    found = find(what)
     from vbus.vm import libvirt
     from vbus.vm.options import device_options
 
-    found = find(what)
     _each(found, lambda device: device_options(device, machine))
     for note in found.notes:
         click.echo(f"# {note}", err=True)

@@ -274,7 +274,9 @@ def _why_not(error: Exception) -> str:
             return "nobody listens there: is QEMU still running?"
         case PermissionError():
             return "permission denied: be the user who runs QEMU, or root"
+        case EOFError():
+            return "it closed the connection: is it that of QEMU's -qmp unix:...?"
         case OSError(strerror=str(text)):
             return text
         case _:
-            return f"is no QMP socket of QEMU's ({' '.join(str(error).split()) or type(error).__name__})"
+            return f"it is no QMP socket of QEMU's ({' '.join(str(error).split()) or type(error).__name__})"
