@@ -178,4 +178,5 @@ class VhostUser(Connector):
         return super().describe() | {
             "peers": [] if front_end is None else [front_end.describe()],
             "departed": list(self._departed),
+            "connects": self.connect,
         }
