@@ -19,38 +19,20 @@ from vbus import config
 from vbus.bus import Bus, Device
 from vbus.connectors import VhostUser
 from vbus.control.server import Control
-from vbus.devices import Blk, Input, Net, Rng
+from vbus.devices import Net
 from vbus.rundir import BusDirectory
 from vbus.vm import Guest
+from vbus.vm.options import VhostUserDevice, device_options
 
-SUFFIX = {"q35": "-pci", "pseries": "-pci", "s390x": "-ccw", "microvm": ""}
-"""What a device's name ends in, by the machine. One that is mapped into memory is named plainly, but for net."""
 MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], "Input": ["virtio_input", "evdev"]}
 """The guest's modules, by the class of the device."""
 
 
 def device_args(machine: str, name: str, device: Device, path: Path, *, reconnect: bool = False) -> list[str]:
     """QEMU's options for a device whose connector listens at a path."""
-    chardev = f"socket,id=c-{name},path={path}" + (",reconnect-ms=100" if reconnect else "")
-    args = ["-chardev", chardev, "-device"]
-    match device:
-        case Net():
-            pairs = device.queue_pairs
-            netdev = f"vhost-user,id=n-{name},chardev=c-{name},queues={pairs}"
-            more = f",mq=on,vectors={2 * pairs + 2}" if pairs > 1 else ""
-            rom = ",romfile=" if SUFFIX[machine] == "-pci" else ""
-            net = f"virtio-net{SUFFIX[machine] or '-device'},netdev=n-{name},id={name},mac={device.mac}{more}{rom}"
-            return ["-chardev", chardev, "-netdev", netdev, "-device", net]
-        case Blk():
-            return [
-                *args,
-                f"vhost-user-blk{SUFFIX[machine]},chardev=c-{name},id={name},num-queues={device.config.num_queues}",
-            ]
-        case Rng():
-            return [*args, f"vhost-user-rng{SUFFIX[machine]},chardev=c-{name},id={name}"]
-        case Input():
-            return [*args, f"vhost-user-input{SUFFIX[machine]},chardev=c-{name},id={name}"]
-    raise ValueError(device)
+    mac = device.mac if isinstance(device, Net) else None
+    served = VhostUserDevice(name, int(device.device_id), path, queues=len(device._queues), mac=mac)
+    return device_options(served, machine, "ms" if reconnect else "no")
 
 
 @contextlib.contextmanager
