@@ -25,6 +25,7 @@ VERBS = {
     "set": "change",
     "channel": "channel",
     "driver": "driver",
+    "guest": "guest",
     "doctor": "doctor",
     "demo": "demo",
     "bench": "bench",
@@ -39,6 +40,8 @@ class Settings:
     """What the options before the verb say."""
 
     debug: bool = False
+    command: list[str] | None = None
+    """What stood behind `--`, for a verb that runs it."""
 
 
 class Verbs(click.Group):
