@@ -88,6 +88,11 @@ def test_what_make_is_asked_for_exists(command: str) -> None:
         assert done.stdout.splitlines()[0] == str(readme.ROOT / ".venv" / "bin" / "vbus")
 
 
+def test_other_pages_print_the_same_command() -> None:
+    for page in ("virtual-machines.md", "cli.md"):
+        assert f"$ {GUEST[0]}\n" in (readme.ROOT / "docs" / page).read_text(), page
+
+
 @pytest.mark.timeout(300)
 def test_a_guest_reads_from_the_device(folder: Path) -> None:
     done = shell(GUEST[0], folder, timeout=280)

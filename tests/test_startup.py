@@ -53,6 +53,8 @@ def test_importing_vbus_loads_nothing_else() -> None:
         (["completion", "zsh"], "0"),
         (["channel", "ls"], "0"),
         (["bench", "signal", "--help"], "0"),
+        (["guest", "--help"], "0"),
+        (["guest", "--", "true"], "1"),
         (["nothing"], "2"),
     ],
 )
