@@ -56,6 +56,8 @@ def test_importing_vbus_loads_nothing_else() -> None:
         (["qemu-args"], "1"),
         (["libvirt-xml"], "1"),
         (["bench", "signal", "--help"], "0"),
+        (["guest", "--help"], "0"),
+        (["guest", "--", "true"], "1"),
         (["nothing"], "2"),
     ],
 )

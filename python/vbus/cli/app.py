@@ -27,6 +27,7 @@ VERBS = {
     "libvirt-xml": "machines",
     "channel": "channel",
     "driver": "driver",
+    "guest": "guest",
     "doctor": "doctor",
     "demo": "demo",
     "bench": "bench",
@@ -45,6 +46,8 @@ class Settings:
     """What the options before the verb say."""
 
     debug: bool = False
+    command: list[str] | None = None
+    """What stood behind `--`, for a verb that runs it."""
 
 
 class Verbs(click.Group):

@@ -8,10 +8,8 @@ import os
 import select
 import signal
 import sys
-import termios
 import threading
 import time
-import tty
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from vbus.cli import attaching, output
+from vbus.cli.terminal import LEAVE, raw_terminal
 from vbus.errors import DriverError, Error, UsageError
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 PIECE = 8 << 20
 """Bytes that are in memory at a time."""
-LEAVE = b"\x1d"
-"""Control-], which leaves a console from a terminal, as it leaves telnet and virsh."""
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -309,7 +306,7 @@ def _join(remote: Remote, console: Console, length: int | None, quit_after: floa
             os.close(ending)
 
     receiver = threading.Thread(target=receive, name="console", daemon=True)
-    with _raw_terminal() as terminal:
+    with raw_terminal() as terminal:
         if terminal:
             click.echo(f"joined with {console.device.name}; Control-] leaves\r", err=True)
         receiver.start()
@@ -346,23 +343,6 @@ def _send(console: Console, ended: int, terminal: bool, quit_after: float | None
 
 def _readable(fd: int) -> bool:
     return bool(select.select([fd], [], [], 0)[0])
-
-
-@contextlib.contextmanager
-def _raw_terminal() -> Iterator[bool]:
-    """Give every key to the other side while stdin is a terminal; whether it is one."""
-    if not sys.stdin.isatty():
-        yield False
-        return
-    stdin = sys.stdin.fileno()
-    before = termios.tcgetattr(stdin)
-    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        tty.setraw(stdin)
-        yield True
-    finally:
-        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGTERM, old)
 
 
 # Network devices.

@@ -36,7 +36,7 @@ def plug(bus: BusClient, name: str, make: Callable[[], Row], qmp: Path, port: st
         connector = _connector(bus, name, undo)
         row = make()
         undo.callback(_quietly, bus.unplug, name, surprise=True)
-        device = machines.of_row(bus, connector)
+        device = machines.of_row(bus.show, connector)
         try:
             _knock(qemu, bus, connector, device)
             _add(qemu, bus, connector["name"], device, machine, port)

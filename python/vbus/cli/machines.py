@@ -110,17 +110,17 @@ def of_bus(bus: BusClient) -> Found:
             found.notes.append(f"connector {row['name']} of type {row['type']} has no options")
             continue
         try:
-            found.add(of_row(bus, row))
+            found.add(of_row(bus.show, row))
         except NoSuchNameError:
             found.notes.append(f"connector {row['name']}: there is no device {row['devices'][0]} now")
     return found
 
 
-def of_row(bus: BusClient, connector: Row) -> VhostUserDevice:
-    """The device behind a connector of a running bus. NoSuchNameError when it is not plugged."""
+def of_row(show: Callable[[str], Row], connector: Row) -> VhostUserDevice:
+    """The device behind a connector, which `show` tells more of. NoSuchNameError when it is not plugged."""
     from vbus.vm.options import VhostUserDevice
 
-    row = bus.show(connector["devices"][0])
+    row = show(connector["devices"][0])
     fields = row["config"]["fields"]
     return VhostUserDevice(
         row["name"],
