@@ -112,14 +112,14 @@ def steps(stderr: bytes) -> list[str]:
 
 def test_a_command_is_as_if_it_ran_here(folder: Path) -> None:
     done = vbus(
-        *("guest", "--machine", "microvm", "--cpus", "2", "rng.py:Rng"),
-        *("--", "nproc; head -c 64 /dev/hwrng; echo 'not good' >&2; exit 7"),
+        *("guest", "--cpus", "2", "--memory", "128 MiB", "--module", "loop", "rng.py:Rng"),
+        *("--", "nproc; ls /sys/module | grep loop; head -c 64 /dev/hwrng; echo 'not good' >&2; exit 7"),
         cwd=folder,
         timeout=200,
     )
     assert (done.returncode, steps(done.stderr)) == (7, ["not good"])
-    assert done.stdout.startswith(b"2\n")
-    assert len(done.stdout) == 66
+    assert done.stdout.startswith(b"2\nloop\n")
+    assert len(done.stdout) == 7 + 64
 
 
 class Person:
@@ -182,7 +182,7 @@ def test_a_shell_in_a_guest_of_a_running_bus(folder: Path) -> None:
 
 
 def test_control_bracket_leaves(folder: Path) -> None:
-    person = Person("guest", "rng.py:Rng", cwd=folder)
+    person = Person("guest", "--machine", "microvm", "rng.py:Rng", cwd=folder)
     try:
         person.reads("# ")
         person.types("\x1d")

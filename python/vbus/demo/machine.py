@@ -255,6 +255,7 @@ class Machine:
         if int(size) != FILE_SIZE or back != digest:
             raise StepFailed(f"the host got {size} bytes with checksum {back[:16]}")
         run("killall httpd")
+        self._count_net()
         return f"{FILE_SIZE // MIB} MiB from the host and back, checksums agree"
 
     def _loopback(self) -> str:
@@ -262,6 +263,7 @@ class Machine:
         self._guest.run("ip link set eth0 up")
         self._guest.ask(f"arping -c 3 -w 3 -I eth0 {GUEST}")
         self._guest.wait_for("test $(cat /sys/class/net/eth0/statistics/rx_packets) -ge 3", seconds=20)
+        self._count_net()
         return "what the guest asks the network comes back to it"
 
     def link(self) -> str:
@@ -296,7 +298,6 @@ class Machine:
     def end(self) -> str:
         """What both sides counted; nothing was violated; the guest goes."""
         self._count_disks()
-        self._count_net()
         violations = {row["name"]: row["violations"] for row in self._bus.describe() if row["violations"]}
         if violations or self._guest.errors:
             raise StepFailed(f"violations {violations}, QEMU: {self._guest.errors}")
@@ -338,6 +339,7 @@ class Machine:
             self._row(device, f"{size} bytes in {reads} reads", agree, f"{given} bytes in {served} reads")
 
     def _count_net(self) -> None:
+        """Before the link goes: what is sent meanwhile, the hypervisor throws away."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
             folder = "/sys/class/net/eth0/statistics"
