@@ -632,7 +632,7 @@ REGION = m.Region(GUEST, SIZE, USER, 0)
         ("protocol-features", raw(Request.SET_PROTOCOL_FEATURES, m.U64(1 << 63).pack()), 0),
         ("not-negotiated", raw(Request.GET_STATUS), 0),
         ("not-negotiated", raw(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8).pack()), 0),
-        ("not-offered", raw(Request.CHECK_DEVICE_STATE), 0),
+        ("not-negotiated", raw(Request.CHECK_DEVICE_STATE), 0),
         ("unknown-request", raw(Request.POSTCOPY_ADVISE), 0),
         ("queue-index", raw(Request.SET_VRING_NUM, m.VringState(1, 8).pack()), 0),
         ("queue-index", raw(Request.GET_VRING_BASE, m.VringState(1 << 31, 0).pack()), 0),
