@@ -72,7 +72,10 @@ class Vring:
         self.enabled = False
         self.started = False
         # The descriptor behind it is replaced when the front-end names another, while the ring goes on.
-        self.call = _core.Doorbell(_nobody_listens())
+        fd = _nobody_listens()
+        self.call = _core.Doorbell(fd)
+        # The bell has a duplicate.
+        os.close(fd)
         self.signal = _core.Signal.direct(self.call)
         self.called_in_band = False
         self.err: _core.Doorbell | None = None
@@ -271,6 +274,7 @@ class FrontEnd(Attachment):
                     return
             case Request.VRING_KICK, m.VringState(index=index):
                 vring = self._vring(index)
+                self.slot.kicks[index] += 1
                 if not vring.started:
                     self._start(vring, done)
                     return

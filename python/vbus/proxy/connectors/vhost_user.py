@@ -104,7 +104,11 @@ class _Vring:
     """Where the front-end itself is the device."""
     base: int = 0
     started: bool = False
+    may_kick: bool = False
+    """Whether a kick may be said now: one that comes behind the word that ends the ring is an offence."""
     enabled: bool = True
+    kicks: int = 0
+    """In-band."""
     kicking: bool = False
     """A kick in-band has not been acknowledged yet."""
     kick_again: bool = False
@@ -120,6 +124,7 @@ class VhostUserConnector(GuestConnector):
         self.path = path
         self.options = options
         self._turn = threading.RLock()
+        self._kick_lock = threading.Lock()
         self._device: RemoteDevice | None = None
         self._vrings: dict[int, _Vring] = {}
         self._status = Status(0)
@@ -207,6 +212,8 @@ class VhostUserConnector(GuestConnector):
             if not slots:
                 raise DriverError(errno.EPROTO, f"{self}: the back-end takes no memory at all")
             self._parts = min(slots, len(arena.parts))
+            arena.full = lambda: self.loop.scheduler.mark(self._grow_key)
+            arena.spare = lambda: self.loop.scheduler.mark(self._spare_key)
             self._link.tell(Request.ADD_MEM_REG, arena.region(0), [arena.fd])
             shown = 1
         else:
@@ -215,9 +222,6 @@ class VhostUserConnector(GuestConnector):
         self._link.settle()
         with self.arena_lock:
             arena.shown = shown
-            if self._parts > 1:
-                arena.full = lambda: self.loop.scheduler.mark(self._grow_key)
-                arena.spare = lambda: self.loop.scheduler.mark(self._spare_key)
 
     # What the driver's side asks.
 
@@ -335,6 +339,7 @@ class VhostUserConnector(GuestConnector):
         if not self._begun:
             return
         link = self._link
+        self._let_kick(False)
         if self.protocol & ProtocolFeature.RESET_DEVICE:
             link.tell(Request.RESET_DEVICE)
         # Some back-ends take a reset for no more than the end of all notifications.
@@ -470,7 +475,10 @@ class VhostUserConnector(GuestConnector):
     def counters(self, device: RemoteDevice, index: int) -> tuple[int, int, int]:
         """What this side's signal counted."""
         vring = self._vrings.get(index)
-        return vring.signal.counters if vring is not None else (0, 0, 0)
+        if vring is None:
+            return (0, 0, 0)
+        signalled, sent, rung = vring.signal.counters
+        return signalled, sent, vring.kicks if self._in_band else rung
 
     def _of_back_end(self) -> list[_Vring]:
         return [vring for _, vring in sorted(self._vrings.items()) if vring.served_here is None]
@@ -500,12 +508,17 @@ class VhostUserConnector(GuestConnector):
             for vring in vrings:
                 link.tell(Request.SET_VRING_ENABLE, m.VringState(vring.index, int(vring.enabled)))
         link.settle()
+        self._let_kick(True)
         for vring in vrings:
             # A ring starts with its first kick, and one that goes on may have missed some.
-            vring.signal.notify()
+            if self._in_band:
+                self.loop.scheduler.mark(vring.keys[-1])
+            else:
+                vring.bells["kick"].ring()
 
     def _stop(self) -> None:
         """Stop every ring of the back-end, when nothing of it is in flight any more, and keep where each stopped."""
+        self._let_kick(False)
         for vring in self._of_back_end():
             if not vring.started:
                 continue
@@ -550,12 +563,17 @@ class VhostUserConnector(GuestConnector):
                 vring.kick_again = False
                 self._kick_in_band(index)
 
-        if vring.started:
-            vring.kicking = True
-            # When the link is gone, the queues hear it from elsewhere.
-            with contextlib.suppress(DriverError):
+        # When the link is gone, the queues hear it from elsewhere.
+        with self._kick_lock, contextlib.suppress(DriverError):
+            if vring.may_kick:
+                vring.kicking, vring.kicks = True, vring.kicks + 1
                 self._link.tell_later(Request.VRING_KICK, m.VringState(index, 0), (), kicked)
         return False
+
+    def _let_kick(self, allowed: bool) -> None:
+        with self._kick_lock:
+            for vring in self._of_back_end():
+                vring.may_kick = allowed and vring.started
 
     def _said(self, request: BackendRequest, payload: m.Payload) -> None:
         """What the back-end says by itself. Violation."""
@@ -639,7 +657,8 @@ class VhostUserConnector(GuestConnector):
                 self._acknowledge(vring.served_here, request, ACK_ERR)
             else:
                 self._use_pairs(pairs, vring.served_here, request)
-        return len(requests) == CONTROL_SIZE
+        # Until there are none: it is then that the driver is asked to say when there are.
+        return bool(requests)
 
     def _use_pairs(self, pairs: int, served: _core.DeviceQueue, request: _core.Request) -> None:
         """Enable as many pairs as a driver wants; answer when the back-end knows."""
