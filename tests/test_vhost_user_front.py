@@ -220,7 +220,7 @@ def test_notifications_in_band_are_messages(bus: vbus.Bus, front: Callable[..., 
     assert 0 < kicks <= 51
     assert bus.slot("d0").kicks[0] == kicks
     # Both ends have a descriptor less a queue and direction: nothing but sockets carried it.
-    assert not connector(remote)._vrings[0].bells
+    assert not connector(remote).rings._vrings[0].bells
 
 
 # Memory.
@@ -896,7 +896,7 @@ def storage_daemon(tmp_path: Path) -> Iterator[Callable[..., StorageDaemon]]:
         yield start
 
 
-@pytest.mark.skipif(STORAGE_DAEMON is None, reason="no qemu-storage-daemon: apt-get install qemu-system-common")
+@pytest.mark.skipif(STORAGE_DAEMON is None, reason="no qemu-storage-daemon: apt-get install qemu-utils")
 @pytest.mark.parametrize("queues", [1, 4])
 def test_the_disk_of_a_storage_daemon(
     tmp_path: Path, storage_daemon: Callable[..., StorageDaemon], queues: int
@@ -928,7 +928,7 @@ def test_the_disk_of_a_storage_daemon(
     assert image.read_bytes() == before
 
 
-@pytest.mark.skipif(STORAGE_DAEMON is None, reason="no qemu-storage-daemon: apt-get install qemu-system-common")
+@pytest.mark.skipif(STORAGE_DAEMON is None, reason="no qemu-storage-daemon: apt-get install qemu-utils")
 def test_a_storage_daemons_disk_that_grows_and_goes(
     tmp_path: Path, storage_daemon: Callable[..., StorageDaemon]
 ) -> None:
@@ -950,7 +950,7 @@ def test_a_storage_daemons_disk_that_grows_and_goes(
             assert gone.value.errno == errno.ECONNRESET
 
 
-@pytest.mark.skipif(STORAGE_DAEMON is None, reason="no qemu-storage-daemon: apt-get install qemu-system-common")
+@pytest.mark.skipif(STORAGE_DAEMON is None, reason="no qemu-storage-daemon: apt-get install qemu-utils")
 def test_a_storage_daemons_disk_that_is_read_only(tmp_path: Path, storage_daemon: Callable[..., StorageDaemon]) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(b"fixed" * 1000 + bytes(MIB - 5000))

@@ -6,11 +6,22 @@ and shrinks with what is given out, where it takes regions one at a time; else i
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
+import threading
+import time
 from collections.abc import Callable
 
+from vbus.errors import DriverError
+from vbus.proxy.connectors.vhost_user_link import BackEndLink
+from vbus.proxy.loop import Loop
 from vbus.shmem.arena import DEFAULT_SIZE, DRIVER_ADDRESS, SMALLEST, Arena
 from vbus.shmem.buddy import Buddy
 from vbus.vhost_user import messages as m
+from vbus.vhost_user.messages import Request
+
+log = logging.getLogger("vbus.proxy")
 
 PART = 16 << 20
 """Bytes of a region: as much as the largest buffer, so that none lies in two of them."""
@@ -81,3 +92,98 @@ class PartedArena(Arena):
     def user_address(address: int) -> int:
         """What a back-end is told of a driver address."""
         return address - DRIVER_ADDRESS + USER_ADDRESS
+
+
+class SharedArena:
+    """What a back-end is shown of an arena. `grown` is called on the loop's thread when it has been shown more."""
+
+    def __init__(
+        self, arena: PartedArena, lock: threading.Lock, link: BackEndLink, loop: Loop, grown: Callable[[], None]
+    ) -> None:
+        self.arena = arena
+        self.lock = lock
+        self._link = link
+        self._loop = loop
+        self._tell_grown = grown
+        self._most = 0
+        """Parts that the back-end takes."""
+        self._growing = False
+        self._lost = False
+        self._grow_key = loop.key(self._grow, 0)
+        self._shrink_key = loop.key(self._shrink, 0)
+
+    def share(self, *, by_regions: bool) -> None:
+        """Show the first part, where regions can be added, or all of it. DriverError; EPROTO when none is taken."""
+        arena, link = self.arena, self._link
+        if by_regions:
+            slots = link.number(Request.GET_MAX_MEM_SLOTS)
+            if not slots:
+                raise DriverError(errno.EPROTO, "the back-end takes no memory at all")
+            self._most = min(slots, len(arena.parts))
+            arena.full = lambda: self._loop.scheduler.mark(self._grow_key)
+            arena.spare = lambda: self._loop.scheduler.mark(self._shrink_key)
+            link.tell(Request.ADD_MEM_REG, arena.region(0), [arena.fd])
+            shown = 1
+        else:
+            link.tell(Request.SET_MEM_TABLE, arena.whole(), [arena.fd])
+            self._most = shown = len(arena.parts)
+        link.settle()
+        with self.lock:
+            arena.shown = shown
+
+    def take(self, size: int) -> int:
+        """Room for a ring, of which the back-end may have to be shown more first. DriverError ENOMEM."""
+        deadline = time.monotonic() + self._link.timeout
+        while True:
+            with self.lock:
+                place = self.arena.take(size)
+                may_grow = self.arena.shown < self._most
+            if place is not None:
+                return place
+            if not may_grow or self._lost or time.monotonic() > deadline:
+                raise DriverError(errno.ENOMEM, f"no room for {size} bytes of rings in the arena")
+            time.sleep(0.002)
+
+    def give_back(self, place: int) -> None:
+        """Take a ring's room back."""
+        with self.lock:
+            self.arena.give_back(place)
+
+    def end(self) -> None:
+        """The back-end is gone: it is shown no more."""
+        self._lost = True
+        self.arena.full = self.arena.spare = None
+
+    # On the loop's thread.
+
+    def _grow(self) -> bool:
+        """Show one more part; who waits for room is looked at when the back-end has it."""
+        with self.lock:
+            if self._growing or self.arena.shown >= self._most or self._lost:
+                return False
+            self._growing = True
+            number = self.arena.shown
+        with contextlib.suppress(DriverError):
+            self._link.tell_later(Request.ADD_MEM_REG, self.arena.region(number), [self.arena.fd], self._grown)
+        return False
+
+    def _grown(self, taken: bool) -> None:
+        with self.lock:
+            self._growing = False
+            if taken:
+                self.arena.shown += 1
+            else:
+                self._most = self.arena.shown
+                log.warning("the back-end takes no more than %d regions", self._most)
+        self._tell_grown()
+
+    def _shrink(self) -> bool:
+        """Take a part back that nobody needs."""
+        with self.lock:
+            if self._growing or not self.arena.is_spare or self._lost:
+                return False
+            self.arena.shown -= 1
+            number = self.arena.shown
+        with contextlib.suppress(DriverError):
+            self._link.tell_later(Request.REM_MEM_REG, self.arena.region(number), (), lambda _: None)
+        return False
