@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal as signals
 import socket
 import subprocess
 import sys
@@ -347,6 +348,18 @@ def process(folder: Path, name: str) -> Iterator[tuple[subprocess.Popen[bytes], 
         yield one, f"vhost-user:{folder / name}.sock"
 
 
+def halt(pid: int) -> None:
+    """Stop a process, so that what comes from now on is under way when it goes."""
+    os.kill(pid, signals.SIGSTOP)
+
+    def stopped() -> bool:
+        # Behind the command's name in brackets.
+        stats = [(one / "stat").read_text() for one in Path(f"/proc/{pid}/task").iterdir()]
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+    assert wait_until(stopped, DEADLINE)
+
+
 def total(driver: EchoDriver, more: bytes) -> int:
     return int.from_bytes(driver.echo(more, 8), "little")
 
@@ -454,8 +467,7 @@ def test_a_back_end_that_is_killed_ends_what_is_under_way(tmp_path: Path) -> Non
     ):
         driver = remote.driver("d0", EchoDriver)
         assert total(driver, b"1") == 1
-        # It is stopped, so that what comes now is under way when it goes.
-        os.kill(one.pid, 19)
+        halt(one.pid)
         answers = [driver.queue(0).submit([b"x"], 8) for _ in range(200)]
         one.kill()
         for answer in answers:
@@ -465,6 +477,13 @@ def test_a_back_end_that_is_killed_ends_what_is_under_way(tmp_path: Path) -> Non
         with pytest.raises(vbus.DriverError) as gone:
             driver.device.config()
         assert gone.value.errno in (errno.ENODEV, errno.ECONNRESET)
+
+
+def test_who_comes_back_at_once_is_let_in(front: Callable[..., Remote]) -> None:
+    device = Echo()
+    for n in range(50):
+        with front(device) as remote:
+            assert remote.driver("d0", EchoDriver).echo(b"%d" % n) == b"%d" % n
 
 
 def test_nothing_is_left_behind(bus: vbus.Bus, tmp_path: Path, leftovers: type[Leftovers]) -> None:
@@ -941,7 +960,7 @@ def test_a_storage_daemons_disk_that_grows_and_goes(
         assert wait_until(lambda: disk.size == 2 * MIB, DEADLINE)
         disk.pwrite(b"beyond", 2 * MIB - 6)
         assert disk.pread(6, 2 * MIB - 6) == b"beyond"
-        daemon.process.send_signal(19)
+        halt(daemon.process.pid)
         reads = [disk.submit_read(4096, 0) for _ in range(50)]
         daemon.end()
         for read in reads:
@@ -972,7 +991,7 @@ def test_a_storage_daemons_disk_that_is_read_only(tmp_path: Path, storage_daemon
 @pytest.mark.skipif(TESTPMD is None, reason="no dpdk-testpmd: apt-get install dpdk-dev")
 def test_a_network_of_dpdk(tmp_path: Path) -> None:
     path = tmp_path / "net.sock"
-    eal = ["--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "-l", "0-1", "--file-prefix", f"v{tmp_path.name}"]
+    eal = ["--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "-l", "0-1", "--file-prefix", f"vbus-{os.getpid()}"]
     port = ["--vdev", f"net_vhost0,iface={path},queues=1"]
     assert TESTPMD is not None
     peer = subprocess.Popen(

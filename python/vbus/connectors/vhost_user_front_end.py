@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import threading
 import time
@@ -655,6 +656,19 @@ class FrontEnd(Attachment):
         self._inflight = None
         self.host.parted(self, reason)
         self.actor.close()
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it has gone, or closed its end, even if its last words have not been read yet. From any thread."""
+        if self.is_parted:
+            return True
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):
+            # Closed since.
+            return True
 
     def describe(self) -> dict[str, Any]:
         """The front-end's row in a listing."""
