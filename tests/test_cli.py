@@ -242,7 +242,11 @@ RUN_MISTAKES = [
     (("run", "lamp.py:Lamp", "--bus", "Lamp"), "bus 'Lamp': a name is 1 to 63 of a-z 0-9 . _ - and begins with "),
     (
         ("run", "lamp.py:Lamp", "--listen", "no:x"),
-        "address 'no:x': write process:PATH, unix:PATH, tcp:HOST:PORT or tls:HOST:PORT",
+        "address 'no:x': write process:PATH, unix:PATH, vhost-user:PATH, tcp:HOST:PORT or tls:HOST:PORT",
+    ),
+    (
+        ("run", "rng", "--listen", "vhost-user:x"),
+        "--listen vhost-user:x: a vhost-user connector has one device; ",
     ),
     (("run", "rng", "--source", "nothing"), "rng: --source: cannot open "),
     (("run", "blkk"), "no device type 'blkk': did you mean 'blk'?"),
@@ -574,7 +578,15 @@ def read_until(fd: int, end: bytes) -> bytes:
 DRIVER_MISTAKES = [
     (("driver",), 2, "missing argument 'ADDRESS': see vbus driver --help"),
     (("driver", "none.sock"), 1, "process:none.sock: there is no such socket; is the bus running? see vbus ls"),
-    (("driver", "foo:bar"), 2, "address 'foo:bar': write process:PATH, unix:PATH, tcp:HOST:PORT or tls:HOST:PORT"),
+    (
+        ("driver", "foo:bar"),
+        2,
+        "address 'foo:bar': write process:PATH, unix:PATH, vhost-user:PATH, ",
+    ),
+    (("driver", "vhost-user:x.sock", "disk0"), 2, "vhost-user:x.sock: say of which class the device there is, as "),
+    (("driver", "vhost-user:x.sock", "--device-id", "blkk"), 2, "--device-id 'blkk': did you mean 'blk'?"),
+    (("driver", "vhost-user:x.sock", "blk"), 1, "vhost-user:x.sock: there is no such socket; is the back-end running?"),
+    (("driver", "unix:far.sock", "--device-id", "2"), 2, "--device-id is for vhost-user:PATH: the devices of a bus "),
     (("driver", "unix:far.sock", "dsk0"), 2, "bus demo has no device 'dsk0': "),
     (("driver", "unix:far.sock", "--read", "1"), 2, "--read needs a device: vbus driver ADDRESS lists them"),
     (("driver", "unix:far.sock", "disk0", "--read", "1x"), 2, "invalid value for '--read': '1x': 'x' is no unit"),

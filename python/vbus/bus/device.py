@@ -181,6 +181,19 @@ class Device:
     def config_written(self, fields: frozenset[str]) -> None:
         """The driver wrote these fields of config space."""
 
+    def save_state(self) -> bytes:
+        """What the device holds that its driver could not restore, for `load_state` of one that goes on in its place.
+
+        Called while no queue runs. A class that overrides both has state, which moves with a guest.
+        """
+        return b""
+
+    def load_state(self, data: bytes) -> None:
+        """Go on from what `save_state` of another device gave. It came through hands that nobody knows.
+
+        Violation, with a name of the device's own, for what makes no sense; best before anything was changed.
+        """
+
     async def run(self) -> None:
         """A task beside the handlers, from plug to unplug; a device that overrides it is an `async` device."""
 
@@ -262,6 +275,12 @@ def is_async(device: Device) -> bool:
         or inspect.iscoroutinefunction(cls.handle_batch)
         or cls.run is not Device.run
     )
+
+
+def has_state(device: Device) -> bool:
+    """Whether the class says what its state is."""
+    cls = type(device)
+    return cls.save_state is not Device.save_state and cls.load_state is not Device.load_state
 
 
 def handles_batches(device: Device) -> bool:

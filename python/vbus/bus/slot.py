@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from vbus import _core
-from vbus.bus.device import Device, is_async
+from vbus.bus.device import Device, has_state, is_async
 from vbus.bus.limits import DEVICE_LIMITS, Account, Gate
 from vbus.bus.pool import Actor
 from vbus.bus.queue import Queue
@@ -337,6 +337,41 @@ class Slot:
             owner = self.owner
         if owner is not None and self.status & Status.DRIVER_OK:
             owner.config_changed(self)
+
+    # What a driver cannot restore, for another device that goes on in place of this one.
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the device says what its state is."""
+        return has_state(self.device)
+
+    def save_state(self, attachment: Attachment, done: Callable[[bytes | None], None]) -> None:
+        """Ask the device for its state, in a turn of it; `done` gets None when it failed, or is another driver's."""
+
+        def save() -> None:
+            said: list[bytes] = []
+            if self.owner in (None, attachment):
+                self.runner.hook(lambda: said.append(bytes(self.device.save_state())))
+            done(said[0] if said else None)
+
+        self.actor.post(save)
+
+    def load_state(self, attachment: Attachment, data: bytes, done: Callable[[bool], None]) -> None:
+        """Give the device a state, in a turn of it; `done` tells whether it took it."""
+
+        def load() -> None:
+            taken: list[bool] = []
+
+            def take() -> None:
+                self.device.load_state(data)
+                taken.append(True)
+
+            if self.owner in (None, attachment):
+                # What it raises is a violation or a failure of this device, as in any hook.
+                self.runner.hook(take)
+            done(bool(taken))
+
+        self.actor.post(load)
 
     # Status (section 2.1).
 

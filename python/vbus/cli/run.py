@@ -145,6 +145,8 @@ def _connector(text: str, number: int, here: Path) -> ConnectorSpec:
 
     where = address.parse(text)
     name = config.DEFAULT_CONNECTOR + (str(number) if number else "")
+    if where.kind == "vhost-user":
+        raise UsageError(f"--listen {text}: a vhost-user connector has one device; write both into a file")
     if where.kind == "process":
         return config.ConnectorSpec(name, CONNECTORS["process"], {"socket": here / where.path})
     listen = f"unix:{here / where.path}" if where.kind == "unix" else str(where)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from vbus.bus.slot import SignalCounters
 from vbus.connectors.eventfd import is_eventfd
 from vbus.connectors.vhost_user_classes import owns
 from vbus.connectors.vhost_user_memory import MAX_MEMORY_SLOTS, GuestMemory, Inflight
+from vbus.connectors.vhost_user_state import StateTransfer
 from vbus.errors import Error, Violation
 from vbus.vhost_user import codec, wire
 from vbus.vhost_user import messages as m
@@ -43,6 +45,10 @@ PROTOCOL = (
     | ProtocolFeature.LOG_SHMFD
 )
 """What every class is offered with."""
+NEEDED_IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+"""Without these the protocol has no in-band notifications."""
+REFUSED = 1
+"""The acknowledgement of what was not done."""
 
 
 class Host(Protocol):
@@ -67,7 +73,10 @@ class Vring:
         self.enabled = False
         self.started = False
         # The descriptor behind it is replaced when the front-end names another, while the ring goes on.
-        self.call = _core.Doorbell(_nobody_listens())
+        fd = _nobody_listens()
+        self.call = _core.Doorbell(fd)
+        # The bell has a duplicate.
+        os.close(fd)
         self.signal = _core.Signal.direct(self.call)
         self.called_in_band = False
         self.err: _core.Doorbell | None = None
@@ -94,6 +103,7 @@ class FrontEnd(Attachment):
         self.launched = False
         self.is_parted = False
         self._inflight: Inflight | None = None
+        self._state = StateTransfer(self, self)
         self._sock = sock
         self._backend: socket.socket | None = None
         self._lock = threading.Lock()
@@ -158,9 +168,9 @@ class FrontEnd(Attachment):
             raise Violation("not-negotiated", f"{request.name} without {needed.name}")
         acknowledge = message.need_reply and bool(self.protocol & ProtocolFeature.REPLY_ACK)
 
-        def done() -> None:
+        def done(wrong: int = 0) -> None:
             if acknowledge:
-                self.answer(request, m.U64(0))
+                self.answer(request, m.U64(wrong))
 
         match request, payload:
             case Request.GET_FEATURES, _:
@@ -170,9 +180,7 @@ class FrontEnd(Attachment):
             case Request.GET_PROTOCOL_FEATURES, _:
                 self.answer(request, m.U64(int(self.offered_protocol)))
             case Request.SET_PROTOCOL_FEATURES, m.U64(value=bits):
-                if bits & ~int(self.offered_protocol):
-                    raise Violation("protocol-features", f"{bits:#x} of {int(self.offered_protocol):#x}")
-                self.protocol = ProtocolFeature(bits)
+                self._set_protocol(bits)
                 done()
             case Request.GET_QUEUE_NUM, _:
                 self.answer(request, m.U64((len(self.vrings) - self.class_.queues_own) // self.class_.queues_each))
@@ -198,7 +206,7 @@ class FrontEnd(Attachment):
                 # Front-ends ask for the whole layout of their time; what this device has not is zero.
                 self.answer(request, m.Config(offset, flags, found.ljust(len(data), b"\0")))
             case Request.SET_CONFIG, m.Config(offset=offset, data=data):
-                self._set_config(offset, data, done)
+                self._set_config(offset, data, lambda taken: done(0 if taken else REFUSED))
             case Request.SET_STATUS, m.U64(value=value):
                 self._set_status(value, done)
             case Request.GET_STATUS, _:
@@ -215,6 +223,12 @@ class FrontEnd(Attachment):
                 self._guest.set_log(dirty, fds.fds[0])
                 self._log_writes()
                 self.answer(request, m.U64(0))
+            case Request.SET_DEVICE_STATE_FD, m.DeviceState() as asked:
+                self._must_be_stopped()
+                self._state.begin(asked, self._wait_for)
+            case Request.CHECK_DEVICE_STATE, _:
+                self._must_be_stopped()
+                self._state.check(self._wait_for)
             case _:
                 self._about_queue(message, fds, done)
 
@@ -261,6 +275,7 @@ class FrontEnd(Attachment):
                     return
             case Request.VRING_KICK, m.VringState(index=index):
                 vring = self._vring(index)
+                self.slot.kicks[index] += 1
                 if not vring.started:
                     self._start(vring, done)
                     return
@@ -301,6 +316,15 @@ class FrontEnd(Attachment):
 
         return then
 
+    def _wait_for(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """What to call, from any thread, when a message has had its effect, which `callback` then answers."""
+        return self._wait()(callback)
+
+    def _must_be_stopped(self) -> None:
+        running = [vring.queue.name for vring in self.vrings if vring.started]
+        if running:
+            raise Violation("device-state-running", f"queues run: {', '.join(running)}")
+
     # Features and status.
 
     @property
@@ -311,7 +335,24 @@ class FrontEnd(Attachment):
     @property
     def offered_protocol(self) -> ProtocolFeature:
         """The protocol features of this class of device."""
-        return PROTOCOL | (ProtocolFeature.CONFIG if self.class_.config else ProtocolFeature(0))
+        offered = PROTOCOL
+        if self.class_.config:
+            offered |= ProtocolFeature.CONFIG
+        if self.slot.has_state:
+            offered |= ProtocolFeature.DEVICE_STATE
+        return offered
+
+    def _set_protocol(self, bits: int) -> None:
+        if bits & ~int(self.offered_protocol):
+            raise Violation("protocol-features", f"{bits:#x} of {int(self.offered_protocol):#x}")
+        protocol = ProtocolFeature(bits)
+        in_band = bool(protocol & ProtocolFeature.INBAND_NOTIFICATIONS)
+        if in_band and NEEDED_IN_BAND & ~protocol:
+            raise Violation("protocol-features", "in-band notifications without BACKEND_REQ and REPLY_ACK")
+        self.protocol = protocol
+        for vring in self.vrings:
+            # Until a descriptor is given for it: nobody needs to say that there will be none.
+            self._listen_to_calls(vring, in_band)
 
     def _set_features(self, bits: int, done: Callable[[], None]) -> None:
         if bits & ~self.offered:
@@ -383,12 +424,14 @@ class FrontEnd(Attachment):
 
     # Config space.
 
-    def _set_config(self, offset: int, data: bytes, done: Callable[[], None]) -> None:
-        resumed = self._wait()(done)
+    def _set_config(self, offset: int, data: bytes, done: Callable[[bool], None]) -> None:
+        answers: list[bool] = []
+        resumed = self._wait()(lambda: done(answers[0]))
 
         def written(taken: bool) -> None:
             if not taken:
                 log.debug("%s: %d bytes of config space at %d were refused", self.label, len(data), offset)
+            answers.append(taken)
             resumed()
 
         self.slot.write_config(self, None, offset, data, written)
@@ -438,10 +481,8 @@ class FrontEnd(Attachment):
             os.close(fd)
 
     def _set_call(self, vring: Vring, value: int, fds: _Descriptors) -> None:
-        in_band = bool(value & m.NO_FD and self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS)
-        if vring.called_in_band:
-            self.actor.unwatch(vring.call.fileno())
-        vring.called_in_band = in_band
+        # Before the descriptor behind it is another.
+        self._listen_to_calls(vring, False)
         fd = _nobody_listens() if value & m.NO_FD else fds.take()
         try:
             if not is_eventfd(fd):
@@ -449,23 +490,34 @@ class FrontEnd(Attachment):
             os.dup2(fd, vring.call.fileno(), inheritable=False)
         finally:
             os.close(fd)
-        if in_band:
-            self.actor.watch(vring.call.fileno(), lambda: self._call_in_band(vring))
+        if value & m.NO_FD and self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
+            self._listen_to_calls(vring, True)
         if vring.started:
             # What was rung on the descriptor before may have been heard by nobody: QEMU enables a queue with one that
             # it throws away, and names the right one then.
             vring.call.ring()
 
+    def _listen_to_calls(self, vring: Vring, in_band: bool) -> None:
+        """Whether calls are heard here, and told in messages."""
+        if in_band and not vring.called_in_band:
+            self.actor.watch(vring.call.fileno(), lambda: self._call_in_band(vring))
+        elif vring.called_in_band and not in_band:
+            self.actor.unwatch(vring.call.fileno())
+        vring.called_in_band = in_band
+
     def _call_in_band(self, vring: Vring) -> None:
         """The core rang, and nobody else hears it: say so on the backend channel."""
         vring.call.drain()
+        self._say_in_band(BackendRequest.VRING_CALL, vring)
+
+    def _say_in_band(self, request: BackendRequest, vring: Vring) -> None:
         if self._backend is None or self.is_parted:
             return
         try:
-            wire.send(self._backend, codec.encode(BackendRequest.VRING_CALL, m.VringState(vring.queue.index, 0)))
+            wire.send(self._backend, codec.encode(request, m.VringState(vring.queue.index, 0)))
         except OSError as error:
             # A call that is lost is a driver that waits for ever.
-            self.part(f"its queues' calls cannot be sent: {error.strerror}")
+            self.part(f"its queues' {request.name} cannot be sent: {error.strerror}")
 
     def _is_enabled(self, vring: Vring) -> bool:
         """Without protocol features there is no word for it: every queue is."""
@@ -584,10 +636,12 @@ class FrontEnd(Attachment):
         return None if forwarded is None or field in forwarded else self.class_.why
 
     def queue_failed(self, slot: Slot, queue: Queue) -> None:
-        """Say it on the queue's error descriptor."""
-        err = self.vrings[queue.index].err
-        if err is not None:
-            err.ring()
+        """Say it on the queue's error descriptor, or in-band."""
+        vring = self.vrings[queue.index]
+        if vring.err is not None:
+            vring.err.ring()
+        elif self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
+            self.actor.post(lambda: self._say_in_band(BackendRequest.VRING_ERR, vring))
 
     def slot_reset(self, slot: Slot) -> None:
         """Nothing of a reset is left behind: rings are forgotten where it was asked for."""
@@ -615,12 +669,25 @@ class FrontEnd(Attachment):
         if self._backend is not None:
             self._backend.close()
         for vring in self.vrings:
-            if vring.called_in_band:
-                self.actor.unwatch(vring.call.fileno())
+            self._listen_to_calls(vring, False)
+        self._state.close()
         self._guest.clear()
         self._inflight = None
         self.host.parted(self, reason)
         self.actor.close()
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it has gone, or closed its end, even if its last words have not been read yet. From any thread."""
+        if self.is_parted:
+            return True
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):
+            # Closed since.
+            return True
 
     def describe(self) -> dict[str, Any]:
         """The front-end's row in a listing."""
@@ -660,6 +727,8 @@ NEEDS: dict[Request, ProtocolFeature] = {
     Request.REM_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
     Request.SET_STATUS: ProtocolFeature.STATUS,
     Request.GET_STATUS: ProtocolFeature.STATUS,
+    Request.SET_DEVICE_STATE_FD: ProtocolFeature.DEVICE_STATE,
+    Request.CHECK_DEVICE_STATE: ProtocolFeature.DEVICE_STATE,
 }
 """Requests that only a protocol feature allows."""
 

@@ -59,6 +59,8 @@ class Machine:
     """The kernel's name of it."""
     modules: tuple[str, ...]
     """The transport of virtio."""
+    emulated: str = ""
+    """What the kernel is told beside, where there is no KVM."""
 
 
 X86 = ("amd64", "qemu-system-x86_64")
@@ -76,6 +78,9 @@ MACHINES = {
         "isa-serial",
         "ttyS0",
         ("virtio_mmio",),
+        # On a busy host neither the processor's clock nor its speed can be measured by the one timer that there is, and
+        # the kernel would wait for that for ever. What it is told instead need not be right: it finds out later.
+        emulated="tsc_early_khz=1000000 lpj=4000000",
     ),
     "s390x": Machine(
         *("s390x", "qemu-system-s390x"),
@@ -180,14 +185,19 @@ class Guest:
         listening.bind(str(console))
         listening.listen(1)
         listening.settimeout(END_SECONDS)
+        accelerator = accelerator or fastest(name)
+        emulated = machine.emulated if accelerator.startswith("tcg") else ""
         command = [
-            *(machine.qemu, *machine.options, "-accel", accelerator or fastest(name)),
+            *(machine.qemu, *machine.options, "-accel", accelerator),
             *("-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on", "-m", f"{memory}M", "-smp", str(cpus)),
             *("-nodefaults", "-no-reboot", "-display", "none", "-no-user-config"),
             *("-chardev", f"socket,id=console,path={console}", "-device", f"{machine.console},chardev=console"),
             *("-qmp", f"unix:{self.qmp_socket},server=on,wait=off"),
             *("-kernel", str(stock.image), "-initrd", str(ramdisk)),
-            *("-append", f"console={machine.terminal} quiet loglevel=1 panic=-1 {append}".rstrip()),
+            *(
+                "-append",
+                " ".join([f"console={machine.terminal} quiet loglevel=1 panic=-1", emulated, append]).rstrip(),
+            ),
             *args,
         ]
         self._errors = self.directory / "qemu.err"
