@@ -470,6 +470,7 @@ def test_a_back_end_that_is_killed_ends_what_is_under_way(tmp_path: Path) -> Non
         halt(one.pid)
         answers = [driver.queue(0).submit([b"x"], 8) for _ in range(200)]
         one.kill()
+        one.wait(30)
         for answer in answers:
             with pytest.raises(vbus.DriverError) as gone:
                 answer.result(DEADLINE)
