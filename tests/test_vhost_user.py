@@ -57,7 +57,12 @@ class Keeper(vbus.Device):
 
     def __init__(self) -> None:
         self.kept: list[vbus.Request] = []
-        self.answers = False
+        self.answers = self.lets_go = False
+        self.asked = 0
+
+    def queue_stopping(self, queue: vbus.Queue) -> bool:
+        self.asked += 1
+        return self.lets_go
 
     def available(self, queue: vbus.Queue) -> None:
         while (request := queue.take()) is not None:
@@ -292,6 +297,28 @@ def test_a_queue_goes_on_where_it_stopped(fronts: Callable[..., Front]) -> None:
     front.set_up(base=1, fresh=False)
     front.start()
     assert front.answered() == b"two"
+
+
+def test_what_a_device_has_taken_ahead_holds_up_no_stop(
+    fronts: Callable[..., Front], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vbus.bus.slot.PULLED_SECONDS", 1e9)
+    device = Keeper()
+    front = fronts(device).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"x")
+    front.ring_kick()
+    wait_until(lambda: len(device.kept) == 1)
+    front.say(Request.GET_VRING_BASE, m.VringState(0, 0))
+    wait_until(lambda: device.asked > 2)
+    device.lets_go = True
+    # It was taken, and is given back: it comes again when the queue does.
+    assert front.hear() == m.VringState(0, 0)
+    device.answers = True
+    front.set_up(base=0, fresh=False)
+    front.start()
+    assert front.answered() == b"slow"
 
 
 def test_a_driver_whose_call_was_never_made_is_called_by_whoever_goes_on(fronts: Callable[..., Front]) -> None:

@@ -172,6 +172,14 @@ class Device:
     def queues_changed(self) -> None:
         """Which queues are served (`Queue.served`) changed, where queues come and go one by one."""
 
+    def queue_stopping(self, queue: Queue) -> bool:
+        """The driver takes a pull queue away, and waits. It may give it back later, without a reset.
+
+        Complete what is filled, and forget what else was taken: it comes again. True says that this is done; False that
+        something is being used, which is asked for again, until it is completed or five seconds are over.
+        """
+        return False
+
     def reset(self) -> None:
         """The driver reset the device. Its queues are stopped already."""
 

@@ -518,16 +518,16 @@ class Slot:
     def stop_queue(self, index: int, done: Callable[[int | None], None]) -> None:
         """Stop one queue; `done` gets the next entry of its available ring as soon as nothing is in flight any more.
 
-        None when it did not run. Buffers that a device keeps of a pull queue for longer than five seconds are given
-        back to the ring: they come again when it is started there.
+        None when it did not run. Buffers of a pull queue that the device lets go of (`queue_stopping`), or keeps for
+        longer than five seconds, are given back to the ring: they come again when it is started there.
         """
         queue = self.queue_at(index)
         queue.paused = True
         deadline = time.monotonic() + PULLED_SECONDS
 
         def look() -> bool:
+            kept = queue.pull and queue.core.running and self._lets_go(queue, late=time.monotonic() > deadline)
             held = queue.core.in_flight
-            kept = queue.pull and time.monotonic() > deadline
             if held and queue.core.running and not kept:
                 self.mark(queue)
                 self.actor.mark_later(key, STOP_LOOK)
@@ -544,6 +544,12 @@ class Slot:
 
         key = self.actor.key(look, 0)
         self.actor.mark(key)
+
+    def _lets_go(self, queue: Queue, *, late: bool) -> bool:
+        """Ask the device for what it has taken of a pull queue that stops: whether nothing of that is used any more."""
+        answers: list[bool] = []
+        self.runner.hook(lambda: answers.append(self.device.queue_stopping(queue)), of=queue)
+        return late or answers == [True]
 
     def reset(self, timeout: float) -> None:
         """Reset from this side. TimeoutError when the device is stuck for `timeout` seconds."""

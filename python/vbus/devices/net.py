@@ -238,6 +238,13 @@ class Net(Device):
             ]
             self.use_pairs(max(1, sum(pairs)))
 
+    def queue_stopping(self, queue: Queue) -> bool:
+        """Buffers were taken ahead: a driver that stops its queue shall not wait for packets to come."""
+        receiver = next((receiver for receiver in self._receivers if receiver.queue is queue), None)
+        if receiver is not None:
+            receiver.let_go()
+        return receiver is not None
+
     def reset(self) -> None:
         """Forget the driver and all that it said."""
         self._unwatch()
