@@ -193,7 +193,7 @@ def test_a_bus_that_runs_is_left_alone(demo: Path) -> None:
         f"vbus: other.toml: connector.far.listen: socket '{demo}/far.sock' is in use: "
         "choose another, or end what listens there",
         f"vbus: other.toml: device.disk0.path: disk {demo}/disk.img is in use by another process or disk: "
-        "stop that one, or open both with read_only",
+        "stop that one, or open both read_only, or shared",
         f"vbus: other.toml: device.con0.backend: console backend: {demo}/con.sock is in use by another process: "
         "choose another path",
     ]
