@@ -200,6 +200,14 @@ class GuestConnector(ABC):
         """Make a ring and tell the bus about it. DriverError."""
 
     @abstractmethod
+    def stop_queue(self, device: RemoteDevice, queue: RemoteQueue) -> None:
+        """The queue is to be reset: send nothing more of it."""
+
+    @abstractmethod
+    def renew_queue(self, device: RemoteDevice, queue: RemoteQueue, size: int) -> None:
+        """The queue was reset: give it a new ring in place of its own, and tell the bus about it. DriverError."""
+
+    @abstractmethod
     def close_queues(self, device: RemoteDevice) -> None:
         """The device was reset, or is gone: forget its rings and give their memory back."""
 
