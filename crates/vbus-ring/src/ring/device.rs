@@ -39,8 +39,8 @@ pub trait Layout {
     /// Whether there is a chain to take.
     fn look(&mut self) -> Result<bool, Violation>;
 
-    /// Read the next chain, which `look` has seen.
-    fn chain(&self, table: &Table, setup: &Setup) -> Result<Chain, Violation>;
+    /// Read the next chain, which `look` has seen, into one that is empty.
+    fn chain(&self, table: &Table, setup: &Setup, chain: &mut Chain) -> Result<(), Violation>;
 
     /// It was good, and is taken.
     fn taken(&mut self, chain: &Chain);
@@ -322,10 +322,19 @@ impl<L: Layout> Ring<L> {
         self.asked |= self.layout.ask(false);
         let last = chains.len().saturating_add(limit);
         while chains.len() < last && self.layout.look()? {
-            let chain = self.layout.chain(table, &self.setup)?;
-            self.book.begin(&chain)?;
-            self.layout.taken(&chain);
-            chains.push(chain);
+            let at = chains.len();
+            // Filled where it lies: it is too large to be moved about.
+            chains.push(Chain::default());
+            let chain = &mut chains[at];
+            let good = match self.layout.chain(table, &self.setup, chain) {
+                Ok(()) => self.book.begin(chain),
+                violation => violation,
+            };
+            if good.is_err() {
+                chains.truncate(at);
+                return good;
+            }
+            self.layout.taken(chain);
         }
         Ok(())
     }
