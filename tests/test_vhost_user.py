@@ -509,9 +509,10 @@ def logged(log: memoryview) -> set[int]:
     return {page for page in range(len(log) * 8) if log[page // 8] >> page % 8 & 1}
 
 
-def test_pages_are_logged_while_the_features_say_so(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+@pytest.mark.parametrize("bits", [MY_FEATURES, PACKED], ids=["split", "packed"])
+def test_pages_are_logged_while_the_features_say_so(bus: vbus.Bus, fronts: Callable[..., Front], bits: int) -> None:
     front = fronts(Echo()).greet(ProtocolFeature.LOG_SHMFD)
-    front.set_up()
+    front.set_up(bits=bits, base=FIRST if bits == PACKED else 0)
     front.start()
     fd = os.memfd_create("log")
     size = (GUEST + SIZE) // 4096 // 8
@@ -525,15 +526,16 @@ def test_pages_are_logged_while_the_features_say_so(bus: vbus.Bus, fronts: Calla
     assert front.answered() == b"one"
     assert logged(log) == set()
     # A migration begins: the features change under a device that goes on.
-    front.acked(Request.SET_FEATURES, m.U64(MY_FEATURES | 1 << m.LOG_ALL))
+    front.acked(Request.SET_FEATURES, m.U64(bits | 1 << m.LOG_ALL))
     front.submit(b"two")
     front.ring_kick()
     assert front.answered() == b"two"
-    pages = {(GUEST + DATA + 4096) // 4096, front.ring.device // 4096}
+    used = front.ring.desc if bits == PACKED else front.ring.device
+    pages = {(GUEST + DATA + 4096) // 4096, used // 4096}
     wait_until(lambda: pages <= logged(log))
     assert (GUEST + DATA) // 4096 not in logged(log)
     # And it fails.
-    front.acked(Request.SET_FEATURES, m.U64(MY_FEATURES))
+    front.acked(Request.SET_FEATURES, m.U64(bits))
     log[:] = bytes(size)
     front.submit(b"three")
     front.ring_kick()
