@@ -520,6 +520,8 @@ impl Table {
 #[derive(Debug)]
 pub struct Memory {
     table: RwLock<Arc<Table>>,
+    /// That of the table: what is looked at while it does not change.
+    generation: AtomicU64,
     log: RwLock<Option<Log>>,
     /// Whether there is a log: what is looked at while there is none.
     logged: AtomicBool,
@@ -532,6 +534,7 @@ impl Memory {
     pub fn new(max_regions: usize, max_bytes: u64) -> Self {
         Self {
             table: RwLock::default(),
+            generation: AtomicU64::new(0),
             log: RwLock::default(),
             logged: AtomicBool::new(false),
             max_regions,
@@ -543,6 +546,13 @@ impl Memory {
     #[inline]
     pub fn snapshot(&self) -> Arc<Table> {
         self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The generation of what `snapshot` gives, without its lock.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        // Acquire: whoever sees a generation finds its table, or a later one.
+        self.generation.load(Ordering::Acquire)
     }
 
     /// Copy bytes out. Violation: address-outside-memory, region-lost.
@@ -696,8 +706,11 @@ impl Memory {
             let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
             let mut regions = table.regions.clone();
             change(&mut regions)?;
-            let new = Arc::new(Table { regions, generation: table.generation + 1, sound: AtomicU64::new(0) });
-            std::mem::replace(&mut *table, new)
+            let generation = table.generation + 1;
+            let new = Arc::new(Table { regions, generation, sound: AtomicU64::new(0) });
+            let old = std::mem::replace(&mut *table, new);
+            self.generation.store(generation, Ordering::Release);
+            old
         };
         // Outside the lock: the last user of a mapping unmaps it, which can take long.
         drop(old);

@@ -163,6 +163,11 @@ impl Layout for Packed {
     }
 
     #[inline]
+    fn generation(&self) -> u64 {
+        self.parts.generation
+    }
+
+    #[inline]
     fn follow(&mut self, table: &Table, setup: &Setup) -> Result<(), Violation> {
         if table.generation() != self.parts.generation {
             self.parts = Parts::find(table, setup)?;

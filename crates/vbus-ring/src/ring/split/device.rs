@@ -198,6 +198,11 @@ impl Layout for Split {
     }
 
     #[inline]
+    fn generation(&self) -> u64 {
+        self.parts.generation
+    }
+
+    #[inline]
     fn follow(&mut self, table: &Table, setup: &Setup) -> Result<(), Violation> {
         if table.generation() != self.parts.generation {
             self.parts = Parts::find(table, setup)?;
