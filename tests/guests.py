@@ -19,7 +19,7 @@ from vbus import config
 from vbus.bus import Bus, Device
 from vbus.connectors import VhostUser
 from vbus.control.server import Control
-from vbus.devices import Net
+from vbus.devices import Blk, Net
 from vbus.rundir import BusDirectory
 from vbus.vm import Guest
 from vbus.vm.options import VhostUserDevice, device_options
@@ -28,11 +28,16 @@ MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], 
 """The guest's modules, by the class of the device."""
 
 
-def device_args(machine: str, name: str, device: Device, path: Path, *, reconnect: bool = False) -> list[str]:
-    """QEMU's options for a device whose connector listens at a path."""
+def device_args(
+    machine: str, name: str, device: Device, path: Path, *, reconnect: bool = False, packed: bool = False
+) -> list[str]:
+    """QEMU's options for a device whose connector listens at a path. `packed`: with packed rings, if the class can."""
     mac = device.mac if isinstance(device, Net) else None
     served = VhostUserDevice(name, int(device.device_id), path, queues=len(device._queues), mac=mac)
-    return device_options(served, machine, "ms" if reconnect else "no")
+    words = device_options(served, machine, "ms" if reconnect else "no")
+    if packed and isinstance(device, Net | Blk):
+        words[-1] += ",packed=on"
+    return words
 
 
 @contextlib.contextmanager
@@ -85,7 +90,13 @@ class Served:
 
 @contextlib.contextmanager
 def guest(
-    bus: Bus, machine: str = "q35", *, modules: Sequence[str] = (), reconnect: bool = False, **options: Any
+    bus: Bus,
+    machine: str = "q35",
+    *,
+    modules: Sequence[str] = (),
+    reconnect: bool = False,
+    packed: bool = False,
+    **options: Any,
 ) -> Iterator[Guest]:
     """A guest with every device of a bus that is reached by vhost-user."""
     args: list[str] = []
@@ -94,7 +105,7 @@ def guest(
         if isinstance(connector, VhostUser):
             device = bus.slot(connector.device_name).device
             assert connector.socket is not None
-            args += device_args(machine, device.name, device, connector.socket, reconnect=reconnect)
+            args += device_args(machine, device.name, device, connector.socket, reconnect=reconnect, packed=packed)
             wanted += MODULES[type(device).__name__]
     with Guest(machine, args=args, modules=wanted, **options) as vm:
         yield vm
