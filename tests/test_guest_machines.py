@@ -12,7 +12,7 @@ import pytest
 
 from conftest import wait_until
 from guests import guest, running
-from vbus.devices import Blk, Net
+from vbus.devices import Blk, Input, Net
 from vbus.virtio import features
 
 MIB = 1 << 20
@@ -29,6 +29,7 @@ DISK = """
 [device.disk0]
 type = "blk"
 memory = "32 MiB"
+queues = 2
 [connector.disk0]
 type = "vhost-user"
 device = "disk0"
@@ -38,13 +39,31 @@ NET = """
 [device.net0]
 type = "net"
 backend = "tap:{tap}"
+queue_pairs = 2
 [connector.net0]
 type = "vhost-user"
 device = "net0"
 socket = "net0.sock"
 """
-CARRIED = {"q35": RNG + DISK + NET, "microvm": RNG + DISK + NET, "s390x": NET, "pseries": RNG + DISK + NET}
+MORE = """
+[device.disk1]
+type = "blk"
+memory = "1 MiB"
+read_only = true
+[connector.disk1]
+type = "vhost-user"
+device = "disk1"
+socket = "disk1.sock"
+[device.keys0]
+type = "input"
+[connector.keys0]
+type = "vhost-user"
+device = "keys0"
+socket = "keys0.sock"
+"""
+CARRIED = {"q35": RNG + DISK + NET, "microvm": RNG + DISK + NET + MORE, "s390x": NET, "pseries": RNG + DISK + NET}
 """What QEMU has a front-end for, by the machine."""
+CPUS = 2
 TAP = f"vb{os.getpid() % 100000}m"
 HERE, THERE = "10.254.93.1", "10.254.93.2"
 
@@ -75,7 +94,7 @@ def test_devices_work_in_a_stock_guest(machine: str, packed: bool, tmp_path: Pat
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-            with guest(bus, machine, packed=packed) as vm:
+            with guest(bus, machine, packed=packed, cpus=CPUS) as vm:
                 vm.run(f"ip addr add {THERE}/24 dev eth0 && ip link set eth0 up")
                 vm.wait_for(f"wget -q -O /tmp/file http://{HERE}:8000/file", seconds=60)
                 assert vm.run("sha256sum </tmp/file").split()[0] == digest
@@ -90,9 +109,19 @@ def test_devices_work_in_a_stock_guest(machine: str, packed: bool, tmp_path: Pat
                 for device in (bus.slot(name).device for name in ("net0", "disk0") if name in CARRIED[machine]):
                     assert bool(device.negotiated >> features.RING_PACKED & 1) == packed
                 if "disk0" in CARRIED[machine]:
-                    vm.run("dd if=/tmp/file of=/dev/vda bs=64k conv=fsync && echo 3 >/proc/sys/vm/drop_caches")
-                    assert vm.run("head -c 8388608 /dev/vda | sha256sum").split()[0] == digest
+                    disk = vm.run("grep -lx 65536 /sys/block/vd?/size").split("/")[3]
+                    assert len(vm.run(f"ls /sys/block/{disk}/mq").split()) == 2
+                    vm.run(f"dd if=/tmp/file of=/dev/{disk} bs=64k conv=fsync && echo 3 >/proc/sys/vm/drop_caches")
+                    assert vm.run(f"head -c 8388608 /dev/{disk} | sha256sum").split()[0] == digest
                     assert bus.get("disk0", Blk).writes
+                if "disk1" in CARRIED[machine]:
+                    # Which is which is up to the kernel.
+                    assert sorted(vm.run("cat /sys/block/vd?/ro").split()) == ["0", "1"]
+                    vm.run("cat /dev/input/event0 >/tmp/keys & sleep 0.2")
+                    assert wait_until(lambda: bus.get("keys0", Input).type("a"))
+                    # Down, report, up, report: 24 bytes each.
+                    vm.wait_for("test $(wc -c </tmp/keys) = 96")
+                    vm.run("killall cat")
                 if "rng0" in CARRIED[machine]:
                     assert vm.run("cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0\n"
                     assert vm.run("head -c 65536 /dev/hwrng | wc -c") == "65536\n"
