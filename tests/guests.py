@@ -7,6 +7,8 @@ with running(BUS) as bus, guest(bus, modules=["virtio_rng"]) as vm:
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -38,6 +40,38 @@ def device_args(
     if packed and isinstance(device, Net | Blk):
         words[-1] += ",packed=on"
     return words
+
+
+@contextlib.contextmanager
+def namespace(name: str) -> Iterator[tuple[str, ...]]:
+    """A network namespace of this name: the words that run a command in it."""
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        yield ("ip", "netns", "exec", name)
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@contextlib.contextmanager
+def file_served(folder: Path, size: int, address: str, inside: Sequence[str]) -> Iterator[str]:
+    """Random bytes at `http://ADDRESS:8000/file`, served inside: their SHA-256."""
+    served = folder / "served"
+    served.mkdir()
+    data = os.urandom(size)
+    (served / "file").write_bytes(data)
+    server = subprocess.Popen(
+        [
+            *(*inside, sys.executable, "-m", "http.server"),
+            *("--bind", address, "--directory", str(served), "8000"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield hashlib.sha256(data).hexdigest()
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 @contextlib.contextmanager

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from conftest import wait_until
-from guests import guest, running
+from guests import file_served, guest, namespace, running
 from vbus.devices import Blk, Input, Net
 from vbus.virtio import features
 
@@ -74,27 +72,19 @@ HERE, THERE = "10.254.93.1", "10.254.93.2"
     ("machine", "packed"), [*((machine, False) for machine in CARRIED), ("q35", True)], ids=[*CARRIED, "q35 packed"]
 )
 def test_devices_work_in_a_stock_guest(machine: str, packed: bool, tmp_path: Path) -> None:
-    namespace = f"{TAP}s"
     subprocess.run(["ip", "tuntap", "add", TAP, "mode", "tap", "multi_queue"], check=True)
-    subprocess.run(["ip", "netns", "add", namespace], check=True)
-    server: subprocess.Popen[bytes] | None = None
     try:
-        with running('[bus]\nname = "guest"\n' + CARRIED[machine].format(tap=TAP), tmp_path) as bus:
-            subprocess.run(["ip", "link", "set", TAP, "netns", namespace], check=True)
-            subprocess.run(["ip", "-n", namespace, "address", "add", f"{HERE}/24", "dev", TAP], check=True)
-            subprocess.run(["ip", "-n", namespace, "link", "set", TAP, "up"], check=True)
-            (tmp_path / "served").mkdir()
-            (tmp_path / "served/file").write_bytes(os.urandom(8 * MIB))
-            digest = hashlib.sha256((tmp_path / "served/file").read_bytes()).hexdigest()
-            server = subprocess.Popen(
-                [
-                    *("ip", "netns", "exec", namespace, sys.executable, "-m", "http.server"),
-                    *("--bind", HERE, "--directory", str(tmp_path / "served"), "8000"),
-                ],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            with guest(bus, machine, packed=packed, cpus=CPUS) as vm:
+        with (
+            namespace(f"{TAP}s") as inside,
+            running('[bus]\nname = "guest"\n' + CARRIED[machine].format(tap=TAP), tmp_path) as bus,
+        ):
+            subprocess.run(["ip", "link", "set", TAP, "netns", f"{TAP}s"], check=True)
+            subprocess.run([*inside, "ip", "address", "add", f"{HERE}/24", "dev", TAP], check=True)
+            subprocess.run([*inside, "ip", "link", "set", TAP, "up"], check=True)
+            with (
+                file_served(tmp_path, 8 * MIB, HERE, inside) as digest,
+                guest(bus, machine, packed=packed, cpus=CPUS) as vm,
+            ):
                 vm.run(f"ip addr add {THERE}/24 dev eth0 && ip link set eth0 up")
                 vm.wait_for(f"wget -q -O /tmp/file http://{HERE}:8000/file", seconds=60)
                 assert vm.run("sha256sum </tmp/file").split()[0] == digest
@@ -129,8 +119,4 @@ def test_devices_work_in_a_stock_guest(machine: str, packed: bool, tmp_path: Pat
             # The guest is gone: its devices are free.
             assert wait_until(lambda: not any(slot.queues[0].core.running for slot in bus.slots()))
     finally:
-        if server is not None:
-            server.terminate()
-            server.wait(20)
-        subprocess.run(["ip", "netns", "del", namespace], check=False)
         subprocess.run(["ip", "link", "del", TAP], check=False, capture_output=True)
