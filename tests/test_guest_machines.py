@@ -61,6 +61,16 @@ socket = "keys0.sock"
 """
 CARRIED = {"q35": RNG + DISK + NET, "microvm": RNG + DISK + NET + MORE, "s390x": NET, "pseries": RNG + DISK + NET}
 """What QEMU has a front-end for, by the machine."""
+SCATTERED = """
+head -c 1048576 /dev/urandom >/tmp/pages
+exec 3</dev/{disk}
+for n in $(seq 0 2 254) $(seq 1 2 255); do
+    dd if=/tmp/pages of=/dev/{disk} bs=4k count=1 skip=$n seek=$n 2>/dev/null
+done
+sync
+exec 3<&-
+echo 3 >/proc/sys/vm/drop_caches
+"""
 CPUS = 2
 TAP = f"vb{os.getpid() % 100000}m"
 HERE, THERE = "10.254.93.1", "10.254.93.2"
@@ -103,6 +113,10 @@ def test_devices_work_in_a_stock_guest(machine: str, packed: bool, tmp_path: Pat
                     assert len(vm.run(f"ls /sys/block/{disk}/mq").split()) == 2
                     vm.run(f"dd if=/tmp/file of=/dev/{disk} bs=64k conv=fsync && echo 3 >/proc/sys/vm/drop_caches")
                     assert vm.run(f"head -c 8388608 /dev/{disk} | sha256sum").split()[0] == digest
+                    # No two pages that follow each other on the disk do so in memory: requests of as many segments as
+                    # there may be. They are written when nobody has the disk open any more.
+                    vm.run(SCATTERED.format(disk=disk))
+                    assert vm.run(f"head -c {MIB} /dev/{disk} | sha256sum") == vm.run("sha256sum </tmp/pages")
                     assert bus.get("disk0", Blk).writes
                 if "disk1" in CARRIED[machine]:
                     # Which is which is up to the kernel.
