@@ -620,6 +620,27 @@ def test_calls_in_band(fronts: Callable[..., Front]) -> None:
         wait_until(lambda: bool(select.select([front.call], [], [], 0)[0]))
 
 
+def test_who_kicks_by_descriptor_is_not_called_in_band(fronts: Callable[..., Front]) -> None:
+    """QEMU accepts in-band notifications, and does not know the messages."""
+    front = fronts(Echo()).greet(ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.BACKEND_REQ)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        front.acked(Request.SET_BACKEND_REQ_FD, None, theirs.fileno())
+        front.set_up()
+        # A guest that wants no interrupt for this queue.
+        front.acked(Request.SET_VRING_CALL, m.U64(m.NO_FD))
+        front.start()
+        front.submit(b"x")
+        front.ring_kick()
+        assert front.answered() == b"x"
+        front.ask(Request.GET_VRING_BASE, m.VringState(0, 0))
+        front.sock.close()
+        # Whatever it would have said, it said before it closed the channel.
+        theirs.close()
+        ours.settimeout(DEADLINE)
+        assert ours.recv(100) == b""
+
+
 def test_memory_that_its_owner_truncates_is_lost_and_nobody_else_notices(
     bus: vbus.Bus, fronts: Callable[..., Front]
 ) -> None:
@@ -927,7 +948,10 @@ def test_in_band_needs_no_word_about_calls_and_says_errors(bus: vbus.Bus, fronts
         front.bytes[at + 2 : at + 4] = struct.pack("<H", 5000)
         front.acked(Request.VRING_KICK, m.VringState(0, 0))
         err = codec.encode(BackendRequest.VRING_ERR, m.VringState(0, 0))
-        assert ours.recv(len(err), socket.MSG_WAITALL) == err
+        # The ring that began may have been called for by itself.
+        while (said := ours.recv(len(err), socket.MSG_WAITALL)) == call:
+            pass
+        assert said == err
 
 
 def test_in_band_without_what_it_needs_is_named(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:

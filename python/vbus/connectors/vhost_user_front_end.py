@@ -80,6 +80,8 @@ class Vring:
         # The bell has a duplicate.
         os.close(fd)
         self.signal = _core.Signal.direct(self.call)
+        self.has_call = False
+        """Whether the front-end gave a descriptor for calls."""
         self.called_in_band = False
         self.err: _core.Doorbell | None = None
 
@@ -259,6 +261,7 @@ class FrontEnd(Attachment):
                 vring = self._vring(value & m.INDEX)
                 vring.kick = self._bell(value, fds)
                 vring.kicked_in_band = vring.kick is None
+                self._listen_to_calls(vring)
                 if vring.kick is not None:
                     self.slot.attach_doorbell(vring.queue, vring.kick)
                 if vring.kick is not None or not self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
@@ -281,6 +284,10 @@ class FrontEnd(Attachment):
             case Request.VRING_KICK, m.VringState(index=index):
                 vring = self._vring(index)
                 self.slot.kicks[index] += 1
+                if vring.kick is None and not vring.kicked_in_band:
+                    # Nobody needs to say that there will be no descriptor.
+                    vring.kicked_in_band = True
+                    self._listen_to_calls(vring)
                 if not vring.started:
                     self._start(vring, done)
                     return
@@ -358,13 +365,9 @@ class FrontEnd(Attachment):
         if bits & ~int(self.offered_protocol):
             raise Violation("protocol-features", f"{bits:#x} of {int(self.offered_protocol):#x}")
         protocol = ProtocolFeature(bits)
-        in_band = bool(protocol & ProtocolFeature.INBAND_NOTIFICATIONS)
-        if in_band and NEEDED_IN_BAND & ~protocol:
+        if protocol & ProtocolFeature.INBAND_NOTIFICATIONS and NEEDED_IN_BAND & ~protocol:
             raise Violation("protocol-features", "in-band notifications without BACKEND_REQ and REPLY_ACK")
         self.protocol = protocol
-        for vring in self.vrings:
-            # Until a descriptor is given for it: nobody needs to say that there will be none.
-            self._listen_to_calls(vring, in_band)
 
     def _set_features(self, bits: int, done: Callable[[], None]) -> None:
         if bits & ~self.offered:
@@ -498,7 +501,8 @@ class FrontEnd(Attachment):
 
     def _set_call(self, vring: Vring, value: int, fds: _Descriptors) -> None:
         # Before the descriptor behind it is another.
-        self._listen_to_calls(vring, False)
+        self._unlisten(vring)
+        vring.has_call = not value & m.NO_FD
         fd = _nobody_listens() if value & m.NO_FD else fds.take()
         try:
             if not is_eventfd(fd):
@@ -506,20 +510,33 @@ class FrontEnd(Attachment):
             os.dup2(fd, vring.call.fileno(), inheritable=False)
         finally:
             os.close(fd)
-        if value & m.NO_FD and self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
-            self._listen_to_calls(vring, True)
+        self._listen_to_calls(vring)
         if vring.started:
             # What was rung on the descriptor before may have been heard by nobody: QEMU enables a queue with one that
             # it throws away, and names the right one then.
             vring.call.ring()
 
-    def _listen_to_calls(self, vring: Vring, in_band: bool) -> None:
-        """Whether calls are heard here, and told in messages."""
+    def _speaks_in_band(self, vring: Vring) -> bool:
+        """Whether its front-end is told in messages about a queue: where it says itself that it kicks so.
+
+        QEMU accepts every protocol feature that it has a number for. It does not know these messages, and closes the
+        backend channel at the first.
+        """
+        return bool(self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS) and vring.kicked_in_band
+
+    def _listen_to_calls(self, vring: Vring) -> None:
+        """Hear calls here, to tell them in messages, or do so no more."""
+        in_band = self._speaks_in_band(vring) and not vring.has_call
         if in_band and not vring.called_in_band:
             self.actor.watch(vring.call.fileno(), lambda: self._call_in_band(vring))
-        elif vring.called_in_band and not in_band:
+            vring.called_in_band = True
+        elif not in_band:
+            self._unlisten(vring)
+
+    def _unlisten(self, vring: Vring) -> None:
+        if vring.called_in_band:
             self.actor.unwatch(vring.call.fileno())
-        vring.called_in_band = in_band
+            vring.called_in_band = False
 
     def _call_in_band(self, vring: Vring) -> None:
         """The core rang, and nobody else hears it: say so on the backend channel."""
@@ -656,7 +673,7 @@ class FrontEnd(Attachment):
         vring = self.vrings[queue.index]
         if vring.err is not None:
             vring.err.ring()
-        elif self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
+        elif self._speaks_in_band(vring):
             self.actor.post(lambda: self._say_in_band(BackendRequest.VRING_ERR, vring))
 
     def slot_reset(self, slot: Slot) -> None:
@@ -685,7 +702,7 @@ class FrontEnd(Attachment):
         if self._backend is not None:
             self._backend.close()
         for vring in self.vrings:
-            self._listen_to_calls(vring, False)
+            self._unlisten(vring)
         self._state.close()
         self._guest.clear()
         self._inflight = None
