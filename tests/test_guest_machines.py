@@ -130,6 +130,7 @@ def test_devices_work_in_a_stock_guest(machine: str, packed: bool, tmp_path: Pat
                     assert vm.run("cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0\n"
                     assert vm.run("head -c 65536 /dev/hwrng | wc -c") == "65536\n"
                 assert [dict(slot.violations) for slot in bus.slots()] == [{}] * len(bus.slots())
+                assert vm.errors == ""
             # The guest is gone: its devices are free.
             assert wait_until(lambda: not any(slot.queues[0].core.running for slot in bus.slots()))
     finally:

@@ -91,7 +91,7 @@ MACHINES = {
     ),
     "pseries": Machine(
         *("ppc64el", "qemu-system-ppc64"),
-        ("-M", "pseries,memory-backend=mem,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken"),
+        ("-M", "pseries,memory-backend=mem,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"),
         "spapr-vty",
         "hvc0",
         ("virtio_pci",),
