@@ -3,6 +3,7 @@
 //! Locks are held shortly, never while Python code or a notification runs, and always taken with the interpreter's lock
 //! held: so no two of them can wait for each other.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,8 +16,18 @@ use vbus_ring::signal::Notify;
 use vbus_ring::violation::{Rule, Violation};
 
 use crate::memory::{new_bytes, views, with_bytes, with_bytes_mut, Mapping, Memory};
+use crate::scheduler::Scheduler;
+use crate::serve::{serve, Urgent};
 use crate::signal::Signal;
 use crate::violation::to_error;
+
+/// Notify, if there is somebody to be notified.
+pub fn ring(py: Python<'_>, signal: Option<Arc<dyn Notify>>) {
+    if let Some(signal) = signal {
+        // Without the interpreter's lock: ringing is a system call, and a hostile driver can make it take a moment.
+        py.detach(|| signal.notify());
+    }
+}
 
 /// (readable, writable) memoryviews.
 type Views<'py> = (Vec<Bound<'py, PyMemoryView>>, Vec<Bound<'py, PyMemoryView>>);
@@ -27,7 +38,7 @@ fn value_error(error: impl std::fmt::Display) -> PyErr {
 
 /// What a device queue and its requests know of each other.
 #[derive(Default)]
-struct Shared {
+pub struct Shared {
     running: Mutex<Option<Running>>,
     /// Counts starts and stops: a request of another run is nobody's any more.
     run: AtomicU64,
@@ -39,6 +50,8 @@ struct Shared {
 struct Running {
     ring: DeviceRing,
     signal: Arc<dyn Notify>,
+    /// Taken by a turn that made room before it came to them.
+    waiting: VecDeque<Chain>,
 }
 
 impl Shared {
@@ -56,6 +69,66 @@ impl Shared {
         // Outside the lock: it may be the last user of its memory, and unmapping takes time.
         drop(old);
     }
+
+    /// Take up to `limit` chains, and which run they are of.
+    pub fn take(&self, limit: usize, chains: &mut Vec<Chain>) -> Result<u64, Violation> {
+        if let Some(running) = self.lock().as_mut() {
+            running.ring.take(limit, chains)?;
+        }
+        Ok(self.run.load(Ordering::Relaxed))
+    }
+
+    /// Those that wait for a turn, in their order; when there are none, up to `limit` from the ring. How many those are,
+    /// and which run they are of.
+    pub fn begin(&self, limit: usize, chains: &mut Vec<Chain>) -> Result<(usize, u64), Violation> {
+        let mut taken = 0;
+        if let Some(running) = self.lock().as_mut() {
+            chains.extend(running.waiting.drain(..));
+            if chains.is_empty() {
+                running.ring.take(limit, chains)?;
+                taken = chains.len();
+            }
+        }
+        Ok((taken, self.run.load(Ordering::Relaxed)))
+    }
+
+    /// Chains of this run wait for another turn, before all others.
+    pub fn put_off(&self, run: u64, chains: impl Iterator<Item = Chain>) {
+        let mut current = self.lock();
+        if self.run.load(Ordering::Relaxed) == run {
+            if let Some(running) = current.as_mut() {
+                running.waiting.extend(chains);
+            }
+        }
+    }
+
+    /// Put requests into the used ring; what to notify, if anything.
+    pub fn put<'a>(
+        &self,
+        requests: impl Iterator<Item = &'a Request> + Clone,
+    ) -> Result<Option<Arc<dyn Notify>>, Violation> {
+        let mut current = self.lock();
+        let Some(running) = current.as_mut() else {
+            return Ok(None);
+        };
+        let fresh = |request: &&Request| !request.stopped() && !request.completed.load(Ordering::Relaxed);
+        let requests = requests.filter(fresh);
+        // Never above the chain's total, which has 32 bits.
+        let chains = requests.clone().map(|request| (&request.chain, request.written() as u32));
+        let result = running.ring.complete_chains(chains);
+        // Under the lock: nobody else counts.
+        let add = |counter: &AtomicU64, more| counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+        for request in requests {
+            request.completed.store(true, Ordering::Relaxed);
+            if result.is_err() {
+                continue;
+            }
+            add(&self.completed, 1);
+            add(&self.bytes_readable, request.readable_total());
+            add(&self.bytes_written, request.written());
+        }
+        Ok(result?.then(|| running.signal.clone()))
+    }
 }
 
 /// A chain of descriptors, read once, checked and translated; its memory stays mapped while this lives.
@@ -70,6 +143,11 @@ pub struct Request {
 }
 
 impl Request {
+    pub fn new(chain: Chain, queue: Arc<Shared>, run: u64) -> Self {
+        let (read, written, completed) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+        Self { chain, queue, run, read, written, completed }
+    }
+
     fn stopped(&self) -> bool {
         self.queue.run.load(Ordering::Relaxed) != self.run
     }
@@ -255,7 +333,7 @@ impl DeviceQueue {
             }
         };
         let ring = ring.map_err(|violation| to_error(py, &violation))?;
-        self.shared.replace(Some(Running { ring, signal: signal.0.clone() }));
+        self.shared.replace(Some(Running { ring, signal: signal.0.clone(), waiting: VecDeque::new() }));
         Ok(())
     }
 
@@ -265,31 +343,32 @@ impl DeviceQueue {
 
     fn take(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<Request>> {
         let mut chains = Vec::new();
-        let (result, run) = match self.shared.lock().as_mut() {
-            None => return Ok(Vec::new()),
-            Some(running) => (running.ring.take(limit, &mut chains), self.shared.run.load(Ordering::Relaxed)),
-        };
-        result.map_err(|violation| to_error(py, &violation))?;
-        let request = |chain| Request {
-            chain,
-            queue: self.shared.clone(),
-            run,
-            read: AtomicU64::new(0),
-            written: AtomicU64::new(0),
-            completed: AtomicBool::new(false),
-        };
-        Ok(chains.into_iter().map(request).collect())
+        let run = self.shared.take(limit, &mut chains).map_err(|violation| to_error(py, &violation))?;
+        Ok(chains.into_iter().map(|chain| Request::new(chain, self.shared.clone(), run)).collect())
+    }
+
+    #[pyo3(signature = (handler, queue, limit, *, batch, charge = None, urgent = None))]
+    #[allow(clippy::too_many_arguments)]
+    fn serve(
+        &self,
+        py: Python<'_>,
+        handler: &Bound<'_, PyAny>,
+        queue: &Bound<'_, PyAny>,
+        limit: usize,
+        batch: bool,
+        charge: Option<&Bound<'_, PyAny>>,
+        urgent: Option<(PyRef<'_, Scheduler>, u64, u32)>,
+    ) -> PyResult<bool> {
+        let urgent = urgent.map(|(scheduler, actor, priority)| Urgent::new(scheduler.0.clone(), actor, priority));
+        serve(py, &self.shared, handler, queue, limit, batch, charge, urgent)
     }
 
     fn complete(&self, py: Python<'_>, requests: Vec<Bound<'_, Request>>) -> PyResult<()> {
         if requests.iter().any(|request| !Arc::ptr_eq(&request.get().queue, &self.shared)) {
             return Err(PyValueError::new_err("a request of another queue"));
         }
-        let signal = self.put(&requests).map_err(|violation| to_error(py, &violation))?;
-        if let Some(signal) = signal {
-            // Without the interpreter's lock: ringing is a system call, and a hostile driver can make it take a moment.
-            py.detach(|| signal.notify());
-        }
+        let put = self.shared.put(requests.iter().map(|request| request.get()));
+        ring(py, put.map_err(|violation| to_error(py, &violation))?);
         Ok(())
     }
 
@@ -316,37 +395,15 @@ impl DeviceQueue {
     }
 }
 
-impl DeviceQueue {
-    /// Put requests into the used ring; what to notify, if anything.
-    fn put(&self, requests: &[Bound<'_, Request>]) -> Result<Option<Arc<dyn Notify>>, Violation> {
-        let mut current = self.shared.lock();
-        let Some(running) = current.as_mut() else {
-            return Ok(None);
-        };
-        let fresh = |request: &&Request| !request.stopped() && !request.completed.swap(true, Ordering::Relaxed);
-        let requests: Vec<&Request> = requests.iter().map(|request| request.get()).filter(fresh).collect();
-        let notify = running.ring.complete_chains(requests.iter().map(|request| {
-            // Never above the chain's total, which has 32 bits.
-            (&request.chain, request.written() as u32)
-        }))?;
-        for request in &requests {
-            self.shared.completed.fetch_add(1, Ordering::Relaxed);
-            self.shared.bytes_readable.fetch_add(request.readable_total(), Ordering::Relaxed);
-            self.shared.bytes_written.fetch_add(request.written(), Ordering::Relaxed);
-        }
-        Ok(notify.then(|| running.signal.clone()))
-    }
-}
-
 /// The driver side of a ring, in memory of its own.
 #[pyclass(frozen, module = "vbus._core")]
 pub struct DriverQueue {
     ring: Mutex<DriverRing>,
-    signal: Option<Arc<dyn Notify>>,
+    pub signal: Option<Arc<dyn Notify>>,
 }
 
 impl DriverQueue {
-    fn lock(&self) -> MutexGuard<'_, DriverRing> {
+    pub fn lock(&self) -> MutexGuard<'_, DriverRing> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
