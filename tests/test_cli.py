@@ -692,6 +692,9 @@ def test_doctor(folder: Path) -> None:
     done = vbus("doctor", cwd=folder, env={"VBUS_RUNTIME_DIR": str(folder / "file"), "PATH": "/nonexistent"})
     assert done.returncode == 1
     assert re.search(r"^run directory +missing +.*set VBUS_RUNTIME_DIR", done.stdout.decode(), re.M)
+    assert re.search(
+        r"^guests +missing \(not required\) +not found +install QEMU 9 or newer", done.stdout.decode(), re.M
+    )
 
 
 def test_names_from_the_other_side_cannot_speak_to_the_terminal() -> None:
