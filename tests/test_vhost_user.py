@@ -1004,3 +1004,34 @@ def test_who_is_no_member_is_refused(bus: vbus.Bus, fronts: Callable[..., Front]
     assert front.is_closed()
     wait_until(lambda: bool(reasons(bus)))
     assert "is not a member" in reasons(bus)[0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "payload"),
+    [
+        (Request.GET_VRING_BASE, m.VringState(0, 0)),
+        (Request.SET_VRING_ENABLE, m.VringState(0, 0)),
+        (Request.SET_VRING_KICK, m.U64(0)),
+    ],
+)
+def test_the_queues_of_another_driver_are_out_of_reach(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, request_: Request, payload: m.Payload
+) -> None:
+    first = fronts(Echo()).greet()
+    first.set_up()
+    first.start()
+    bus.connect(VhostUser("d0", tmp_path / "other.sock"), "other")
+    second = Front(tmp_path / "other.sock")
+    try:
+        second.greet()
+        second.set_up()
+        second.say(request_, payload, *([second.kick] if request_ is Request.SET_VRING_KICK else []))
+        if request_ is Request.GET_VRING_BASE:
+            assert second.hear() == payload
+        # What was said has had its effect.
+        second.number(Request.GET_FEATURES)
+        first.submit(b"mine")
+        first.ring_kick()
+        assert first.answered() == b"mine"
+    finally:
+        second.close()

@@ -262,8 +262,8 @@ class FrontEnd(Attachment):
                 vring.kick = self._bell(value, fds)
                 vring.kicked_in_band = vring.kick is None
                 self._listen_to_calls(vring)
-                if vring.kick is not None:
-                    self.slot.attach_doorbell(vring.queue, vring.kick)
+                if vring.started:
+                    self._listen_to_kicks([vring])
                 if vring.kick is not None or not self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
                     self._start(vring, done)
                     return
@@ -277,13 +277,14 @@ class FrontEnd(Attachment):
                     raise Violation("vring-enable", f"queue {index}: {num}")
                 vring = self._vring(index)
                 vring.enabled = bool(num)
-                self.slot.pause_queue(vring.queue, not vring.enabled)
+                self.slot.pause_queue(self, vring.queue, not vring.enabled)
                 if vring.enabled and vring.started and not self.launched:
                     self._launch(done)
                     return
             case Request.VRING_KICK, m.VringState(index=index):
                 vring = self._vring(index)
-                self.slot.kicks[index] += 1
+                if self.slot.owner is self:
+                    self.slot.kicks[index] += 1
                 if vring.kick is None and not vring.kicked_in_band:
                     # Nobody needs to say that there will be no descriptor.
                     vring.kicked_in_band = True
@@ -572,8 +573,14 @@ class FrontEnd(Attachment):
         else:
             done()
 
-    @staticmethod
-    def _called(vrings: list[Vring], done: Callable[[], None]) -> Callable[[], None]:
+    def _listen_to_kicks(self, vrings: list[Vring]) -> None:
+        """Hear the kicks of rings that run: until then, a device's doorbells may be those of another driver."""
+        if self.slot.owner is self:
+            for vring in vrings:
+                if vring.kick is not None:
+                    self.slot.attach_doorbell(vring.queue, vring.kick)
+
+    def _called(self, vrings: list[Vring], done: Callable[[], None]) -> Callable[[], None]:
         """Call once for each ring, now that it runs: whoever served it before may have died before it could.
 
         A driver that is called in vain looks, and waits again. One that is not called waits for ever: with EVENT_IDX
@@ -581,6 +588,7 @@ class FrontEnd(Attachment):
         """
 
         def called() -> None:
+            self._listen_to_kicks(vrings)
             for vring in vrings:
                 vring.call.ring()
             done()
@@ -592,7 +600,6 @@ class FrontEnd(Attachment):
         addr = vring.addr
         assert addr is not None
         index = vring.queue.index
-        vring.queue.paused = not self._is_enabled(vring)
         return Ring(
             vring.size,
             self._guest.guest_address(f"queue {index}: descriptors", addr.desc),
@@ -600,6 +607,7 @@ class FrontEnd(Attachment):
             self._guest.guest_address(f"queue {index}: used ring", addr.used),
             vring.base,
             self._inflight.of(index, vring.size) if self._inflight is not None and not self._is_packed else None,
+            paused=not self._is_enabled(vring),
         )
 
     def _stop(self, index: int) -> None:
@@ -612,7 +620,8 @@ class FrontEnd(Attachment):
             vring.started = False
             end = ended[0] if ended[0] is not None else base
             vring.base = None
-            self.slot.detach_doorbell(vring.queue)
+            if self.slot.owner is self:
+                self.slot.detach_doorbell(vring.queue)
             vring.kick = None
             self.answer(Request.GET_VRING_BASE, m.VringState(index, end))
 
@@ -622,7 +631,7 @@ class FrontEnd(Attachment):
             ended.append(end)
             resumed()
 
-        self.slot.stop_queue(index, stop)
+        self.slot.stop_queue(self, index, stop)
 
     # What the slot says.
 
