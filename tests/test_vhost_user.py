@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import select
@@ -1035,3 +1036,21 @@ def test_the_queues_of_another_driver_are_out_of_reach(
         assert first.answered() == b"mine"
     finally:
         second.close()
+
+
+def test_a_backend_channel_that_is_made_to_block_holds_up_nobody(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    lamp = Lamp()
+    front = fronts(lamp).greet(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        front.acked(Request.SET_BACKEND_REQ_FD, None, theirs.fileno())
+        front.set_up()
+        front.start()
+        # It is shared with whoever sent it.
+        theirs.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                theirs.send(bytes(4096))
+        theirs.setblocking(True)
+        bus.slot("d0").config_changed()
+        front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))

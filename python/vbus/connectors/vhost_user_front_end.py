@@ -548,7 +548,7 @@ class FrontEnd(Attachment):
         if self._backend is None or self.is_parted:
             return
         try:
-            wire.send(self._backend, codec.encode(request, m.VringState(vring.queue.index, 0)))
+            wire.send(self._backend, codec.encode(request, m.VringState(vring.queue.index, 0)), wait=False)
         except OSError as error:
             # A call that is lost is a driver that waits for ever.
             self.part(f"its queues' {request.name} cannot be sent: {error.strerror}")
@@ -657,7 +657,7 @@ class FrontEnd(Attachment):
         if self._backend is None or not self.protocol & ProtocolFeature.CONFIG:
             return
         try:
-            wire.send(self._backend, codec.encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty()))
+            wire.send(self._backend, codec.encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty()), wait=False)
         except OSError as error:
             log.warning("%s: a change of config space could not be told: %s", self.label, error.strerror)
 
