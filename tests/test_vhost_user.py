@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import select
@@ -1054,3 +1055,22 @@ def test_a_backend_channel_that_is_made_to_block_holds_up_nobody(bus: vbus.Bus, 
         theirs.setblocking(True)
         bus.slot("d0").config_changed()
         front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+
+
+def test_a_front_end_leaves_no_descriptors(bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path) -> None:
+    fronts(Echo()).sock.close()
+    made = bus.connectors["vm"]
+    gc.disable()
+    try:
+        counts = []
+        for _ in range(12):
+            front = Front(tmp_path / "d0.sock").greet()
+            front.set_up()
+            front.acked(Request.SET_VRING_ERR, m.U64(0), front.kick)
+            front.start()
+            front.close()
+            wait_until(lambda: made.describe()["peers"] == [])
+            counts.append(len(os.listdir("/proc/self/fd")))
+        assert counts[-1] - counts[1] < 5, counts
+    finally:
+        gc.enable()

@@ -713,6 +713,8 @@ class FrontEnd(Attachment):
         for vring in self.vrings:
             self._unlisten(vring)
         self._state.close()
+        # It refers to this: doorbells would stay open until cycles are looked for.
+        del self._state
         self._guest.clear()
         self._inflight = None
         self.host.parted(self, reason)
