@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import itertools
@@ -1074,3 +1075,39 @@ def test_a_front_end_leaves_no_descriptors(bus: vbus.Bus, fronts: Callable[..., 
         assert counts[-1] - counts[1] < 5, counts
     finally:
         gc.enable()
+
+
+class Never(vbus.Device):
+    """Begins with what it is given, and is done with it when it is reset."""
+
+    device_id = 0x7E0C
+    queues = ("requests",)
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        self.begun.set()
+        await asyncio.Event().wait()
+
+
+def test_who_goes_while_a_queue_is_to_stop_is_parted_from(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    device = Never()
+    front = fronts(device).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"x")
+    front.ring_kick()
+    assert device.begun.wait(DEADLINE)
+    front.say(Request.GET_VRING_BASE, m.VringState(0, 0))
+    wait_until(lambda: bus.slot("d0").queues[0].paused)
+    front.sock.close()
+    wait_until(lambda: reasons(bus) == ["it closed the connection"])
+    # Whoever comes next has the device.
+    device.begun.clear()
+    after = fronts().greet()
+    after.set_up()
+    after.start()
+    after.submit(b"y")
+    after.ring_kick()
+    assert device.begun.wait(DEADLINE)

@@ -49,6 +49,8 @@ NEEDED_IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 """Without these the protocol has no in-band notifications."""
 PACKED_BASE = 0x8000_8000
 """Where a packed ring begins: at descriptor 0 with a wrap counter of 1, for both sides."""
+LOOK_SECONDS = 0.5
+"""How often to look whether a front-end that waits for an answer is there still."""
 REFUSED = 1
 """The acknowledgement of what was not done."""
 
@@ -115,6 +117,7 @@ class FrontEnd(Attachment):
         self._dirty = False
         sock.setblocking(False)
         self._reader = wire.Reader(sock)
+        self._look_key = self.actor.key(self._look, 0)
         self.actor.watch(sock.fileno(), self._readable)
 
     # Messages.
@@ -315,6 +318,7 @@ class FrontEnd(Attachment):
         """Read no more until the callback that this makes is called, from any thread: its effect comes first."""
         self._waiting = True
         self.actor.unwatch(self._sock.fileno())
+        self.actor.mark_later(self._look_key, LOOK_SECONDS)
 
         def then(callback: Callable[[], None]) -> Callable[[], None]:
             def resume() -> None:
@@ -332,6 +336,18 @@ class FrontEnd(Attachment):
     def _wait_for(self, callback: Callable[[], None]) -> Callable[[], None]:
         """What to call, from any thread, when a message has had its effect, which `callback` then answers."""
         return self._wait()(callback)
+
+    def _look(self) -> bool:
+        """Whoever waits for what never comes (a request that is not ended) may go all the same."""
+        if self._waiting and not self.is_parted:
+            poll = select.poll()
+            # Not its own end alone: it may read its last answer.
+            poll.register(self._sock, 0)
+            if poll.poll(0):
+                self.part("it closed the connection")
+            else:
+                self.actor.mark_later(self._look_key, LOOK_SECONDS)
+        return False
 
     def _must_be_stopped(self) -> None:
         running = [vring.queue.name for vring in self.vrings if vring.started]
