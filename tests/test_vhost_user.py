@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
 import itertools
 import os
 import select
@@ -1004,3 +1007,107 @@ def test_who_is_no_member_is_refused(bus: vbus.Bus, fronts: Callable[..., Front]
     assert front.is_closed()
     wait_until(lambda: bool(reasons(bus)))
     assert "is not a member" in reasons(bus)[0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "payload"),
+    [
+        (Request.GET_VRING_BASE, m.VringState(0, 0)),
+        (Request.SET_VRING_ENABLE, m.VringState(0, 0)),
+        (Request.SET_VRING_KICK, m.U64(0)),
+    ],
+)
+def test_the_queues_of_another_driver_are_out_of_reach(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, request_: Request, payload: m.Payload
+) -> None:
+    first = fronts(Echo()).greet()
+    first.set_up()
+    first.start()
+    bus.connect(VhostUser("d0", tmp_path / "other.sock"), "other")
+    second = Front(tmp_path / "other.sock")
+    try:
+        second.greet()
+        second.set_up()
+        second.say(request_, payload, *([second.kick] if request_ is Request.SET_VRING_KICK else []))
+        if request_ is Request.GET_VRING_BASE:
+            assert second.hear() == payload
+        # What was said has had its effect.
+        second.number(Request.GET_FEATURES)
+        first.submit(b"mine")
+        first.ring_kick()
+        assert first.answered() == b"mine"
+    finally:
+        second.close()
+
+
+def test_a_backend_channel_that_is_made_to_block_holds_up_nobody(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    lamp = Lamp()
+    front = fronts(lamp).greet(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        front.acked(Request.SET_BACKEND_REQ_FD, None, theirs.fileno())
+        front.set_up()
+        front.start()
+        # It is shared with whoever sent it.
+        theirs.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                theirs.send(bytes(4096))
+        theirs.setblocking(True)
+        bus.slot("d0").config_changed()
+        front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+
+
+def test_a_front_end_leaves_no_descriptors(bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path) -> None:
+    fronts(Echo()).sock.close()
+    made = bus.connectors["vm"]
+    gc.disable()
+    try:
+        counts = []
+        for _ in range(12):
+            front = Front(tmp_path / "d0.sock").greet()
+            front.set_up()
+            front.acked(Request.SET_VRING_ERR, m.U64(0), front.kick)
+            front.start()
+            front.close()
+            wait_until(lambda: made.describe()["peers"] == [])
+            counts.append(len(os.listdir("/proc/self/fd")))
+        assert counts[-1] - counts[1] < 5, counts
+    finally:
+        gc.enable()
+
+
+class Never(vbus.Device):
+    """Begins with what it is given, and is done with it when it is reset."""
+
+    device_id = 0x7E0C
+    queues = ("requests",)
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        self.begun.set()
+        await asyncio.Event().wait()
+
+
+def test_who_goes_while_a_queue_is_to_stop_is_parted_from(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    device = Never()
+    front = fronts(device).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"x")
+    front.ring_kick()
+    assert device.begun.wait(DEADLINE)
+    front.say(Request.GET_VRING_BASE, m.VringState(0, 0))
+    wait_until(lambda: bus.slot("d0").queues[0].paused)
+    front.sock.close()
+    wait_until(lambda: reasons(bus) == ["it closed the connection"])
+    # Whoever comes next has the device.
+    device.begun.clear()
+    after = fronts().greet()
+    after.set_up()
+    after.start()
+    after.submit(b"y")
+    after.ring_kick()
+    assert device.begun.wait(DEADLINE)

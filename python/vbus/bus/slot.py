@@ -69,7 +69,8 @@ class Ring:
 
     `desc`, `driver`, `device`: descriptor table, available and used ring, or what a packed ring has instead. `resume`:
     where to go on in a ring that was in use before, as the core's `next` says it. `inflight`: the mapping, and the
-    offset in it, where requests under way are kept for a successor of this process; not of a packed ring.
+    offset in it, where requests under way are kept for a successor of this process; not of a packed ring. `paused`:
+    nothing is taken off it until `pause_queue` says so.
     """
 
     size: int = 0
@@ -78,6 +79,7 @@ class Ring:
     device: int = 0
     resume: int | None = None
     inflight: tuple[_core.Mapping, int] | None = None
+    paused: bool = False
 
 
 class Attachment(ABC):
@@ -450,6 +452,7 @@ class Slot:
             self.mark(self.queues[index])
 
     def _start_ring(self, owner: Attachment, queue: Queue, ring: Ring) -> None:
+        queue.paused = ring.paused
         try:
             queue.core.start(
                 owner.memory,
@@ -515,8 +518,13 @@ class Slot:
 
         self.actor.post(start)
 
-    def pause_queue(self, queue: Queue, paused: bool) -> None:
-        """Take nothing more off the ring, or go on and look at it. What was taken is handled."""
+    def pause_queue(self, attachment: Attachment, queue: Queue, paused: bool) -> None:
+        """Take nothing more off the ring, or go on and look at it. What was taken is handled.
+
+        Nothing, from who does not drive the device.
+        """
+        if self.owner is not attachment:
+            return
         queue.paused = paused
         self.actor.post(self._tell_queues)
         self.mark(queue)
@@ -525,19 +533,25 @@ class Slot:
         if self.status & Status.DRIVER_OK:
             self.runner.hook(self.device.queues_changed)
 
-    def stop_queue(self, index: int, done: Callable[[int | None], None]) -> None:
+    def stop_queue(self, attachment: Attachment, index: int, done: Callable[[int | None], None]) -> None:
         """Stop one queue; `done` gets where its ring may be gone on with, as soon as nothing is in flight any more.
 
-        None when it did not run. Buffers of a pull queue that the device lets go of (`queue_stopping`), or keeps for
-        longer than five seconds, are given back to the ring: they come again when it is started there. (If the device
-        has given others back before them, that cannot be told, and its driver does not see them again before it resets
-        the queue.)
+        None when it did not run for this driver. Buffers of a pull queue that the device lets go of (`queue_stopping`),
+        or keeps for longer than five seconds, are given back to the ring: they come again when it is started there. (If
+        the device has given others back before them, that cannot be told, and its driver does not see them again before
+        it resets the queue.)
         """
         queue = self.queue_at(index)
-        queue.paused = True
+        if self.owner is attachment:
+            queue.paused = True
         deadline = time.monotonic() + PULLED_SECONDS
 
         def look() -> bool:
+            if self.owner is not attachment:
+                # It never was its driver's, or is no more: the ring that runs now is another's.
+                self.actor.drop_key(key)
+                done(None)
+                return False
             kept = queue.pull and queue.core.running and self._lets_go(queue, late=time.monotonic() > deadline)
             held = queue.core.in_flight
             if held and queue.core.running and not kept:

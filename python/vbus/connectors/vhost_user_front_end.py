@@ -49,6 +49,8 @@ NEEDED_IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 """Without these the protocol has no in-band notifications."""
 PACKED_BASE = 0x8000_8000
 """Where a packed ring begins: at descriptor 0 with a wrap counter of 1, for both sides."""
+LOOK_SECONDS = 0.5
+"""How often to look whether a front-end that waits for an answer is there still."""
 REFUSED = 1
 """The acknowledgement of what was not done."""
 
@@ -115,6 +117,7 @@ class FrontEnd(Attachment):
         self._dirty = False
         sock.setblocking(False)
         self._reader = wire.Reader(sock)
+        self._look_key = self.actor.key(self._look, 0)
         self.actor.watch(sock.fileno(), self._readable)
 
     # Messages.
@@ -262,8 +265,8 @@ class FrontEnd(Attachment):
                 vring.kick = self._bell(value, fds)
                 vring.kicked_in_band = vring.kick is None
                 self._listen_to_calls(vring)
-                if vring.kick is not None:
-                    self.slot.attach_doorbell(vring.queue, vring.kick)
+                if vring.started:
+                    self._listen_to_kicks([vring])
                 if vring.kick is not None or not self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
                     self._start(vring, done)
                     return
@@ -277,13 +280,14 @@ class FrontEnd(Attachment):
                     raise Violation("vring-enable", f"queue {index}: {num}")
                 vring = self._vring(index)
                 vring.enabled = bool(num)
-                self.slot.pause_queue(vring.queue, not vring.enabled)
+                self.slot.pause_queue(self, vring.queue, not vring.enabled)
                 if vring.enabled and vring.started and not self.launched:
                     self._launch(done)
                     return
             case Request.VRING_KICK, m.VringState(index=index):
                 vring = self._vring(index)
-                self.slot.kicks[index] += 1
+                if self.slot.owner is self:
+                    self.slot.kicks[index] += 1
                 if vring.kick is None and not vring.kicked_in_band:
                     # Nobody needs to say that there will be no descriptor.
                     vring.kicked_in_band = True
@@ -314,6 +318,7 @@ class FrontEnd(Attachment):
         """Read no more until the callback that this makes is called, from any thread: its effect comes first."""
         self._waiting = True
         self.actor.unwatch(self._sock.fileno())
+        self.actor.mark_later(self._look_key, LOOK_SECONDS)
 
         def then(callback: Callable[[], None]) -> Callable[[], None]:
             def resume() -> None:
@@ -331,6 +336,18 @@ class FrontEnd(Attachment):
     def _wait_for(self, callback: Callable[[], None]) -> Callable[[], None]:
         """What to call, from any thread, when a message has had its effect, which `callback` then answers."""
         return self._wait()(callback)
+
+    def _look(self) -> bool:
+        """Whoever waits for what never comes (a request that is not ended) may go all the same."""
+        if self._waiting and not self.is_parted:
+            poll = select.poll()
+            # Not its own end alone: it may read its last answer.
+            poll.register(self._sock, 0)
+            if poll.poll(0):
+                self.part("it closed the connection")
+            else:
+                self.actor.mark_later(self._look_key, LOOK_SECONDS)
+        return False
 
     def _must_be_stopped(self) -> None:
         running = [vring.queue.name for vring in self.vrings if vring.started]
@@ -547,7 +564,7 @@ class FrontEnd(Attachment):
         if self._backend is None or self.is_parted:
             return
         try:
-            wire.send(self._backend, codec.encode(request, m.VringState(vring.queue.index, 0)))
+            wire.send(self._backend, codec.encode(request, m.VringState(vring.queue.index, 0)), wait=False)
         except OSError as error:
             # A call that is lost is a driver that waits for ever.
             self.part(f"its queues' {request.name} cannot be sent: {error.strerror}")
@@ -572,8 +589,14 @@ class FrontEnd(Attachment):
         else:
             done()
 
-    @staticmethod
-    def _called(vrings: list[Vring], done: Callable[[], None]) -> Callable[[], None]:
+    def _listen_to_kicks(self, vrings: list[Vring]) -> None:
+        """Hear the kicks of rings that run: until then, a device's doorbells may be those of another driver."""
+        if self.slot.owner is self:
+            for vring in vrings:
+                if vring.kick is not None:
+                    self.slot.attach_doorbell(vring.queue, vring.kick)
+
+    def _called(self, vrings: list[Vring], done: Callable[[], None]) -> Callable[[], None]:
         """Call once for each ring, now that it runs: whoever served it before may have died before it could.
 
         A driver that is called in vain looks, and waits again. One that is not called waits for ever: with EVENT_IDX
@@ -581,6 +604,7 @@ class FrontEnd(Attachment):
         """
 
         def called() -> None:
+            self._listen_to_kicks(vrings)
             for vring in vrings:
                 vring.call.ring()
             done()
@@ -592,7 +616,6 @@ class FrontEnd(Attachment):
         addr = vring.addr
         assert addr is not None
         index = vring.queue.index
-        vring.queue.paused = not self._is_enabled(vring)
         return Ring(
             vring.size,
             self._guest.guest_address(f"queue {index}: descriptors", addr.desc),
@@ -600,6 +623,7 @@ class FrontEnd(Attachment):
             self._guest.guest_address(f"queue {index}: used ring", addr.used),
             vring.base,
             self._inflight.of(index, vring.size) if self._inflight is not None and not self._is_packed else None,
+            paused=not self._is_enabled(vring),
         )
 
     def _stop(self, index: int) -> None:
@@ -612,7 +636,8 @@ class FrontEnd(Attachment):
             vring.started = False
             end = ended[0] if ended[0] is not None else base
             vring.base = None
-            self.slot.detach_doorbell(vring.queue)
+            if self.slot.owner is self:
+                self.slot.detach_doorbell(vring.queue)
             vring.kick = None
             self.answer(Request.GET_VRING_BASE, m.VringState(index, end))
 
@@ -622,7 +647,7 @@ class FrontEnd(Attachment):
             ended.append(end)
             resumed()
 
-        self.slot.stop_queue(index, stop)
+        self.slot.stop_queue(self, index, stop)
 
     # What the slot says.
 
@@ -648,7 +673,7 @@ class FrontEnd(Attachment):
         if self._backend is None or not self.protocol & ProtocolFeature.CONFIG:
             return
         try:
-            wire.send(self._backend, codec.encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty()))
+            wire.send(self._backend, codec.encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty()), wait=False)
         except OSError as error:
             log.warning("%s: a change of config space could not be told: %s", self.label, error.strerror)
 
@@ -704,6 +729,8 @@ class FrontEnd(Attachment):
         for vring in self.vrings:
             self._unlisten(vring)
         self._state.close()
+        # It refers to this: doorbells would stay open until cycles are looked for.
+        del self._state
         self._guest.clear()
         self._inflight = None
         self.host.parted(self, reason)
