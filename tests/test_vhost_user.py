@@ -1111,3 +1111,21 @@ def test_who_goes_while_a_queue_is_to_stop_is_parted_from(bus: vbus.Bus, fronts:
     after.submit(b"y")
     after.ring_kick()
     assert device.begun.wait(DEADLINE)
+
+
+def test_config_space_of_another_driver_is_refused_by_name(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path
+) -> None:
+    first = fronts(Lamp()).greet()
+    first.set_up()
+    first.start()
+    bus.connect(VhostUser("d0", tmp_path / "other.sock"), "other")
+    second = Front(tmp_path / "other.sock")
+    try:
+        second.greet()
+        second.say(Request.SET_CONFIG, m.Config(0, 0, b"\0"))
+        departed = bus.connectors["other"].describe
+        wait_until(lambda: bool(departed()["departed"]))
+        assert "in use by vm: " in departed()["departed"][0]["reason"]
+    finally:
+        second.close()

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from vbus import _core
 from vbus.bus import Account, Actor, Attachment, Queue, RefusedError, Ring, Slot
 from vbus.bus.queue import MAX_QUEUE_SIZE
-from vbus.bus.slot import SignalCounters
+from vbus.bus.slot import InUseError, SignalCounters
 from vbus.connectors.eventfd import is_eventfd
 from vbus.connectors.vhost_user_classes import owns
 from vbus.connectors.vhost_user_memory import MAX_MEMORY_SLOTS, GuestMemory, Inflight
@@ -157,7 +157,7 @@ class FrontEnd(Attachment):
                     f"{message.request.name} with {len(fds)}; {row.least_fds} to {row.most_fds} belong to it",
                 )
             self._dispatch(message, left)
-        except RefusedError as error:
+        except (RefusedError, InUseError) as error:
             self.part(f"refused: {error}")
         except Violation as violation:
             self.part(str(violation))
