@@ -7,6 +7,8 @@ with running(BUS) as bus, guest(bus, modules=["virtio_rng"]) as vm:
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -19,38 +21,57 @@ from vbus import config
 from vbus.bus import Bus, Device
 from vbus.connectors import VhostUser
 from vbus.control.server import Control
-from vbus.devices import Blk, Input, Net, Rng
+from vbus.devices import Blk, Net
 from vbus.rundir import BusDirectory
 from vbus.vm import Guest
+from vbus.vm.options import VhostUserDevice, device_options
 
-SUFFIX = {"q35": "-pci", "pseries": "-pci", "s390x": "-ccw", "microvm": ""}
-"""What a device's name ends in, by the machine. One that is mapped into memory is named plainly, but for net."""
 MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], "Input": ["virtio_input", "evdev"]}
 """The guest's modules, by the class of the device."""
 
 
-def device_args(machine: str, name: str, device: Device, path: Path, *, reconnect: bool = False) -> list[str]:
-    """QEMU's options for a device whose connector listens at a path."""
-    chardev = f"socket,id=c-{name},path={path}" + (",reconnect-ms=100" if reconnect else "")
-    args = ["-chardev", chardev, "-device"]
-    match device:
-        case Net():
-            pairs = device.queue_pairs
-            netdev = f"vhost-user,id=n-{name},chardev=c-{name},queues={pairs}"
-            more = f",mq=on,vectors={2 * pairs + 2}" if pairs > 1 else ""
-            rom = ",romfile=" if SUFFIX[machine] == "-pci" else ""
-            net = f"virtio-net{SUFFIX[machine] or '-device'},netdev=n-{name},id={name},mac={device.mac}{more}{rom}"
-            return ["-chardev", chardev, "-netdev", netdev, "-device", net]
-        case Blk():
-            return [
-                *args,
-                f"vhost-user-blk{SUFFIX[machine]},chardev=c-{name},id={name},num-queues={device.config.num_queues}",
-            ]
-        case Rng():
-            return [*args, f"vhost-user-rng{SUFFIX[machine]},chardev=c-{name},id={name}"]
-        case Input():
-            return [*args, f"vhost-user-input{SUFFIX[machine]},chardev=c-{name},id={name}"]
-    raise ValueError(device)
+def device_args(
+    machine: str, name: str, device: Device, path: Path, *, reconnect: bool = False, packed: bool = False
+) -> list[str]:
+    """QEMU's options for a device whose connector listens at a path. `packed`: with packed rings, if the class can."""
+    mac = device.mac if isinstance(device, Net) else None
+    served = VhostUserDevice(name, int(device.device_id), path, queues=len(device._queues), mac=mac)
+    words = device_options(served, machine, "ms" if reconnect else "no")
+    if packed and isinstance(device, Net | Blk):
+        words[-1] += ",packed=on"
+    return words
+
+
+@contextlib.contextmanager
+def namespace(name: str) -> Iterator[tuple[str, ...]]:
+    """A network namespace of this name: the words that run a command in it."""
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        yield ("ip", "netns", "exec", name)
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@contextlib.contextmanager
+def file_served(folder: Path, size: int, address: str, inside: Sequence[str]) -> Iterator[str]:
+    """Random bytes at `http://ADDRESS:8000/file`, served inside: their SHA-256."""
+    served = folder / "served"
+    served.mkdir()
+    data = os.urandom(size)
+    (served / "file").write_bytes(data)
+    server = subprocess.Popen(
+        [
+            *(*inside, sys.executable, "-m", "http.server"),
+            *("--bind", address, "--directory", str(served), "8000"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield hashlib.sha256(data).hexdigest()
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 @contextlib.contextmanager
@@ -103,7 +124,13 @@ class Served:
 
 @contextlib.contextmanager
 def guest(
-    bus: Bus, machine: str = "q35", *, modules: Sequence[str] = (), reconnect: bool = False, **options: Any
+    bus: Bus,
+    machine: str = "q35",
+    *,
+    modules: Sequence[str] = (),
+    reconnect: bool = False,
+    packed: bool = False,
+    **options: Any,
 ) -> Iterator[Guest]:
     """A guest with every device of a bus that is reached by vhost-user."""
     args: list[str] = []
@@ -112,7 +139,7 @@ def guest(
         if isinstance(connector, VhostUser):
             device = bus.slot(connector.device_name).device
             assert connector.socket is not None
-            args += device_args(machine, device.name, device, connector.socket, reconnect=reconnect)
+            args += device_args(machine, device.name, device, connector.socket, reconnect=reconnect, packed=packed)
             wanted += MODULES[type(device).__name__]
     with Guest(machine, args=args, modules=wanted, **options) as vm:
         yield vm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import itertools
 import mmap
 import os
 import signal
@@ -49,7 +50,16 @@ def mapped_files() -> int:
 class Pair:
     """Both sides of a ring; the driver's memory is one arena, of which `data` is the part for buffers."""
 
-    def __init__(self, size: int = 8, *, event_idx: bool = True, indirect: bool = True, max_size: int = 256) -> None:
+    def __init__(
+        self,
+        size: int = 8,
+        *,
+        event_idx: bool = True,
+        indirect: bool = True,
+        packed: bool = False,
+        in_order: bool = False,
+        max_size: int = 256,
+    ) -> None:
         self.arena = mapping()
         self.bytes = memoryview(self.arena)
         self.data = self.bytes[DATA:]
@@ -58,11 +68,23 @@ class Pair:
         self.to_device = _core.Signal.direct(_core.Doorbell(os.eventfd(0)))
         self.to_driver = _core.Signal.direct(_core.Doorbell(os.eventfd(0)))
         self.event_idx, self.indirect = event_idx, indirect
+        self.packed, self.in_order = packed, in_order
         self.queue = _core.DeviceQueue(max_size)
-        self.driver = _core.DriverQueue(
-            self.arena, 0, BASE, size, event_idx=event_idx, indirect=indirect, signal=self.to_device
-        )
+        self.driver = self.new_driver(size)
         self.start()
+
+    def new_driver(self, size: int = 8) -> _core.DriverQueue:
+        return _core.DriverQueue(
+            self.arena,
+            0,
+            BASE,
+            size,
+            event_idx=self.event_idx,
+            indirect=self.indirect,
+            packed=self.packed,
+            in_order=self.in_order,
+            signal=self.to_device,
+        )
 
     def start(
         self,
@@ -83,6 +105,8 @@ class Pair:
             event_idx=self.event_idx,
             indirect=self.indirect,
             signal=self.to_driver,
+            packed=self.packed,
+            in_order=self.in_order,
             resume=resume,
             inflight=inflight,
         )
@@ -113,8 +137,14 @@ class Pair:
         struct.pack_into("<H", self.bytes, at + 2, len(heads))
 
 
-@pytest.fixture(params=[(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.fixture(params=list(itertools.product((True, False), repeat=3)), ids=str)
 def pair(request: pytest.FixtureRequest) -> Pair:
+    event_idx, indirect, packed = request.param
+    return Pair(event_idx=event_idx, indirect=indirect, packed=packed)
+
+
+@pytest.fixture(params=list(itertools.product((True, False), repeat=2)), ids=str)
+def split(request: pytest.FixtureRequest) -> Pair:
     event_idx, indirect = request.param
     return Pair(event_idx=event_idx, indirect=indirect)
 
@@ -389,9 +419,7 @@ class TestDeviceQueue:
     def test_counters_outlive_a_restart(self, pair: Pair) -> None:
         pair.queue.complete([pair.request([(0, 4)], [])])
         pair.queue.stop()
-        pair.driver = _core.DriverQueue(
-            pair.arena, 0, BASE, 8, event_idx=pair.event_idx, indirect=pair.indirect, signal=pair.to_device
-        )
+        pair.driver = pair.new_driver()
         pair.start()
         pair.queue.complete([pair.request([(0, 2)], [])])
         assert pair.queue.counters == (2, 6, 0)
@@ -457,11 +485,51 @@ class TestDeviceQueue:
         ],
         ids=str,
     )
-    def test_rings_that_are_none(self, pair: Pair, changed: dict[str, int], name: str) -> None:
+    def test_rings_that_are_none(self, split: Pair, changed: dict[str, int], name: str) -> None:
+        assert violation(lambda: split.start(changed=changed)) == name
+        assert not split.queue.running
+        split.start()
+        assert split.queue.running
+
+    @pytest.mark.parametrize(
+        ("changed", "name"),
+        [
+            ({"size": 0}, "queue-size"),
+            ({"size": 257}, "queue-size"),
+            ({"size": 1 << 31}, "queue-size"),
+            ({"desc": BASE + 8}, "ring-misaligned"),
+            ({"driver": BASE + 2}, "ring-misaligned"),
+            ({"device": BASE + 2}, "ring-misaligned"),
+            ({"desc": 0}, "ring-outside-memory"),
+            ({"driver": BASE + SIZE}, "ring-outside-memory"),
+            ({"device": (1 << 64) - 4}, "ring-outside-memory"),
+        ],
+        ids=str,
+    )
+    def test_packed_rings_that_are_none(self, changed: dict[str, int], name: str) -> None:
+        pair = Pair(packed=True)
         assert violation(lambda: pair.start(changed=changed)) == name
         assert not pair.queue.running
-        pair.start()
-        assert pair.queue.running
+        pair.start(changed={"size": 6})
+        assert pair.queue.size == 6
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_in_order_what_is_completed_early_is_shown_late(self, packed: bool) -> None:
+        pair = Pair(packed=packed, in_order=True)
+        tokens = [pair.add([], [(at, 1)]) for at in range(4)]
+        one, two, three, four = pair.queue.take(10)
+        for request in (one, two, three, four):
+            request.write(b"x")
+        told = pair.to_driver.counters[0]
+        pair.queue.complete([three, two])
+        assert (three.done, pair.queue.in_flight, pair.driver.reap(10)) == (True, 4, [])
+        assert pair.to_driver.counters[0] == told, "there is nothing to be told of"
+        pair.queue.complete([one])
+        assert (pair.queue.in_flight, pair.queue.counters) == (1, (3, 0, 3))
+        assert pair.driver.reap(10) == [(token, 1) for token in tokens[:3]]
+        pair.queue.complete([four])
+        assert pair.driver.reap(10) == [(tokens[3], 1)]
+        assert pair.to_driver.counters[0] == told + 2
 
     @pytest.mark.parametrize(
         ("descs", "heads", "name"),
@@ -637,28 +705,48 @@ class TestDriverQueue:
         assert pair.driver.reap(10) == []
 
 
-def test_a_ring_that_was_in_use_is_gone_on_with() -> None:
-    pair = Pair()
-    for n in range(20):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_ring_that_was_in_use_is_gone_on_with(packed: bool) -> None:
+    pair = Pair(packed=packed)
+    for n in range(1, 21):
         request = pair.request([(0, 4)], [])
         pair.queue.complete([request])
         assert len(pair.driver.reap(8)) == 1
         where = pair.queue.next
-        assert where == n + 1
+        assert where == pair.queue.unused
+        assert where == ((n % 8 | (0 if n // 8 % 2 else 0x8000)) * 0x10001 if packed else n)
         pair.queue.stop()
-        assert pair.queue.next is None
+        assert (pair.queue.next, pair.queue.unused) == (None, None)
         pair.start(resume=where)
+    tokens = [pair.add([(0, 4)], []) for _ in range(4)]
+    one, two, three = pair.queue.take(3)
+    pair.queue.complete([one])
+    where = pair.queue.unused
+    pair.queue.complete([three])
+    assert pair.queue.unused is None, "the second is in flight still, and the third is not"
+    pair.queue.complete([two])
+    assert pair.queue.unused == pair.queue.next != where
+    assert [request.index for request in pair.queue.take(3)] == tokens[3:]
+
     with pytest.raises(OverflowError):
-        pair.start(resume=1 << 16)
-    pair.start(resume=5000)
-    with pytest.raises(Violation, match="index-jump"):
-        pair.queue.take(1)
+        pair.start(resume=1 << 32)
+    with pytest.raises(Violation, match="ring-position"):
+        pair.start(resume=(1 << 16) + 8)
+    if not packed:
+        pair.start(resume=5000)
+        with pytest.raises(Violation, match="index-jump"):
+            pair.queue.take(1)
 
 
 class TestInflight:
     """What is in flight, kept in a region that outlives the queue: vhost-user's layout for split rings."""
 
-    def test_what_is_in_flight_is_given_to_the_next(self, pair: Pair) -> None:
+    def test_of_a_packed_ring_it_is_not_kept(self) -> None:
+        with pytest.raises(ValueError, match="packed"):
+            Pair(packed=True).start(inflight=(mapping(4096), 0))
+
+    def test_what_is_in_flight_is_given_to_the_next(self, split: Pair) -> None:
+        pair = split
         size = _core.DeviceQueue.inflight_size(8)
         assert (size, _core.DeviceQueue.inflight_size(1)) == (192, 64)
         region = mapping(4096)
@@ -682,7 +770,8 @@ class TestInflight:
         assert sorted(pair.driver.reap(10)) == sorted([(tokens[1], 4), *((tokens[n], 0) for n in (0, 2, 3))])
         assert (pair.queue.next, struct.unpack_from("<H", at, 14)) == (4, (4,))
 
-    def test_what_a_region_may_not_be(self, pair: Pair) -> None:
+    def test_what_a_region_may_not_be(self, split: Pair) -> None:
+        pair = split
         region = mapping(4096)
         for header, name in [
             ((1, 0, 2, 8, 0, 0), "inflight-version"),

@@ -250,14 +250,14 @@ class Batch(Sequence[Request]):
     """Requests that a handler answers together; objects of Python only once somebody looks at one."""
 
     @overload
-    def __getitem__(self, index: int) -> Request: ...
+    def __getitem__(self, index: int, /) -> Request: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Request]: ...
+    def __getitem__(self, index: slice, /) -> list[Request]: ...
     def __len__(self) -> int: ...
 
 @final
 class DeviceQueue:
-    """The device side of a split ring. All methods may be called from any thread."""
+    """The device side of a ring, split or packed. All methods may be called from any thread."""
 
     def __new__(cls, max_size: int) -> DeviceQueue:
         """ValueError unless a power of two, 1 to 32768."""
@@ -279,17 +279,22 @@ class DeviceQueue:
         event_idx: bool,
         indirect: bool,
         signal: Signal,
+        packed: bool = False,
+        in_order: bool = False,
         resume: int | None = None,
         inflight: tuple[Mapping, int] | None = None,
     ) -> None:
-        """A new ring; or one that was in use before, to go on with entry `resume` of the available ring.
+        """A new ring; or one that was in use before, to go on at `resume`, as `next` says it. A packed ring has any
+        number of descriptors; its addresses are those of the descriptor ring and of the driver's and the device's event
+        suppression. With `in_order`, requests that are completed early are shown when all before them are.
 
         `inflight`: a writable mapping and the offset in it where this queue keeps what is in flight, as vhost-user lays
         it out for split rings. What a predecessor left there is given by `take` first, in the order in which it was
         taken. Then `resume` is not looked at: the ring goes on behind the used ring's index and what is in flight. A
-        region that was never used (version 0) begins at the used ring's index.
+        region that was never used (version 0) begins at the used ring's index. ValueError for a packed ring.
 
-        Violation: queue-size (0, not a power of two, above max_size), ring-misaligned, ring-outside-memory,
+        Violation: queue-size (0, not a power of two in a split ring, above max_size), ring-position (`resume` is no
+        place of such a ring), ring-misaligned, ring-outside-memory,
         inflight-size (outside the mapping; of another size than the ring), inflight-misaligned, inflight-version,
         inflight-features, inflight-used-index, inflight-next, inflight-loop, inflight-counter, inflight-too-many,
         region-lost, log-too-small.
@@ -299,8 +304,15 @@ class DeviceQueue:
         """Bytes that a queue of this size takes of what is in flight, rounded up to 64. ValueError: 0, above 32768."""
     @property
     def next(self) -> int | None:
-        """The available entry that comes next: where another may resume once nothing is in flight. None: stopped. What
-        a predecessor left in flight and was not given yet is not counted as taken.
+        """Where another may resume once nothing is in flight; None: stopped. In a split ring, the available entry that
+        comes next. In a packed one, in the lower half, the place of the descriptor that comes next (15 bits) and its
+        wrap counter (1), and in the upper half the same of the next used descriptor. What a predecessor left in flight
+        and was not given yet is not counted as taken.
+        """
+    @property
+    def unused(self) -> int | None:
+        """Where another may resume and is given again what is in flight. None: stopped; or there is no such place,
+        because a request was used before one that was taken earlier and is in flight.
         """
     def stop(self) -> None:
         """No more requests; completing old ones does nothing."""
@@ -308,10 +320,10 @@ class DeviceQueue:
         """The next requests in ring order, at most `limit`; [] when there are none or the queue is stopped.
 
         Notifications are off while the ring is not empty and on again in the call that gives none. Violations
-        (index-jump, descriptor-out-of-range, descriptor-loop, chain-too-long, chain-too-large, readable-after-writable,
-        zero-length-descriptor, address-outside-memory, region-read-only, indirect-*, ...): raised after the good
-        requests before it were given (on the next call). region-lost: at once, also for a mapping of the log or of what
-        is in flight.
+        (index-jump, descriptor-out-of-range, descriptor-loop, descriptor-not-available, chain-too-long,
+        chain-too-large, readable-after-writable, zero-length-descriptor, address-outside-memory, region-read-only,
+        indirect-*, ...): raised after the good requests before it were given (on the next call). region-lost: at once,
+        also for a mapping of the log or of what is in flight.
         """
     def serve(
         self,
@@ -332,23 +344,23 @@ class DeviceQueue:
         that were taken, before they are handled. Violation: as `take` and `complete`.
         """
     def complete(self, requests: Sequence[Request]) -> None:
-        """Put requests into the used ring, published together, and signal when the driver wants it. Requests that
+        """Give requests back as used, published together, and signal when the driver wants it. Requests that
         are done already are ignored. Violation: ring-outside-memory, region-lost; log-too-small, when they are
         completed.
         """
     @property
     def in_flight(self) -> int:
-        """Taken and not completed."""
+        """Taken and not shown as used."""
     @property
     def counters(self) -> tuple[int, int, int]:
         """Requests completed, bytes readable of them, bytes written of them; kept over stop and start."""
 
 @final
 class DriverQueue:
-    """The driver side of a split ring, in memory of its own. Not for several threads at once."""
+    """The driver side of a ring, split or packed, in memory of its own. Not for several threads at once."""
 
     @staticmethod
-    def bytes_needed(size: int) -> int:
+    def bytes_needed(size: int, *, packed: bool = False) -> int:
         """Bytes of the arena that a ring of this size takes (with its indirect tables when those are used)."""
     def __new__(
         cls,
@@ -360,13 +372,18 @@ class DriverQueue:
         event_idx: bool,
         indirect: bool,
         signal: Signal | None = None,
+        packed: bool = False,
+        in_order: bool = False,
     ) -> DriverQueue:
         """A ring at `offset` (16-byte aligned) of `arena`, whose first byte has the driver address `address`."""
     @property
     def size(self) -> int: ...
     @property
     def desc(self) -> int:
-        """Driver address of the descriptor table; `driver` and `device`: of the available and the used ring."""
+        """Driver address of the descriptor table; `driver` and `device`: of the available and the used ring.
+
+        In a packed ring, of the descriptor ring, and of the driver's and the device's event suppression.
+        """
     @property
     def driver(self) -> int: ...
     @property

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vbus_ring::mem::{Mapping, Window};
-use vbus_ring::ring::split::DriverRing;
+use vbus_ring::ring::DriverRing;
 use vbus_ring::violation::Violation;
 
 use crate::wait::{sleep, Patience, Silence};

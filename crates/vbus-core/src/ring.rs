@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
-use vbus_ring::ring::split::{inflight_bytes, DeviceRing, DriverRing, Setup};
-use vbus_ring::ring::{Chain, MAX_SIZE};
+use vbus_ring::ring::split::{self, inflight_bytes};
+use vbus_ring::ring::{Chain, DeviceRing, DriverRing, Features, Setup, MAX_SIZE};
 use vbus_ring::signal::Notify;
 use vbus_ring::violation::{Rule, Violation};
 
@@ -255,7 +255,7 @@ impl Request {
     }
 }
 
-/// The device side of a split ring.
+/// The device side of a ring.
 #[pyclass(frozen, module = "vbus._core")]
 pub struct DeviceQueue {
     shared: Arc<Shared>,
@@ -296,7 +296,10 @@ impl DeviceQueue {
     }
 
     #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (memory, size, desc, driver, device, *, event_idx, indirect, signal, resume=None, inflight=None))]
+    #[pyo3(signature = (
+        memory, size, desc, driver, device, *, event_idx, indirect, signal, packed = false, in_order = false,
+        resume = None, inflight = None
+    ))]
     fn start(
         &self,
         py: Python<'_>,
@@ -308,18 +311,26 @@ impl DeviceQueue {
         event_idx: bool,
         indirect: bool,
         signal: &Signal,
-        resume: Option<u16>,
+        packed: bool,
+        in_order: bool,
+        resume: Option<u32>,
         inflight: Option<(PyRef<'_, Mapping>, u64)>,
     ) -> PyResult<()> {
         if inflight.as_ref().is_some_and(|(mapping, _)| !mapping.0.writable()) {
             return Err(PyValueError::new_err("what is in flight needs a writable mapping"));
         }
+        if packed && inflight.is_some() {
+            return Err(PyValueError::new_err("what is in flight of a packed ring is not kept"));
+        }
         self.shared.replace(None);
-        let setup = Setup { size, desc, driver, device, event_idx, indirect, resume };
+        let features = Features { packed, event_idx, indirect, in_order };
+        let setup = Setup { size, desc, driver, device, features, resume };
         let memory = memory.0.clone();
         let ring = match inflight {
             None => DeviceRing::new(memory, self.max_size, setup),
-            Some((mapping, offset)) => DeviceRing::tracked(memory, self.max_size, setup, &mapping.0, offset),
+            Some((mapping, offset)) => {
+                split::DeviceRing::tracked(memory, self.max_size, setup, &mapping.0, offset).map(DeviceRing::Split)
+            }
         };
         let ring = ring.map_err(|violation| to_error(py, &violation))?;
         self.shared.replace(Some(Running { ring, signal: signal.0.clone(), waiting: VecDeque::new() }));
@@ -362,8 +373,13 @@ impl DeviceQueue {
     }
 
     #[getter]
-    fn next(&self) -> Option<u16> {
+    fn next(&self) -> Option<u32> {
         self.shared.lock().as_ref().map(|running| running.ring.next())
+    }
+
+    #[getter]
+    fn unused(&self) -> Option<u32> {
+        self.shared.lock().as_ref().and_then(|running| running.ring.unused())
     }
 
     #[getter]
@@ -379,7 +395,7 @@ impl DeviceQueue {
     }
 }
 
-/// The driver side of a split ring, in memory of its own.
+/// The driver side of a ring, in memory of its own.
 #[pyclass(frozen, module = "vbus._core")]
 pub struct DriverQueue {
     ring: Mutex<DriverRing>,
@@ -395,13 +411,16 @@ impl DriverQueue {
 #[pymethods]
 impl DriverQueue {
     #[staticmethod]
-    fn bytes_needed(size: u32) -> PyResult<usize> {
-        DriverRing::bytes_needed(size).map_err(value_error)
+    #[pyo3(signature = (size, *, packed = false))]
+    fn bytes_needed(size: u32, packed: bool) -> PyResult<usize> {
+        DriverRing::bytes_needed(size, packed).map_err(value_error)
     }
 
     #[allow(clippy::too_many_arguments)]
     #[new]
-    #[pyo3(signature = (arena, offset, address, size, *, event_idx, indirect, signal = None))]
+    #[pyo3(signature = (
+        arena, offset, address, size, *, event_idx, indirect, signal = None, packed = false, in_order = false
+    ))]
     fn new(
         arena: &Mapping,
         offset: usize,
@@ -410,8 +429,11 @@ impl DriverQueue {
         event_idx: bool,
         indirect: bool,
         signal: Option<&Signal>,
+        packed: bool,
+        in_order: bool,
     ) -> PyResult<Self> {
-        let ring = DriverRing::new(&arena.0, offset, address, size, event_idx, indirect).map_err(value_error)?;
+        let features = Features { packed, event_idx, indirect, in_order };
+        let ring = DriverRing::new(&arena.0, offset, address, size, features).map_err(value_error)?;
         Ok(Self { ring: Mutex::new(ring), signal: signal.map(|signal| signal.0.clone()) })
     }
 

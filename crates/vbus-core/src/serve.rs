@@ -195,10 +195,12 @@ impl Batch {
         self.list(py)?.contains(value)
     }
 
-    fn index(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<usize> {
-        self.list(py)?.index(value)
+    #[pyo3(signature = (value, start = 0, stop = isize::MAX, /))]
+    fn index(&self, py: Python<'_>, value: &Bound<'_, PyAny>, start: isize, stop: isize) -> PyResult<usize> {
+        self.list(py)?.call_method1("index", (value, start, stop))?.extract()
     }
 
+    #[pyo3(signature = (value, /))]
     fn count(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<usize> {
         Ok(usize::from(self.list(py)?.contains(value)?))
     }

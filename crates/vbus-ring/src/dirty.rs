@@ -64,7 +64,7 @@ mod tests {
 
     use super::*;
     use crate::mem::{watch, Memory, VolatileSlice};
-    use crate::ring::split::{DeviceRing, Setup};
+    use crate::ring::{DeviceRing, Features, Setup};
 
     const SIZE: u16 = 4096;
     const AVAIL: usize = 0x10_000;
@@ -85,8 +85,9 @@ mod tests {
         bytes
     }
 
-    /// Run a ring over the end of its parts, and switch a log on when it is looked at for the time `at`; false when there are not as many.
-    fn run(event_idx: bool, at: usize) -> bool {
+    /// Run a ring over the end of its parts, and switch a log on when it is looked at for the time `at`; false when there
+    /// are not as many.
+    fn run(features: Features, at: usize) -> bool {
         let arena = mapping(BYTES);
         let memory = Arc::new(Memory::new(1, BYTES as u64));
         memory.add(0, &arena, 0, BYTES as u64, true).unwrap();
@@ -96,13 +97,21 @@ mod tests {
         window.store16(USED + 2, begin, Ordering::Relaxed);
         for count in 0..8 {
             let (head, entry) = (usize::from(count), usize::from((begin + count) % SIZE));
-            window.store16(AVAIL + 4 + 2 * entry, count, Ordering::Relaxed);
-            window.store64(16 * head, (DATA + 0x1000 * head) as u64, Ordering::Relaxed);
-            window.store64(16 * head + 8, 8 | 2 << 32, Ordering::Relaxed);
+            let buffer = (DATA + 0x1000 * head) as u64;
+            if features.packed {
+                // Writable, and available in the first lap or in the one behind it.
+                let flags = 2 | if count < 3 { 0x80 } else { 0x8000u64 };
+                window.store64(16 * entry, buffer, Ordering::Relaxed);
+                window.store64(16 * entry + 8, 8 | u64::from(count) << 32 | flags << 48, Ordering::Relaxed);
+            } else {
+                window.store16(AVAIL + 4 + 2 * entry, count, Ordering::Relaxed);
+                window.store64(16 * head, buffer, Ordering::Relaxed);
+                window.store64(16 * head + 8, 8 | 2 << 32, Ordering::Relaxed);
+            }
         }
         let (size, driver, device) = (u32::from(SIZE), AVAIL as u64, USED as u64);
-        let resume = Some(begin);
-        let setup = Setup { size, desc: 0, driver, device, event_idx, indirect: false, resume };
+        let resume = if features.packed { (0x8000 | u32::from(begin)) * 0x1_0001 } else { u32::from(begin) };
+        let setup = Setup { size, desc: 0, driver, device, features, resume: Some(resume) };
 
         let log = mapping(BYTES / PAGE as usize / 8);
         let (looks, since) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(None)));
@@ -119,10 +128,12 @@ mod tests {
         watch::stores(watcher, || {
             let mut ring = DeviceRing::new(memory, size, setup).unwrap();
             for (count, limit) in [(1u16, 1), (2, 1), (4, 10), (4, 10), (8, 3), (8, 10), (8, 10)] {
-                let index = begin + count;
-                // SAFETY: aligned, and inside the mapping.
-                let avail = unsafe { std::sync::atomic::AtomicU16::from_ptr(arena.as_ptr().add(AVAIL + 2).cast()) };
-                avail.store(index.to_le(), Ordering::Relaxed);
+                if !features.packed {
+                    let index = begin + count;
+                    // SAFETY: aligned, and inside the mapping.
+                    let avail = unsafe { std::sync::atomic::AtomicU16::from_ptr(arena.as_ptr().add(AVAIL + 2).cast()) };
+                    avail.store(index.to_le(), Ordering::Relaxed);
+                }
                 let mut chains = Vec::new();
                 ring.take(limit, &mut chains).unwrap();
                 for chain in &chains {
@@ -149,9 +160,12 @@ mod tests {
 
     #[test]
     fn a_log_that_begins_at_any_store_misses_nothing() {
-        for event_idx in [false, true] {
-            let looks = (1..).take_while(|at| run(event_idx, *at)).count();
-            assert!(looks > 40, "{looks}");
+        for (packed, event_idx, in_order) in
+            [(false, false, false), (false, true, true), (true, false, false), (true, true, false), (true, true, true)]
+        {
+            let features = Features { packed, event_idx, indirect: false, in_order };
+            let looks = (1..).take_while(|at| run(features, *at)).count();
+            assert!(looks > if packed { 20 } else { 40 }, "{looks}");
         }
     }
 }

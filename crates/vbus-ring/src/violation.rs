@@ -30,12 +30,14 @@ pub enum Rule {
     TooMuchMemory,
     /// A range that is not wholly inside the driver's memory.
     AddressOutsideMemory,
-    /// A queue size of 0, not a power of two, or above the queue's maximum.
+    /// A queue size of 0, not a power of two in a split ring, or above the queue's maximum.
     QueueSize,
     /// A part of a ring off its alignment.
     RingMisaligned,
     /// A part of a ring that is not in writable memory of the driver, in one region.
     RingOutsideMemory,
+    /// A place to go on that a ring of this size does not have.
+    RingPosition,
     /// The available index ran ahead by more than the queue's size.
     IndexJump,
     /// A head or a next field at or above the queue's size.
@@ -50,8 +52,10 @@ pub enum Rule {
     ReadableAfterWritable,
     /// A descriptor without bytes.
     ZeroLengthDescriptor,
-    /// A head that is made available again before it was used.
+    /// A head, a buffer id or a place of a packed ring that is made available again before it was used.
     DescriptorInUse,
+    /// A descriptor of a packed ring in a chain that is available, which is not available itself.
+    DescriptorNotAvailable,
     /// More pieces of memory in flight than a queue remembers.
     TooManyBuffers,
     /// An indirect descriptor where the feature was not negotiated.
@@ -119,6 +123,7 @@ impl Rule {
             Self::QueueSize => "queue-size",
             Self::RingMisaligned => "ring-misaligned",
             Self::RingOutsideMemory => "ring-outside-memory",
+            Self::RingPosition => "ring-position",
             Self::IndexJump => "index-jump",
             Self::DescriptorOutOfRange => "descriptor-out-of-range",
             Self::DescriptorLoop => "descriptor-loop",
@@ -127,6 +132,7 @@ impl Rule {
             Self::ReadableAfterWritable => "readable-after-writable",
             Self::ZeroLengthDescriptor => "zero-length-descriptor",
             Self::DescriptorInUse => "descriptor-in-use",
+            Self::DescriptorNotAvailable => "descriptor-not-available",
             Self::TooManyBuffers => "too-many-buffers",
             Self::IndirectNotNegotiated => "indirect-not-negotiated",
             Self::IndirectNested => "indirect-nested",

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use memory::mapping;
 use vbus_ring::dirty::PAGE;
 use vbus_ring::mem::{Mapping, Memory, VolatileSlice, Window};
-use vbus_ring::ring::split::{DeviceRing, Setup};
+use vbus_ring::ring::split::DeviceRing;
 use vbus_ring::ring::Chain;
+use vbus_ring::ring::{Features, Setup};
 use vbus_ring::violation::Violation;
 
 const NEXT: u16 = 1;
@@ -43,7 +44,8 @@ impl World {
 
     fn ring(&self) -> Result<DeviceRing, Violation> {
         let (size, event_idx) = (u32::from(self.size), self.event_idx);
-        let setup = Setup { size, desc: DESC, driver: AVAIL, device: USED, event_idx, indirect: false, resume: None };
+        let features = Features { event_idx, ..Features::default() };
+        let setup = Setup { size, desc: DESC, driver: AVAIL, device: USED, features, resume: None };
         DeviceRing::new(self.memory.clone(), size, setup)
     }
 

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 
 use vbus_ring::mem::{Mapping, Memory, VolatileSlice, Window};
-use vbus_ring::ring::split::{DeviceRing, Setup};
+use vbus_ring::ring::split::DeviceRing;
 use vbus_ring::ring::Chain;
+use vbus_ring::ring::{Features, Setup};
 use vbus_ring::violation::Violation;
 
 const BYTES: usize = 0x10_000;
@@ -153,7 +154,7 @@ impl World {
 
     fn setup() -> Setup {
         let (driver, device) = (BASE + AVAIL, BASE + USED);
-        Setup { size: 8, desc: BASE, driver, device, event_idx: false, indirect: false, resume: None }
+        Setup { size: 8, desc: BASE, driver, device, features: Features::default(), resume: None }
     }
 
     fn ring(&self) -> Result<DeviceRing, Violation> {

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use memory::mapping;
 use vbus_ring::mem::{Mapping, Memory, VolatileSlice, Window};
-use vbus_ring::ring::split::{DeviceRing, DriverRing, Setup};
-use vbus_ring::ring::Chain;
+use vbus_ring::ring::split::{DeviceRing, DriverRing};
+use vbus_ring::ring::{Chain, Features, Setup};
 use vbus_ring::violation::Violation;
 
 const NEXT: u16 = 1;
@@ -43,8 +43,7 @@ impl Raw {
             desc: BASE,
             driver: BASE + AVAIL,
             device: BASE + USED,
-            event_idx: false,
-            indirect: true,
+            features: Features { indirect: true, ..Features::default() },
             resume: None,
         };
         Self { memory, window: Window::new(mapping.clone(), 0, bytes as usize), mapping, setup, index: 0 }
@@ -276,7 +275,7 @@ fn entry(raw: &Raw, index: u64, address: u64, size: u32, flags: u16, next: u16) 
 #[test]
 fn an_indirect_table_without_the_feature() {
     let mut raw = Raw::new(8);
-    raw.setup.indirect = false;
+    raw.setup.features.indirect = false;
     assert_eq!(chain_of(raw, 0, |raw| raw.desc(0, BUFFER, 16, INDIRECT, 0)), "indirect-not-negotiated");
 }
 
@@ -424,7 +423,7 @@ fn a_ring_may_end_where_its_memory_ends() {
     let mut raw = Raw::new(8);
     raw.setup.device = BASE + 0x40_0000 - (4 + 8 * 8);
     raw.ring().unwrap();
-    raw.setup.event_idx = true;
+    raw.setup.features.event_idx = true;
     assert_eq!(name(raw.ring()), "ring-outside-memory", "the event field is missing");
     raw.setup.device -= 4;
     raw.ring().unwrap();
@@ -626,8 +625,12 @@ struct Liar {
 
 impl Liar {
     fn new(indirect: bool) -> Self {
+        Self::with(Features { indirect, ..Features::default() })
+    }
+
+    fn with(features: Features) -> Self {
         let arena: Arc<Mapping> = mapping(0x1_0000, true);
-        let ring = DriverRing::new(&arena, 0, BASE, 8, false, indirect).unwrap();
+        let ring = DriverRing::new(&arena, 0, BASE, 8, features).unwrap();
         let offset = (ring.device() - BASE) as usize;
         Self { ring, used: Window::new(arena, offset, 0x100), index: 0 }
     }
@@ -737,9 +740,59 @@ fn more_bytes_than_were_writable() {
 }
 
 #[test]
+fn in_order_a_device_may_say_only_the_last_of_several() {
+    for round in 0..20 {
+        let mut liar = Liar::with(Features { indirect: round % 2 == 0, in_order: true, ..Features::default() });
+        for _ in 0..round {
+            let tokens = [liar.request(8), liar.request(9), liar.request(10)];
+            // In the entry of the first, and the index is behind all of them.
+            liar.uses(tokens[1].into(), 3);
+            liar.moves(liar.index.wrapping_add(1));
+            let mut finished = Vec::new();
+            liar.ring.reap(1, &mut finished).unwrap();
+            assert_eq!((finished.pop(), liar.ring.outstanding()), (Some((tokens[0], 8)), 2));
+            assert_eq!(liar.reap().unwrap(), [(tokens[1], 3)]);
+            liar.uses(tokens[2].into(), 0);
+            assert_eq!(liar.reap().unwrap(), [(tokens[2], 0)]);
+        }
+    }
+}
+
+#[test]
+fn in_order_an_index_that_is_not_behind_the_last_of_several() {
+    let mut liar = Liar::with(Features { in_order: true, ..Features::default() });
+    let tokens = [liar.request(8), liar.request(8), liar.request(8)];
+    liar.uses(tokens[0].into(), 8);
+    liar.uses(tokens[2].into(), 8);
+    assert_eq!(liar.caught(1), "used-index-jump");
+}
+
+#[test]
+fn in_order_descriptors_are_taken_round_and_round() {
+    let arena = mapping(0x1_0000, true);
+    let features = Features { in_order: true, ..Features::default() };
+    let mut liar = Liar {
+        ring: DriverRing::new(&arena, 0, BASE, 8, features).unwrap(),
+        used: Window::new(arena.clone(), 0, 16 * 8),
+        index: 0,
+    };
+    let used = Window::new(arena, (liar.ring.device() - BASE) as usize, 0x100);
+    let descriptors = std::mem::replace(&mut liar.used, used);
+    for round in 0..30u16 {
+        let token = liar.ring.add(&[(BASE, 1), (BASE, 2), (BASE, 3)], &[]).unwrap().unwrap();
+        let _ = liar.ring.publish();
+        assert_eq!(token, 3 * round % 8);
+        let next = |index: u16| descriptors.load16(16 * usize::from(index % 8) + 14, Ordering::Relaxed);
+        assert_eq!((next(token), next(token + 1)), ((token + 1) % 8, (token + 2) % 8));
+        liar.uses(token.into(), 0);
+        assert_eq!(liar.reap().unwrap(), [(token, 0)]);
+    }
+}
+
+#[test]
 fn a_device_that_writes_over_the_drivers_own_parts_changes_nothing_of_what_it_knows() {
     let arena = mapping(0x1_0000, true);
-    let mut ring = DriverRing::new(&arena, 0, BASE, 8, false, false).unwrap();
+    let mut ring = DriverRing::new(&arena, 0, BASE, 8, Features::default()).unwrap();
     let all = Window::new(arena, 0, DriverRing::bytes_needed(8).unwrap());
     let used = (ring.device() - BASE) as usize;
     for round in 0..100u16 {

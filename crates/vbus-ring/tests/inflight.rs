@@ -10,8 +10,8 @@ use memory::mapping;
 use proptest::prelude::*;
 
 use vbus_ring::mem::{Mapping, Memory, Window};
-use vbus_ring::ring::split::{inflight_bytes, DeviceRing, Setup};
-use vbus_ring::ring::Chain;
+use vbus_ring::ring::split::{inflight_bytes, DeviceRing};
+use vbus_ring::ring::{Chain, Features, Setup};
 use vbus_ring::violation::Violation;
 
 const SIZE: u16 = 8;
@@ -48,7 +48,7 @@ impl World {
     fn start_at(&self, mapping: &Arc<Mapping>, offset: u64) -> Result<DeviceRing, Violation> {
         let size = u32::from(SIZE);
         let (driver, device) = (BASE + AVAIL as u64, BASE + USED as u64);
-        let setup = Setup { size, desc: BASE, driver, device, event_idx: false, indirect: false, resume: None };
+        let setup = Setup { size, desc: BASE, driver, device, features: Features::default(), resume: None };
         DeviceRing::tracked(self.memory.clone(), size, setup, mapping, offset)
     }
 

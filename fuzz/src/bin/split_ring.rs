@@ -9,40 +9,18 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
-use vbus_fuzz::{target, word16, word32, Input, Seed, Watched};
-use vbus_ring::mem::{Memory, Segments, VolatileSlice};
-use vbus_ring::ring::split::{DeviceRing, Setup};
-use vbus_ring::ring::Chain;
+use vbus_fuzz::world::{World, PLACES};
+use vbus_fuzz::{target, word16, word32, Input, Seed};
+use vbus_ring::ring::split::DeviceRing;
+use vbus_ring::ring::{Chain, Features, Setup};
 
 target!(one, seeds);
 
-/// Bytes of the two mappings. No region has the first or the last page of either: a write there would be seen.
-const SIZES: [usize; 2] = [0x6000, 0x5000];
 /// The largest size of a queue.
 const MAX_SIZE: u32 = 1024;
-/// Bytes that are copied from and to a chain in one step, at most.
-const MOST: u64 = 0x2000;
 /// Steps of an input: as many as are of use, so that a long input is no slow one.
 const STEPS: usize = 300;
-
-/// A region that the driver may have: its address and bytes, whether it may be written, its mapping and place there.
-struct Place {
-    address: u64,
-    size: u64,
-    writable: bool,
-    mapping: usize,
-    offset: usize,
-}
-
-/// The ring's own; one that is adjacent and read-only; one at the end of all addresses; one at an odd place of its file.
-const PLACES: [Place; 4] = [
-    Place { address: 0x1_0000, size: 0x4000, writable: true, mapping: 0, offset: 0x1000 },
-    Place { address: 0x1_4000, size: 0x1000, writable: false, mapping: 1, offset: 0x1000 },
-    Place { address: u64::MAX - 0xfff, size: 0x1000, writable: true, mapping: 1, offset: 0x2000 },
-    Place { address: 0x10_0000, size: 0xfff, writable: true, mapping: 1, offset: 0x3001 },
-];
 
 const TAKE_VIOLATIONS: [&str; 16] = [
     "ring-misaligned",
@@ -121,104 +99,17 @@ struct Running {
     used: u16,
 }
 
-struct World {
-    watched: [Watched; 2],
-    memory: Arc<Memory>,
-    present: [bool; 4],
+struct Target<'a> {
+    world: &'a mut World,
     /// What the driver offers next.
     index: u16,
 }
 
-impl World {
-    fn new() -> Self {
-        Self {
-            watched: SIZES.map(Watched::new),
-            memory: Arc::new(Memory::new(PLACES.len(), u64::MAX)),
-            present: [false; 4],
-            index: 0,
-        }
-    }
-
-    fn reset(&mut self) {
-        self.watched.iter_mut().for_each(Watched::clear);
-        self.memory = Arc::new(Memory::new(PLACES.len(), u64::MAX));
-        self.present = [false; 4];
-        (0..3).for_each(|number| self.toggle(number));
-        self.index = 0;
-    }
-
-    fn toggle(&mut self, number: usize) {
-        let place = &PLACES[number];
-        if self.present[number] {
-            self.memory.remove(place.address).unwrap();
-        } else {
-            let mapping = &self.watched[place.mapping].mapping;
-            self.memory.add(place.address, mapping, place.offset as u64, place.size, place.writable).unwrap();
-        }
-        self.present[number] = !self.present[number];
-    }
-
-    /// Where in which mapping these bytes are, if one region has them all. Not by the code under test.
-    fn find(&self, address: u64, size: usize) -> Option<(usize, usize)> {
-        PLACES.iter().zip(self.present).find_map(|(place, present)| {
-            let skip = u128::from(address).checked_sub(u128::from(place.address))?;
-            let inside = skip + size as u128 <= u128::from(place.size);
-            (present && inside).then(|| (place.mapping, place.offset + skip as usize))
-        })
-    }
-
-    /// Write as the driver does, which may be anything, but not outside of its regions.
-    fn put(&mut self, address: u64, bytes: &[u8]) {
-        if let Some((mapping, at)) = self.find(address, bytes.len()) {
-            self.watched[mapping].put(at, bytes);
-        }
-    }
-
-    /// No byte changed but these.
-    fn look(&mut self, allowed: &[(usize, usize, usize)]) {
-        for (number, watched) in self.watched.iter_mut().enumerate() {
-            let here: Vec<_> =
-                allowed.iter().filter(|part| part.0 == number).map(|&(_, at, size)| (at, size)).collect();
-            watched.look(&here);
-        }
-    }
-
+impl Target<'_> {
     /// Where the used ring is, when it is in memory: all that the device may write without a request.
     fn used_part(&self, setup: &Setup) -> Vec<(usize, usize, usize)> {
-        let size = 4 + 8 * setup.size as usize + if setup.event_idx { 2 } else { 0 };
-        self.find(setup.device, size).map(|(mapping, at)| (mapping, at, size)).into_iter().collect()
-    }
-
-    /// The pieces of a chain, each in a region that there is, and that may be written if it must.
-    fn pieces(&self, segments: &Segments, write: bool) -> Vec<(usize, usize, usize)> {
-        let mut total = 0;
-        let mut pieces = Vec::new();
-        for (mapping, offset, size) in segments.iter() {
-            let number = self.watched.iter().position(|watched| Arc::ptr_eq(&watched.mapping, mapping)).unwrap();
-            let good = PLACES.iter().zip(self.present).any(|(place, present)| {
-                let end = place.offset + place.size as usize;
-                let inside = place.mapping == number && place.offset <= offset && offset + size <= end;
-                present && inside && (place.writable || !write)
-            });
-            assert!(good && size > 0, "{size} bytes at {offset:#x} of mapping {number} are no buffer");
-            total += size as u64;
-            pieces.push((number, offset, size));
-        }
-        assert_eq!(total, segments.total());
-        pieces
-    }
-
-    fn address(input: &mut Input<'_>) -> u64 {
-        let kind = input.u8();
-        if kind & 0x80 != 0 {
-            return input.u64();
-        }
-        let address = PLACES[usize::from(kind & 3)].address.wrapping_add(u64::from(input.u16()));
-        if kind & 0x40 != 0 {
-            address
-        } else {
-            address & !15
-        }
+        let size = 4 + 8 * setup.size as usize + if setup.features.event_idx { 2 } else { 0 };
+        self.world.find(setup.device, size).map(|(mapping, at)| (mapping, at, size)).into_iter().collect()
     }
 
     fn setup(input: &mut Input<'_>) -> Setup {
@@ -228,13 +119,14 @@ impl World {
             255 => input.u32(),
             size => u32::from(size),
         };
-        let [desc, driver, device] = [(); 3].map(|()| Self::address(input));
-        let resume = (flags & 4 != 0).then(|| input.u16());
-        Setup { size, desc, driver, device, event_idx: flags & 1 != 0, indirect: flags & 2 != 0, resume }
+        let [desc, driver, device] = [(); 3].map(|()| World::address(input));
+        let resume = (flags & 4 != 0).then(|| input.u16().into());
+        let features = Features { event_idx: flags & 1 != 0, indirect: flags & 2 != 0, ..Features::default() };
+        Setup { size, desc, driver, device, features, resume }
     }
 
     fn start(&mut self, setup: Setup) -> Option<Running> {
-        match DeviceRing::new(self.memory.clone(), MAX_SIZE, setup) {
+        match DeviceRing::new(self.world.memory.clone(), MAX_SIZE, setup) {
             Ok(ring) => {
                 assert!(setup.size.is_power_of_two() && setup.size <= MAX_SIZE);
                 assert_eq!((u32::from(ring.size()), ring.in_flight()), (setup.size, 0));
@@ -242,9 +134,9 @@ impl World {
                 let used = self.used_part(&setup);
                 // Known before the look: what the ring may write at its start is not its used index.
                 let (mapping, at, _) = used[0];
-                let index = word16(self.watched[mapping].known(), at + 2);
-                self.look(&used);
-                self.index = ring.next();
+                let index = word16(self.world.bytes((mapping, at + 2), 2), 0);
+                self.world.look(&used);
+                self.index = ring.next() as u16;
                 let used = setup.resume.map_or(0, |_| index);
                 Some(Running {
                     ring,
@@ -260,7 +152,7 @@ impl World {
             Err(violation) => {
                 let names = [&PLACE_VIOLATIONS[..], &["queue-size"]].concat();
                 assert!(names.contains(&violation.name()), "{violation}");
-                self.look(&[]);
+                self.world.look(&[]);
                 None
             }
         }
@@ -276,7 +168,7 @@ impl World {
             assert!(chains.is_empty(), "a ring that is broken gives nothing");
         }
         let used = self.used_part(setup);
-        self.look(&used);
+        self.world.look(&used);
         match result {
             Ok(()) => (),
             Err(violation) => {
@@ -292,7 +184,7 @@ impl World {
             assert!(u32::from(chain.head()) < setup.size);
             assert!(heads.insert(chain.head()), "{} is in flight twice", chain.head());
             let [readable, writable] = [(chain.readable(), false), (chain.writable(), true)]
-                .map(|(segments, write)| self.pieces(segments, write).len());
+                .map(|(segments, write)| self.world.pieces(segments, write).len());
             // A piece for each descriptor, and one more for each border of regions that it goes over.
             assert!((1..=2 * setup.size as usize).contains(&(readable + writable)));
             assert!(chain.readable().total() + chain.writable().total() <= u64::from(u32::MAX));
@@ -307,23 +199,23 @@ impl World {
         running.held.retain(|chain| running.heads.contains(&chain.head()));
         let used = self.used_part(&running.setup);
         match running.ring.complete(chains.iter().copied()) {
-            Ok(_) if done.is_empty() => self.look(&[]),
+            Ok(_) if done.is_empty() => self.world.look(&[]),
             Ok(_) => {
-                self.look(&used);
-                let (mapping, at, _) = used[0];
-                let bytes = self.watched[mapping].known();
+                self.world.look(&used);
+                let (mapping, at, size) = used[0];
+                let bytes = self.world.bytes((mapping, at), size);
                 let first = running.used;
                 running.used = first.wrapping_add(done.len() as u16);
-                assert_eq!(word16(bytes, at + 2), running.used, "the used index");
+                assert_eq!(word16(bytes, 2), running.used, "the used index");
                 for (number, &(head, written)) in done.iter().enumerate() {
                     let entry = first.wrapping_add(number as u16) & (running.ring.size() - 1);
-                    let place = at + 4 + 8 * usize::from(entry);
+                    let place = 4 + 8 * usize::from(entry);
                     assert_eq!((word32(bytes, place), word32(bytes, place + 4)), (u32::from(head), written));
                 }
             }
             Err(violation) => {
                 assert!(PLACE_VIOLATIONS.contains(&violation.name()), "{violation}");
-                self.look(&[]);
+                self.world.look(&[]);
                 running.ended = true;
                 running.lost = true;
             }
@@ -334,55 +226,16 @@ impl World {
         assert_eq!(running.ring.in_flight(), running.heads.len());
     }
 
-    /// Read and write a chain's buffers as a device does, from some byte on: memory that the driver took away is there.
-    fn copy(&mut self, chain: &Chain, at: u64) {
-        let rest = |segments: &Segments| (at.min(segments.total()), segments.total().saturating_sub(at).min(MOST));
-        let (from, size) = rest(chain.readable());
-        let (mut plain, mut once) = (vec![0; size as usize], vec![0; size as usize]);
-        chain.readable().read(from, VolatileSlice::from(&mut plain[..]));
-        chain.readable().read_once(from, &mut once);
-        assert_eq!(plain, once);
-        let all = self.known(chain.readable(), from, size as usize);
-        assert_eq!(plain, all, "what is read is what the driver wrote");
-
-        let (from, size) = rest(chain.writable());
-        let mut bytes: Vec<u8> = (0..size).map(|byte| byte as u8 ^ 0xa5).collect();
-        chain.writable().write(from, VolatileSlice::from(&mut bytes[..]));
-        let allowed: Vec<_> = chain
-            .writable()
-            .iter()
-            .map(|(mapping, at, size)| {
-                let number = self.watched.iter().position(|watched| Arc::ptr_eq(&watched.mapping, mapping));
-                (number.unwrap(), at, size)
-            })
-            .collect();
-        self.look(&allowed);
-    }
-
-    /// What is in a range of a chain, by the copies.
-    fn known(&self, segments: &Segments, from: u64, size: usize) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let mut start = 0;
-        for (mapping, at, length) in segments.iter() {
-            let watched = self.watched.iter().find(|watched| Arc::ptr_eq(&watched.mapping, mapping)).unwrap();
-            let skip = from.saturating_sub(start).min(length as u64) as usize;
-            let count = (length - skip).min(size - bytes.len());
-            bytes.extend(&watched.known()[at + skip..at + skip + count]);
-            start += length as u64;
-        }
-        bytes
-    }
-
     fn step(&mut self, step: Step, input: &mut Input<'_>, running: &mut Option<Running>) {
         let setup = running.as_ref().map(|running| running.setup);
         match (step, setup, running.as_mut()) {
             (Step::Write, ..) => {
-                let address = Self::address(input);
+                let address = World::address(input);
                 let size = input.u8();
                 let bytes = input.bytes(size.into());
-                self.put(address, bytes);
+                self.world.put(address, bytes);
             }
-            (Step::Region, ..) => self.toggle(usize::from(input.u8() & 3)),
+            (Step::Region, ..) => self.world.toggle(usize::from(input.u8() & 3)),
             (Step::Start, ..) => {
                 let setup = Self::setup(input);
                 *running = self.start(setup);
@@ -394,24 +247,24 @@ impl World {
             (Step::Offer, Some(setup), _) => {
                 let head = input.u8();
                 let entry = u64::from(self.index) % u64::from(setup.size);
-                self.put(setup.driver + 4 + 2 * entry, &u16::from(head).to_le_bytes());
+                self.world.put(setup.driver + 4 + 2 * entry, &u16::from(head).to_le_bytes());
                 self.index = self.index.wrapping_add(1);
-                self.put(setup.driver + 2, &self.index.to_le_bytes());
+                self.world.put(setup.driver + 2, &self.index.to_le_bytes());
             }
             (Step::SetIndex, Some(setup), _) => {
                 self.index = input.u16();
-                self.put(setup.driver + 2, &self.index.to_le_bytes());
+                self.world.put(setup.driver + 2, &self.index.to_le_bytes());
             }
             (Step::Descriptor, Some(setup), _) => {
                 // In the table, or behind the start of the second half of the first region, where tables may be.
                 let (kind, index) = (input.u8(), u64::from(input.u8()));
                 let table = if kind & 1 == 0 { setup.desc } else { PLACES[0].address + 0x2000 };
-                let address = Self::address(input);
+                let address = World::address(input);
                 let size = if kind & 2 == 0 { u32::from(input.u8()) } else { input.u32() };
                 let (flags, next) = (u16::from(input.u8()), u16::from(input.u8()));
                 let words =
                     [&address.to_le_bytes()[..], &size.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
-                self.put(table.wrapping_add(16 * index), &words.concat());
+                self.world.put(table.wrapping_add(16 * index), &words.concat());
             }
             (Step::Take, _, Some(running)) => {
                 let limit = match input.u8() {
@@ -436,12 +289,11 @@ impl World {
             (Step::Copy, _, Some(running)) => {
                 let (number, at) = (usize::from(input.u8()), u64::from(input.u16()));
                 if !running.held.is_empty() {
-                    self.copy(&running.held[number % running.held.len()], at);
+                    self.world.copy(&running.held[number % running.held.len()], at);
                 }
             }
             (Step::Clear, ..) => {
-                self.memory.clear();
-                self.present = [false; 4];
+                self.world.clear();
             }
             _ => (),
         }
@@ -450,21 +302,22 @@ impl World {
 
 thread_local! {
     /// Mapped once: an input takes microseconds, and a mapping more.
-    static WORLD: RefCell<World> = RefCell::new(World::new());
+    static WORLD: RefCell<World> = RefCell::default();
 }
 
 fn one(data: &[u8]) {
     WORLD.with_borrow_mut(|world| {
         world.reset();
         let mut input = Input::new(data);
-        let setup = World::setup(&mut input);
-        let mut running = world.start(setup);
+        let mut target = Target { world, index: 0 };
+        let setup = Target::setup(&mut input);
+        let mut running = target.start(setup);
         for _ in 0..STEPS {
             if input.is_empty() {
                 break;
             }
             let step = TABLE[usize::from(input.u8()) % TABLE.len()];
-            world.step(step, &mut input, &mut running);
+            target.step(step, &mut input, &mut running);
         }
     });
 }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from vbus import _core
-from vbus.bus.device import Device, is_async
+from vbus.bus.device import Device, has_state, is_async
 from vbus.bus.limits import DEVICE_LIMITS, Account, Gate
 from vbus.bus.pool import Actor
 from vbus.bus.queue import Queue
@@ -32,8 +32,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vbus.bus")
 
-RING_FEATURES = (features.VERSION_1, features.RING_INDIRECT_DESC, features.RING_EVENT_IDX)
-"""Bits that the rings offer for every device (section 6)."""
+RING_FEATURES = (
+    features.VERSION_1,
+    features.RING_INDIRECT_DESC,
+    features.RING_EVENT_IDX,
+    features.RING_PACKED,
+    features.RING_RESET,
+)
+"""Bits that the rings offer for every device (section 6); beside them IN_ORDER, for most."""
 
 STOP_LOOK = 0.001
 """Seconds between two looks at a queue that is to stop when nothing is in flight."""
@@ -61,8 +67,10 @@ class RefusedError(Error):
 class Ring:
     """Where a queue's ring is, in driver addresses, and how many entries it has.
 
-    `resume`: the entry of the available ring to go on with, for a ring that was in use before. `inflight`: the mapping,
-    and the offset in it, where requests under way are kept for a successor of this process.
+    `desc`, `driver`, `device`: descriptor table, available and used ring, or what a packed ring has instead. `resume`:
+    where to go on in a ring that was in use before, as the core's `next` says it. `inflight`: the mapping, and the
+    offset in it, where requests under way are kept for a successor of this process; not of a packed ring. `paused`:
+    nothing is taken off it until `pause_queue` says so.
     """
 
     size: int = 0
@@ -71,6 +79,7 @@ class Ring:
     device: int = 0
     resume: int | None = None
     inflight: tuple[_core.Mapping, int] | None = None
+    paused: bool = False
 
 
 class Attachment(ABC):
@@ -98,6 +107,9 @@ class Attachment(ABC):
     def refuses(self, slot: Slot, field: str) -> str | None:
         """Why a change of this field of config space could not reach the driver; None when it can."""
         return None
+
+    def queue_reset(self, slot: Slot, queue: Queue) -> None:  # noqa: B027 - most have nothing of a queue's own
+        """One queue was reset, and is stopped. In the device's turn."""
 
     @abstractmethod
     def slot_reset(self, slot: Slot) -> None:
@@ -151,7 +163,8 @@ class Slot:
         self.gate = Gate(Account(name, DEVICE_LIMITS))
         self._held: set[Queue] = set()
         """Queues that wait for a request to end, because of a limit on outstanding ones."""
-        self.available = sum(1 << bit for bit in RING_FEATURES) | device.features.mask(device.offered_features())
+        ring = sum(1 << bit for bit in RING_FEATURES) | int(device.in_order) << features.IN_ORDER
+        self.available = ring | device.features.mask(device.offered_features())
         self.actor = Actor(bus.pool, f"device {name}")
         self.runner = AsyncRunner(self, bus.loop.starts()) if is_async(device) else SyncRunner(self)
         self._wanted_priorities = dict(queue_priorities)
@@ -338,6 +351,41 @@ class Slot:
         if owner is not None and self.status & Status.DRIVER_OK:
             owner.config_changed(self)
 
+    # What a driver cannot restore, for another device that goes on in place of this one.
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the device says what its state is."""
+        return has_state(self.device)
+
+    def save_state(self, attachment: Attachment, done: Callable[[bytes | None], None]) -> None:
+        """Ask the device for its state, in a turn of it; `done` gets None when it failed, or is another driver's."""
+
+        def save() -> None:
+            said: list[bytes] = []
+            if self.owner in (None, attachment):
+                self.runner.hook(lambda: said.append(bytes(self.device.save_state())))
+            done(said[0] if said else None)
+
+        self.actor.post(save)
+
+    def load_state(self, attachment: Attachment, data: bytes, done: Callable[[bool], None]) -> None:
+        """Give the device a state, in a turn of it; `done` tells whether it took it."""
+
+        def load() -> None:
+            taken: list[bool] = []
+
+            def take() -> None:
+                self.device.load_state(data)
+                taken.append(True)
+
+            if self.owner in (None, attachment):
+                # What it raises is a violation or a failure of this device, as in any hook.
+                self.runner.hook(take)
+            done(bool(taken))
+
+        self.actor.post(load)
+
     # Status (section 2.1).
 
     def _check_owner(self, attachment: Attachment) -> None:
@@ -404,6 +452,7 @@ class Slot:
             self.mark(self.queues[index])
 
     def _start_ring(self, owner: Attachment, queue: Queue, ring: Ring) -> None:
+        queue.paused = ring.paused
         try:
             queue.core.start(
                 owner.memory,
@@ -411,9 +460,8 @@ class Slot:
                 ring.desc,
                 ring.driver,
                 ring.device,
-                event_idx=bool(self.negotiated >> features.RING_EVENT_IDX & 1),
-                indirect=bool(self.negotiated >> features.RING_INDIRECT_DESC & 1),
                 signal=owner.signal(self, queue),
+                **features.of_ring(self.negotiated),
                 resume=ring.resume,
                 inflight=ring.inflight,
             )
@@ -470,8 +518,13 @@ class Slot:
 
         self.actor.post(start)
 
-    def pause_queue(self, queue: Queue, paused: bool) -> None:
-        """Take nothing more off the ring, or go on and look at it. What was taken is handled."""
+    def pause_queue(self, attachment: Attachment, queue: Queue, paused: bool) -> None:
+        """Take nothing more off the ring, or go on and look at it. What was taken is handled.
+
+        Nothing, from who does not drive the device.
+        """
+        if self.owner is not attachment:
+            return
         queue.paused = paused
         self.actor.post(self._tell_queues)
         self.mark(queue)
@@ -480,27 +533,35 @@ class Slot:
         if self.status & Status.DRIVER_OK:
             self.runner.hook(self.device.queues_changed)
 
-    def stop_queue(self, index: int, done: Callable[[int | None], None]) -> None:
-        """Stop one queue; `done` gets the next entry of its available ring as soon as nothing is in flight any more.
+    def stop_queue(self, attachment: Attachment, index: int, done: Callable[[int | None], None]) -> None:
+        """Stop one queue; `done` gets where its ring may be gone on with, as soon as nothing is in flight any more.
 
-        None when it did not run. Buffers that a device keeps of a pull queue for longer than five seconds are given
-        back to the ring: they come again when it is started there.
+        None when it did not run for this driver. Buffers of a pull queue that the device lets go of (`queue_stopping`),
+        or keeps for longer than five seconds, are given back to the ring: they come again when it is started there. (If
+        the device has given others back before them, that cannot be told, and its driver does not see them again before
+        it resets the queue.)
         """
         queue = self.queue_at(index)
-        queue.paused = True
+        if self.owner is attachment:
+            queue.paused = True
         deadline = time.monotonic() + PULLED_SECONDS
 
         def look() -> bool:
+            if self.owner is not attachment:
+                # It never was its driver's, or is no more: the ring that runs now is another's.
+                self.actor.drop_key(key)
+                done(None)
+                return False
+            kept = queue.pull and queue.core.running and self._lets_go(queue, late=time.monotonic() > deadline)
             held = queue.core.in_flight
-            kept = queue.pull and time.monotonic() > deadline
             if held and queue.core.running and not kept:
                 self.mark(queue)
                 self.actor.mark_later(key, STOP_LOOK)
                 return False
             self.actor.drop_key(key)
             end = queue.core.next
-            if end is not None and kept:
-                end = (end - held) & 0xFFFF
+            if kept and queue.core.unused is not None:
+                end = queue.core.unused
             queue.core.stop()
             queue.paused = False
             self._tell_queues()
@@ -509,6 +570,34 @@ class Slot:
 
         key = self.actor.key(look, 0)
         self.actor.mark(key)
+
+    def _lets_go(self, queue: Queue, *, late: bool) -> bool:
+        """Ask the device for what it has taken of a pull queue that stops: whether nothing of that is used any more."""
+        answers: list[bool] = []
+        self.runner.hook(lambda: answers.append(self.device.queue_stopping(queue)), of=queue)
+        return late or answers == [True]
+
+    def reset_queue(self, attachment: Attachment, index: int, done: Callable[[], None]) -> None:
+        """Reset one queue (section 2.6.1): its driver gets nothing back of what is in flight, and may set it up anew.
+
+        `done` is called when nothing of the queue is under way any more. RefusedError without RING_RESET.
+        """
+        queue = self.queue_at(index)
+        with self._lock:
+            self._check_owner(attachment)
+            if not self.negotiated >> features.RING_RESET & 1 or not self.status & Status.DRIVER_OK:
+                raise RefusedError(f"{self.name}: a queue is reset with RING_RESET, and after DRIVER_OK")
+
+        def reset() -> None:
+            if self.owner is attachment and self._rings.pop(index, None) is not None:
+                queue.core.stop()
+                self.runner.cancel(queue)
+                attachment.queue_reset(self, queue)
+                self._tell_queues()
+                self.completed()
+            done()
+
+        self.actor.post(reset)
 
     def reset(self, timeout: float) -> None:
         """Reset from this side. TimeoutError when the device is stuck for `timeout` seconds."""
@@ -576,16 +665,24 @@ class Slot:
         self.queue_at(index)
         return self._rings.get(index, Ring())
 
-    def set_queue(self, attachment: Attachment, index: int, size: int, desc: int, driver: int, device: int) -> None:
-        """Where a ring is, in driver addresses; checked when DRIVER_OK starts it."""
+    def set_queue(self, attachment: Attachment, index: int, ring: Ring, done: Callable[[], None]) -> None:
+        """Where a ring is; checked when DRIVER_OK starts it, or at once for a queue that was reset since.
+
+        `done` is called when it took effect. RefusedError.
+        """
         with self._lock:
             self._check_owner(attachment)
             queue = self.queue_at(index)
-            if self.status & Status.DRIVER_OK:
-                raise RefusedError(f"{self.name}: queue {index} cannot be set up after DRIVER_OK")
-            if size > queue.max_size:
-                raise RefusedError(f"{self.name}: queue {index} takes up to {queue.max_size}, not {size}")
-            self._rings[index] = Ring(size, desc, driver, device)
+            running = bool(self.status & Status.DRIVER_OK)
+            if running and (index in self._rings or not self.negotiated >> features.RING_RESET & 1):
+                raise RefusedError(f"{self.name}: queue {index} cannot be set up after DRIVER_OK, unless it was reset")
+            if ring.size > queue.max_size:
+                raise RefusedError(f"{self.name}: queue {index} takes up to {queue.max_size}, not {ring.size}")
+            self._rings[index] = ring
+        if running:
+            self.start_queue(attachment, index, ring, done)
+        else:
+            done()
 
     # When something breaks (section 2.1.2).
 

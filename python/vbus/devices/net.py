@@ -16,6 +16,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from uuid import UUID
 
 from vbus import virtio
 from vbus.bus import Device, Queue, Request, attribute
@@ -69,6 +70,12 @@ _GUEST_KINDS = {
     "GUEST_USO6": Gso.UDP_L4,
 }
 _QUEUE_SIZE = 256
+
+
+def station(uuid: UUID) -> bytes:
+    """The MAC of a device that was given none: of one station, and given by nobody who gives addresses worldwide."""
+    digest = hashlib.sha256(uuid.bytes).digest()
+    return bytes([digest[0] & 0xFC | 0x02]) + digest[1:6]
 
 
 class Net(Device):
@@ -196,9 +203,7 @@ class Net(Device):
     def plugged(self) -> None:
         """Open the backend. UsageError when it cannot be opened."""
         if self._own_mac is None:
-            # Of one station, and given by nobody who gives addresses worldwide.
-            digest = hashlib.sha256(self.slot.uuid.bytes).digest()
-            self._own_mac = bytes([digest[0] & 0xFC | 0x02]) + digest[1:6]
+            self._own_mac = station(self.slot.uuid)
             self.config.mac = self._own_mac
         with self._lock:
             if self._backend.lost:
@@ -232,6 +237,13 @@ class Net(Device):
                 self._queues[receiveq(p)].served and self._queues[transmitq(p)].served for p in range(self._max_pairs)
             ]
             self.use_pairs(max(1, sum(pairs)))
+
+    def queue_stopping(self, queue: Queue) -> bool:
+        """Buffers were taken ahead: a driver that stops its queue shall not wait for packets to come."""
+        receiver = next((receiver for receiver in self._receivers if receiver.queue is queue), None)
+        if receiver is not None:
+            receiver.let_go()
+        return receiver is not None
 
     def reset(self) -> None:
         """Forget the driver and all that it said."""

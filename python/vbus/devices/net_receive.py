@@ -40,6 +40,11 @@ class Receiver:
         self._filled.clear()
         self.forget()
 
+    def let_go(self) -> None:
+        """The queue stops, and may go on: what is filled is the driver's, what is empty comes again."""
+        self.publish()
+        self._stock.clear()
+
     def forget(self) -> int:
         """Nothing more is to come; gives how many packets were kept, and are lost."""
         kept, self._kept = self._kept, None
@@ -48,6 +53,10 @@ class Receiver:
 
     def has_room(self) -> bool:
         """Whether there is a buffer, and no packet that it is for. Violation: rx-buffer-too-small."""
+        if self._stock and self._stock[0].done:
+            # The queue was stopped, and these went with it.
+            self._stock.clear()
+            self._filled.clear()
         if self._kept is not None:
             packet, self._kept = self._kept, None
             if not self.put(packet):

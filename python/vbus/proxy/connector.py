@@ -52,11 +52,11 @@ class Question(Generic[R]):
 class GuestConnector(ABC):
     """A connected link to a bus. `remote` is told of events and of the end."""
 
-    def __init__(self, loop: Loop, timeout: float) -> None:
+    def __init__(self, loop: Loop, timeout: float, arena: Arena | None = None) -> None:
         self.loop = loop
         self.timeout = timeout
         self.remote: Remote | None = None
-        self.arena = Arena()
+        self.arena = arena if arena is not None else Arena()
         self.arena_lock = threading.Lock()
         self.max_request = 0
         self._tokens = itertools.cycle(range(1, 0x10000))
@@ -241,6 +241,14 @@ class GuestConnector(ABC):
     @abstractmethod
     def open_queue(self, device: RemoteDevice, index: int, size: int) -> RemoteQueue:
         """Make a ring and tell the bus about it. DriverError."""
+
+    def stop_queue(self, device: RemoteDevice, queue: RemoteQueue) -> None:
+        """The queue is to be reset: send nothing more of it. DriverError EOPNOTSUPP where queues cannot be."""
+        raise DriverError(errno.EOPNOTSUPP, f"{device.name}: one queue cannot be reset here")
+
+    def renew_queue(self, device: RemoteDevice, queue: RemoteQueue, size: int) -> None:
+        """The queue was reset: give it a new ring in place of its own, and tell the bus about it. DriverError."""
+        raise NotImplementedError
 
     @abstractmethod
     def close_queues(self, device: RemoteDevice) -> None:

@@ -4,20 +4,18 @@ use crate::mem::{Access, Segments, Table};
 use crate::violation::{Rule, Violation};
 
 /// A chain of buffers that a driver made available. Its memory stays mapped while this lives.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Chain {
     head: u16,
+    span: u16,
     descriptors: u32,
     readable: Segments,
     writable: Segments,
 }
 
 impl Chain {
-    pub(super) fn new(head: u16) -> Self {
-        Self { head, descriptors: 0, readable: Segments::default(), writable: Segments::default() }
-    }
-
-    /// Number of the first descriptor: by it the driver knows the request again.
+    /// By it the driver knows the request again: in a split ring the number of the first descriptor, in a packed one the
+    /// buffer id.
     pub fn head(&self) -> u16 {
         self.head
     }
@@ -32,9 +30,15 @@ impl Chain {
         &self.writable
     }
 
-    /// Descriptors that describe a buffer.
-    pub(super) fn descriptors(&self) -> u32 {
-        self.descriptors
+    /// By what the driver knows it, and how many places of the ring it has.
+    #[inline]
+    pub(super) fn name(&mut self, head: u16, span: u16) {
+        (self.head, self.span) = (head, span);
+    }
+
+    /// How many places of the ring it has.
+    pub(super) fn span(&self) -> u16 {
+        self.span
     }
 
     /// Pieces of memory, which is what a chain costs in private memory.
@@ -42,9 +46,16 @@ impl Chain {
         self.readable.count() + self.writable.count()
     }
 
-    /// Append a buffer of the driver.
+    /// Append a buffer of the driver; a chain has no more than `most`.
     #[inline]
-    pub(super) fn push(&mut self, table: &Table, address: u64, size: u32, write: bool) -> Result<(), Violation> {
+    pub(super) fn push(
+        &mut self,
+        table: &Table,
+        address: u64,
+        size: u32,
+        write: bool,
+        most: u16,
+    ) -> Result<(), Violation> {
         if size == 0 {
             return Err(Violation::new(Rule::ZeroLengthDescriptor, format!("in the chain of {}", self.head)));
         }
@@ -60,6 +71,10 @@ impl Chain {
             if write { (Access::Write, &mut self.writable) } else { (Access::Read, &mut self.readable) };
         table.translate(address, u64::from(size), access, segments)?;
         self.descriptors += 1;
+        if self.descriptors > u32::from(most) {
+            let detail = format!("in a ring of {most}, the chain of {}", self.head);
+            return Err(Violation::new(Rule::ChainTooLong, detail));
+        }
         Ok(())
     }
 }

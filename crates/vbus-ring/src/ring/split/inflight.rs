@@ -193,7 +193,7 @@ mod tests {
 
     use super::*;
     use crate::mem::{watch, Memory, VolatileSlice};
-    use crate::ring::split::{DeviceRing, Setup};
+    use crate::ring::{split::DeviceRing, Features, Setup};
 
     const SIZE: u16 = 8;
     const BASE: u64 = 0x10_0000;
@@ -235,7 +235,8 @@ mod tests {
             memory.add(BASE, &self.mapping, 0, BYTES as u64, true).unwrap();
             let (driver, device) = (BASE + AVAIL as u64, BASE + USED as u64);
             let size = u32::from(SIZE);
-            let setup = Setup { size, desc: BASE, driver, device, event_idx: true, indirect: false, resume: Some(999) };
+            let features = Features { event_idx: true, ..Features::default() };
+            let setup = Setup { size, desc: BASE, driver, device, features, resume: Some(999) };
             DeviceRing::tracked(memory, size, setup, &self.mapping, REGION as u64).unwrap()
         }
 
@@ -299,7 +300,7 @@ mod tests {
         let used = world.used(start);
         assert_eq!(used.len(), offered.len(), "{used:?}");
         assert_eq!(used.iter().collect::<BTreeSet<_>>(), offered.iter().collect());
-        assert_eq!(ring.next(), start.wrapping_add(offered.len() as u16));
+        assert_eq!(ring.next(), u32::from(start.wrapping_add(offered.len() as u16)));
         drop(ring);
         assert_eq!(heads(&mut world.ring(), 100), [] as [u16; 0], "nothing is left");
         world

@@ -7,22 +7,16 @@ mod device;
 mod driver;
 mod inflight;
 
-pub use device::{DeviceRing, Setup, MAX_BUFFERS};
-pub use driver::{AddError, DriverRing, INDIRECT_ENTRIES};
+pub use device::DeviceRing;
+pub use driver::DriverRing;
 pub use inflight::inflight_bytes;
 
-/// Bytes of a descriptor: u64 address, u32 length, u16 flags, u16 next.
-const DESC_BYTES: usize = 16;
 /// Bytes of a used element: u32 id, u32 length.
 const USED_BYTES: usize = 8;
 /// Offset of the index in the available and in the used ring; flags come before it.
 const INDEX: usize = 2;
 /// Offset of the entries in the available and in the used ring.
 const ENTRIES: usize = 4;
-
-const DESC_NEXT: u16 = 1;
-const DESC_WRITE: u16 = 2;
-const DESC_INDIRECT: u16 = 4;
 
 /// In the flags of the available ring: the driver wants no interrupts. In those of the used ring: the device wants no
 /// notifications. Both only without EVENT_IDX.
@@ -44,7 +38,7 @@ const fn passes(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
-/// A descriptor in private memory.
+/// A descriptor in private memory: u64 address, u32 length, u16 flags, u16 next.
 #[derive(Clone, Copy, Debug)]
 struct Desc {
     address: u64,
@@ -56,7 +50,7 @@ struct Desc {
 impl Desc {
     /// From the two little-endian words that it is made of.
     #[inline(always)]
-    const fn from_words(address: u64, rest: u64) -> Self {
+    const fn from_words([address, rest]: [u64; 2]) -> Self {
         Self { address, size: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
 
@@ -99,7 +93,7 @@ mod tests {
     #[test]
     fn a_descriptor_is_made_of_two_words() {
         let desc = Desc { address: 0x1122_3344_5566_7788, size: 0x99aa_bbcc, flags: 0xddee, next: 0x1357 };
-        let back = Desc::from_words(desc.address, desc.rest());
+        let back = Desc::from_words([desc.address, desc.rest()]);
         assert_eq!((back.address, back.size, back.flags, back.next), (desc.address, desc.size, desc.flags, desc.next));
     }
 }

@@ -1,7 +1,7 @@
-//! Both sides of the split ring against each other, through shared memory.
+//! Both sides of a ring against each other, through shared memory, in both layouts.
 //!
-//! A model knows what each side must see: every byte, the order, what is free, and whether each publication and each
-//! completion must notify. Random chains and interleavings run against it, over the end of the 16-bit indices too. Then
+//! One model knows what each side must see: every byte, the order, what is free, and whether each publication and each
+//! completion must notify. Random chains and interleavings run against it, over the end of the 16-bit indices and many laps of a packed ring too. Then
 //! two threads that sleep whenever there is nothing to do show that no wakeup is lost.
 #![cfg(not(loom))]
 
@@ -18,8 +18,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use vbus_ring::mem::{Mapping, Memory, VolatileSlice};
-use vbus_ring::ring::split::{AddError, DeviceRing, DriverRing, Setup, INDIRECT_ENTRIES};
-use vbus_ring::ring::Chain;
+use vbus_ring::ring::{AddError, Chain, DeviceRing, DriverRing, Features, Setup, INDIRECT_ENTRIES};
 use vbus_ring::violation::Rule;
 
 /// The arena, two adjacent regions of data, and where buffers are: each request has a slot of its own, and one of the
@@ -33,10 +32,24 @@ const SLOT_BYTES: u64 = 2048;
 const FIRST_SLOT: u64 = DATA + SLOT_BYTES / 2;
 
 #[derive(Clone, Copy, Debug)]
-struct Features {
+struct Shape {
     size: u32,
-    event_idx: bool,
-    indirect: bool,
+    features: Features,
+}
+
+impl Shape {
+    fn new(size: u32, packed: bool, event_idx: bool, indirect: bool) -> Self {
+        Self { size, features: Features { packed, event_idx, indirect, in_order: false } }
+    }
+
+    /// What an event counts: in a split ring entries, in a packed one descriptors.
+    fn places(self, known: &Known) -> u64 {
+        if self.features.packed {
+            known.descriptors as u64
+        } else {
+            1
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -63,8 +76,10 @@ struct Known {
 }
 
 /// By the text of the specification, over counters that do not wrap.
-fn must_notify(features: Features, asked: Asked, old: u64, new: u64) -> bool {
-    if features.event_idx {
+fn must_notify(shape: Shape, asked: Asked, old: u64, new: u64) -> bool {
+    if shape.features.event_idx && shape.features.packed {
+        !asked.silence && (old..new).contains(&asked.event)
+    } else if shape.features.event_idx {
         // An event that was passed is met again after 65536 entries.
         (old..new).any(|entry| entry % 65536 == asked.event % 65536)
     } else {
@@ -76,12 +91,12 @@ fn must_notify(features: Features, asked: Asked, old: u64, new: u64) -> bool {
 #[derive(Clone, Copy, Debug, Default)]
 struct Asked {
     silence: bool,
-    /// The entry that it waits for, by EVENT_IDX, which silence does not move.
+    /// The place that it waits for, by EVENT_IDX, which silence does not move.
     event: u64,
 }
 
 struct World {
-    features: Features,
+    shape: Shape,
     memory: Arc<Memory>,
     driver: DriverRing,
     device: DeviceRing,
@@ -91,8 +106,12 @@ struct World {
     added: VecDeque<Known>,
     published: VecDeque<Known>,
     taken: Vec<(Known, Chain)>,
+    /// With IN_ORDER: what was taken and not shown, in order, and of those what is completed.
+    order: VecDeque<u16>,
+    waiting: Vec<Known>,
     completed: VecDeque<Known>,
-    /// Counters of entries.
+    outstanding: usize,
+    /// Counters of places.
     published_count: u64,
     taken_count: u64,
     completed_count: u64,
@@ -102,9 +121,10 @@ struct World {
 }
 
 impl World {
-    fn new(features: Features) -> Self {
+    fn new(shape: Shape) -> Self {
+        let Shape { size, features } = shape;
         let memory = Arc::new(Memory::new(8, 1 << 30));
-        let bytes = DriverRing::bytes_needed(features.size).unwrap();
+        let bytes = DriverRing::bytes_needed(size, features.packed).unwrap();
         let arena: Arc<Mapping> = mapping((ARENA_OFFSET + bytes) as u64, true);
         // What was there before must not matter.
         let mut noise = vec![0xa5; arena.size()];
@@ -113,20 +133,10 @@ impl World {
         for region in 0..2 {
             memory.add(DATA + region * DATA_BYTES, &mapping(DATA_BYTES, true), 0, DATA_BYTES, true).unwrap();
         }
-        let Features { size, event_idx, indirect } = features;
-        let driver = DriverRing::new(&arena, ARENA_OFFSET, ARENA, size, event_idx, indirect).unwrap();
-        let setup = Setup {
-            size,
-            desc: driver.desc(),
-            driver: driver.driver(),
-            device: driver.device(),
-            event_idx,
-            indirect,
-            resume: None,
-        };
-        let device = DeviceRing::new(memory.clone(), size, setup).unwrap();
+        let driver = DriverRing::new(&arena, ARENA_OFFSET, ARENA, size, features).unwrap();
+        let device = DeviceRing::new(memory.clone(), size, setup_of(&driver, features)).unwrap();
         Self {
-            features,
+            shape,
             memory,
             driver,
             device,
@@ -136,7 +146,10 @@ impl World {
             added: VecDeque::new(),
             published: VecDeque::new(),
             taken: Vec::new(),
+            order: VecDeque::new(),
+            waiting: Vec::new(),
             completed: VecDeque::new(),
+            outstanding: 0,
             published_count: 0,
             taken_count: 0,
             completed_count: 0,
@@ -189,8 +202,8 @@ impl World {
             Op::Reap(limit) => self.reap(*limit),
         }
         assert_eq!(self.driver.free(), self.free);
-        assert_eq!(self.driver.outstanding() as u64, self.published_count - self.reaped_count);
-        assert_eq!(self.device.in_flight(), self.taken.len());
+        assert_eq!(self.driver.outstanding(), self.outstanding);
+        assert_eq!(self.device.in_flight(), self.taken.len() + self.waiting.len());
     }
 
     fn add(&mut self, readable: &[u64], writable: &[u64], gap: u64) {
@@ -211,8 +224,8 @@ impl World {
         self.store(&readable, &sent);
         self.store(&writable, &before);
 
-        let size = self.features.size as usize;
-        let in_table = self.features.indirect && count > 1 && count <= INDIRECT_ENTRIES.min(size);
+        let size = self.shape.size as usize;
+        let in_table = self.shape.features.indirect && count > 1 && count <= INDIRECT_ENTRIES.min(size);
         let descriptors = if in_table { 1 } else { count };
         match self.driver.add(&readable, &writable) {
             Err(error) => {
@@ -234,9 +247,10 @@ impl World {
 
     fn publish(&mut self) {
         let old = self.published_count;
-        self.published_count += self.added.len() as u64;
+        self.published_count += self.added.iter().map(|known| self.shape.places(known)).sum::<u64>();
+        self.outstanding += self.added.len();
         self.published.append(&mut self.added);
-        let want = must_notify(self.features, self.device_asked, old, self.published_count);
+        let want = must_notify(self.shape, self.device_asked, old, self.published_count);
         assert_eq!(self.driver.publish(), want, "publishing {old} to {}", self.published_count);
     }
 
@@ -249,10 +263,13 @@ impl World {
         } else if limit > 0 {
             self.device_asked = Asked { silence: false, event: self.taken_count };
         }
-        self.taken_count += chains.len() as u64;
         for chain in chains {
             let known = self.published.pop_front().unwrap();
+            self.taken_count += self.shape.places(&known);
             assert_eq!(chain.head(), known.token);
+            if self.shape.features.in_order {
+                self.order.push_back(known.token);
+            }
             assert_eq!(chain.writable().total(), known.received.len() as u64);
             let mut bytes = vec![0; chain.readable().total() as usize];
             chain.readable().read(0, VolatileSlice::from(&mut bytes[..]));
@@ -272,20 +289,33 @@ impl World {
             let mut bytes = self.noise(written as u64);
             chain.writable().write(0, VolatileSlice::from(&mut bytes[..]));
             known.received[..written].copy_from_slice(&bytes);
-            used.push((known.token, written as u32));
-            self.completed.push_back(known);
+            used.push((chain, written as u32));
+            self.waiting.push(known);
+        }
+        let shown = self.completed.len();
+        if self.shape.features.in_order {
+            while let Some(at) = self.waiting.iter().position(|known| Some(&known.token) == self.order.front()) {
+                self.order.pop_front();
+                self.completed.push_back(self.waiting.swap_remove(at));
+            }
+        } else {
+            self.completed.extend(self.waiting.drain(..));
         }
         let old = self.completed_count;
-        self.completed_count += used.len() as u64;
-        let want = must_notify(self.features, self.driver_asked, old, self.completed_count);
-        assert_eq!(self.device.complete(used).unwrap(), want, "completing {old} to {}", self.completed_count);
+        let places = self.completed.iter().skip(shown).map(|known| self.shape.places(known)).sum::<u64>();
+        self.completed_count += places;
+        let want = must_notify(self.shape, self.driver_asked, old, self.completed_count);
+        let done = self.device.complete_chains(used.iter().map(|(chain, written)| (chain, *written)));
+        assert_eq!(done.unwrap(), want, "completing {old} to {}", self.completed_count);
     }
 
     fn reap(&mut self, limit: usize) {
         let mut finished = Vec::new();
         self.driver.reap(limit, &mut finished).unwrap();
         assert_eq!(finished.len(), limit.min(self.completed.len()));
-        self.reaped_count += finished.len() as u64;
+        self.outstanding -= finished.len();
+        self.reaped_count +=
+            self.completed.iter().take(finished.len()).map(|known| self.shape.places(known)).sum::<u64>();
         let left = self.completed.len() - finished.len();
         if limit > 0 && left > 0 {
             self.driver_asked.silence = true;
@@ -308,7 +338,7 @@ impl World {
         let target = self.reaped_count + requests;
         let all = vec![(0, 0); 64];
         while self.reaped_count < target {
-            for _ in 0..self.features.size.min(16) {
+            for _ in 0..self.shape.size.min(16) {
                 self.step(&Op::Add(vec![1], vec![], 0));
             }
             for op in [Op::Publish, Op::Take(64), Op::Complete(all.clone()), Op::Reap(64)] {
@@ -318,11 +348,23 @@ impl World {
     }
 }
 
-fn features() -> impl Strategy<Value = Features> {
-    (0..7u32, any::<bool>(), any::<bool>()).prop_map(|(power, event_idx, indirect)| Features {
-        size: 1 << power,
-        event_idx,
-        indirect,
+/// The device's side of what a driver has made.
+fn setup_of(driver: &DriverRing, features: Features) -> Setup {
+    Setup {
+        size: driver.size().into(),
+        desc: driver.desc(),
+        driver: driver.driver(),
+        device: driver.device(),
+        features,
+        resume: None,
+    }
+}
+
+fn shape() -> impl Strategy<Value = Shape> {
+    let size = prop_oneof![(0..7u32).prop_map(|power| 1 << power), 1..=64u32];
+    (size, any::<[bool; 4]>()).prop_map(|(size, [packed, event_idx, indirect, in_order])| {
+        let size = if packed { size } else { size.next_power_of_two() };
+        Shape { size, features: Features { packed, event_idx, indirect, in_order } }
     })
 }
 
@@ -345,22 +387,22 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn both_sides_agree(features in features(), ops in vec(op(), 1..200)) {
-        let mut world = World::new(features);
+    fn both_sides_agree(shape in shape(), ops in vec(op(), 1..200)) {
+        let mut world = World::new(shape);
         ops.iter().for_each(|op| world.step(op));
     }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn both_sides_agree_over_the_end_of_the_indices(
-        features in features(),
+        shape in shape(),
         before in 1..100u64,
         ops in vec(op(), 400..600),
     ) {
-        let mut world = World::new(features);
+        let mut world = World::new(shape);
         world.hurry(65536 - before);
         ops.iter().for_each(|op| world.step(op));
         world.hurry(200);
@@ -368,36 +410,41 @@ proptest! {
     }
 }
 
+/// Every layout, with and without EVENT_IDX.
+fn all() -> impl Iterator<Item = Features> {
+    [(false, false), (false, true), (true, false), (true, true)].into_iter().map(|(packed, event_idx)| Features {
+        packed,
+        event_idx,
+        ..Features::default()
+    })
+}
+
+/// A driver's ring, its memory, and behind it there room for a buffer.
+fn plain(size: u32, features: Features) -> (Arc<Memory>, DriverRing, u64) {
+    let memory = Arc::new(Memory::new(1, 1 << 30));
+    let bytes = DriverRing::bytes_needed(size, features.packed).unwrap();
+    let arena = mapping(bytes as u64 + 64, true);
+    memory.add(ARENA, &arena, 0, arena.size() as u64, true).unwrap();
+    let driver = DriverRing::new(&arena, 0, ARENA, size, features).unwrap();
+    (memory, driver, ARENA + bytes as u64)
+}
+
 #[test]
 fn the_largest_ring_is_filled_and_emptied_over_the_end_of_the_indices() {
-    for event_idx in [false, true] {
-        let memory = Arc::new(Memory::new(1, 1 << 30));
-        let bytes = DriverRing::bytes_needed(32768).unwrap();
-        let arena = mapping(bytes as u64 + 64, true);
-        memory.add(ARENA, &arena, 0, arena.size() as u64, true).unwrap();
-        let mut driver = DriverRing::new(&arena, 0, ARENA, 32768, event_idx, false).unwrap();
-        let setup = Setup {
-            size: 32768,
-            desc: driver.desc(),
-            driver: driver.driver(),
-            device: driver.device(),
-            event_idx,
-            indirect: false,
-            resume: None,
-        };
-        let mut device = DeviceRing::new(memory, 32768, setup).unwrap();
-        let buffer = [(ARENA + bytes as u64, 64)];
+    for features in all() {
+        let (memory, mut driver, buffer) = plain(32768, features);
+        let mut device = DeviceRing::new(memory, 32768, setup_of(&driver, features)).unwrap();
         for _ in 0..5 {
             for _ in 0..32768 {
-                assert!(driver.add(&buffer, &[]).unwrap().is_some());
+                assert!(driver.add(&[(buffer, 64)], &[]).unwrap().is_some());
             }
-            assert_eq!(driver.add(&buffer, &[]).unwrap(), None);
+            assert_eq!(driver.add(&[(buffer, 64)], &[]).unwrap(), None);
             assert!(driver.publish());
             let mut chains = Vec::new();
             device.take(usize::MAX, &mut chains).unwrap();
             assert_eq!(chains.len(), 32768);
             device.take(1, &mut Vec::new()).unwrap();
-            assert!(device.complete(chains.iter().map(|chain| (chain.head(), 0))).unwrap());
+            assert!(device.complete_chains(chains.iter().map(|chain| (chain, 0))).unwrap());
             let mut finished = Vec::new();
             driver.reap(usize::MAX, &mut finished).unwrap();
             assert_eq!(finished.len(), 32768);
@@ -407,40 +454,71 @@ fn the_largest_ring_is_filled_and_emptied_over_the_end_of_the_indices() {
 
 #[test]
 fn wrong_buffers_are_refused() {
-    let mut world = World::new(Features { size: 4, event_idx: false, indirect: false });
-    let over = 1 << 32;
-    assert_eq!(world.driver.add(&[], &[]), Err(AddError::NoBuffers));
-    assert_eq!(world.driver.add(&[(DATA, 0)], &[]), Err(AddError::BufferSize(0)));
-    assert_eq!(world.driver.add(&[], &[(DATA, over)]), Err(AddError::BufferSize(over)));
-    assert_eq!(world.driver.add(&[(DATA, over - 1)], &[(DATA, 1)]), Err(AddError::RequestSize));
-    let five = [(DATA, 1); 5];
-    assert_eq!(world.driver.add(&five, &[]), Err(AddError::TooManyBuffers { count: 5, size: 4 }));
-    assert_eq!(world.driver.free(), 4);
-    assert!(!world.driver.publish(), "nothing was added");
+    for packed in [false, true] {
+        let mut world = World::new(Shape::new(4, packed, false, false));
+        let over = 1 << 32;
+        assert_eq!(world.driver.add(&[], &[]), Err(AddError::NoBuffers));
+        assert_eq!(world.driver.add(&[(DATA, 0)], &[]), Err(AddError::BufferSize(0)));
+        assert_eq!(world.driver.add(&[], &[(DATA, over)]), Err(AddError::BufferSize(over)));
+        assert_eq!(world.driver.add(&[(DATA, over - 1)], &[(DATA, 1)]), Err(AddError::RequestSize));
+        let five = [(DATA, 1); 5];
+        assert_eq!(world.driver.add(&five, &[]), Err(AddError::TooManyBuffers { count: 5, size: 4 }));
+        assert_eq!(world.driver.free(), 4);
+        assert!(!world.driver.publish(), "nothing was added");
+    }
 }
 
 #[test]
 fn a_ring_needs_its_place() {
     let arena = mapping(0x1_0000, true);
-    let ring = |offset, address, size| DriverRing::new(&arena, offset, address, size, true, true).map(|_| ());
-    let needed = DriverRing::bytes_needed(16).unwrap();
-    assert_eq!(ring(0x1_0000 - needed.next_multiple_of(16), ARENA, 16), Ok(()));
-    for (offset, address, size) in [
-        (0x1_0000 - needed + 16, ARENA, 16),
-        (8, ARENA, 16),
-        (usize::MAX - 15, ARENA, 16),
-        (0, ARENA + 8, 16),
-        (0, u64::MAX - 15, 16),
-        (0, ARENA, 0),
-        (0, ARENA, 12),
-        (0, ARENA, 65536),
-        (0, ARENA, 32768),
-    ] {
-        assert!(ring(offset, address, size).is_err(), "{offset} {address:#x} {size}");
+    for packed in [false, true] {
+        let features = Features { packed, event_idx: true, indirect: true, in_order: false };
+        let ring = |offset, address, size| DriverRing::new(&arena, offset, address, size, features).map(|_| ());
+        let needed = DriverRing::bytes_needed(16, packed).unwrap();
+        assert_eq!(ring(0x1_0000 - needed.next_multiple_of(16), ARENA, 16), Ok(()));
+        for (offset, address, size) in [
+            (0x1_0000 - needed + 16, ARENA, 16),
+            (8, ARENA, 16),
+            (usize::MAX - 15, ARENA, 16),
+            (0, ARENA + 8, 16),
+            (0, u64::MAX - 15, 16),
+            (0, ARENA, 0),
+            (0, ARENA, 65536),
+            (0, ARENA, 32769),
+            (0, ARENA, 32768),
+        ] {
+            assert!(ring(offset, address, size).is_err(), "{offset} {address:#x} {size}");
+        }
+        assert_eq!(ring(0, ARENA, 12).is_ok(), packed, "a split ring's size is a power of two");
+        assert!(DriverRing::new(&mapping(0x1_0000, false), 0, ARENA, 16, features).is_err(), "read-only");
+        for size in [0, 32769, 65536] {
+            assert!(DriverRing::bytes_needed(size, packed).is_err());
+        }
+        assert_eq!(DriverRing::bytes_needed(3, packed).is_ok(), packed);
     }
-    assert!(DriverRing::new(&mapping(0x1_0000, false), 0, ARENA, 16, true, true).is_err(), "read-only");
-    for size in [0, 3, 65536] {
-        assert!(DriverRing::bytes_needed(size).is_err());
+}
+
+#[test]
+fn polling_asks_for_nothing() {
+    for features in all() {
+        let (memory, mut driver, buffer) = plain(8, features);
+        let mut device = DeviceRing::new(memory, 8, setup_of(&driver, features)).unwrap();
+        let mut chains = Vec::new();
+        for round in 0..40 {
+            assert!(driver.add(&[(buffer, 8)], &[]).unwrap().is_some());
+            // Notifications are on from the start, and off from the first chain.
+            assert_eq!(driver.publish(), round == 0, "round {round}");
+            device.poll(8, &mut chains).unwrap();
+            assert_eq!(chains.len(), 1);
+            device.poll(8, &mut chains).unwrap();
+            assert_eq!(chains.len(), 1);
+            let _ = device.complete_chains(chains.iter().map(|chain| (chain, 0))).unwrap();
+            chains.clear();
+            driver.reap(8, &mut Vec::new()).unwrap();
+        }
+        device.take(8, &mut chains).unwrap();
+        assert!(driver.add(&[(buffer, 8)], &[]).unwrap().is_some());
+        assert!(driver.publish(), "it was asked for again");
     }
 }
 
@@ -457,11 +535,11 @@ fn bell() -> (impl Fn(), impl Fn()) {
 
 #[test]
 fn no_wakeup_is_lost_between_two_sides_that_sleep() {
-    const REQUESTS: u64 = 50_000;
+    const REQUESTS: u64 = 30_000;
     for size in [2, 4, 64] {
-        for event_idx in [false, true] {
-            let World { mut driver, mut device, memory, .. } =
-                World::new(Features { size, event_idx, indirect: size == 4 });
+        for features in all() {
+            let features = Features { indirect: size == 4, ..features };
+            let World { mut driver, mut device, memory, .. } = World::new(Shape { size, features });
             let (ring_device, wait_device) = bell();
             let (ring_driver, wait_driver) = bell();
             let table = memory.snapshot();
@@ -486,7 +564,7 @@ fn no_wakeup_is_lost_between_two_sides_that_sleep() {
                             let mut answer = (u64::from_le_bytes(bytes) * 3).to_le_bytes();
                             chain.writable().write(0, VolatileSlice::from(&mut answer[..]));
                             served += 1;
-                            if device.complete([(chain.head(), 8)]).unwrap() {
+                            if device.complete_chains([(&chain, 8)].into_iter()).unwrap() {
                                 ring_driver();
                             }
                         }
@@ -563,12 +641,12 @@ impl Drop for Failing<'_> {
 
 /// The same question as above, asked without sleeping, a hundred thousand times at the moment that matters: a side that
 /// asks for notifications and then finds nothing must get one for what comes next. Fails when any of the four fences is
-/// taken out, some of them only in an optimised build, where stores have less time to become visible.
+/// taken out of either layout, some of them only in an optimised build, where stores have less time to become visible.
 #[test]
 fn whoever_found_nothing_is_notified() {
     const ROUNDS: u64 = 100_000;
-    for event_idx in [false, true] {
-        let World { mut driver, mut device, .. } = World::new(Features { size: 4, event_idx, indirect: false });
+    for features in all() {
+        let World { mut driver, mut device, .. } = World::new(Shape { size: 4, features });
         let (published, completed) = (Said::default(), Said::default());
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -581,10 +659,10 @@ fn whoever_found_nothing_is_notified() {
                         device.take(8, &mut chains).unwrap();
                     }
                     assert_eq!(chains.len(), 3);
-                    let heads: Vec<_> = chains.drain(..).map(|chain| (chain.head(), 0)).collect();
-                    let _ = device.complete(heads[..2].iter().copied()).unwrap();
+                    let _ = device.complete_chains(chains[..2].iter().map(|chain| (chain, 0))).unwrap();
                     (0..round % 13).for_each(|_| std::hint::spin_loop());
-                    let notify = device.complete(heads[2..].iter().copied()).unwrap();
+                    let notify = device.complete_chains(chains[2..].iter().map(|chain| (chain, 0))).unwrap();
+                    chains.clear();
                     completed.say(round, notify);
                 }
             });
@@ -614,31 +692,21 @@ fn whoever_found_nothing_is_notified() {
 
 #[test]
 fn another_device_goes_on_where_one_stopped() {
-    for event_idx in [false, true] {
-        let memory = Arc::new(Memory::new(1, 1 << 30));
-        let bytes = DriverRing::bytes_needed(8).unwrap();
-        let arena = mapping(bytes as u64 + 64, true);
-        memory.add(ARENA, &arena, 0, arena.size() as u64, true).unwrap();
-        let mut driver = DriverRing::new(&arena, 0, ARENA, 8, event_idx, false).unwrap();
-        let mut setup = Setup {
-            size: 8,
-            desc: driver.desc(),
-            driver: driver.driver(),
-            device: driver.device(),
-            event_idx,
-            indirect: false,
-            resume: None,
-        };
-        let buffer = [(ARENA + bytes as u64, 64)];
+    for features in all() {
+        let size = if features.packed { 7 } else { 8 };
+        let (memory, mut driver, buffer) = plain(size, features);
+        let mut setup = setup_of(&driver, features);
         // Far enough that the indices wrap around several times, with a new device side after every three requests.
         for round in 0..40_000u32 {
-            let mut device = DeviceRing::new(memory.clone(), 8, setup).unwrap();
-            let mut sent: Vec<_> = (0..3).map(|_| driver.add(&buffer, &[]).unwrap().unwrap()).collect();
+            let mut device = DeviceRing::new(memory.clone(), size, setup).unwrap();
+            let mut sent: Vec<_> = (0..3).map(|_| driver.add(&[(buffer, 64)], &[]).unwrap().unwrap()).collect();
             let _ = driver.publish();
             let mut chains = Vec::new();
             device.take(usize::MAX, &mut chains).unwrap();
             assert_eq!(chains.len(), 3, "round {round}");
-            let _ = device.complete(chains.iter().map(|chain| (chain.head(), 0))).unwrap();
+            let begin = setup.resume.unwrap_or(if features.packed { 0x8000_8000 } else { 0 });
+            assert_eq!(device.unused(), Some(begin));
+            let _ = device.complete_chains(chains.iter().map(|chain| (chain, 0))).unwrap();
             assert_eq!(device.in_flight(), 0);
             let mut finished = Vec::new();
             driver.reap(8, &mut finished).unwrap();
@@ -646,13 +714,64 @@ fn another_device_goes_on_where_one_stopped() {
             sent.sort_unstable();
             answered.sort_unstable();
             assert_eq!(sent, answered);
-            assert_eq!(device.next(), (3 * (round + 1)) as u16);
+            let places = 3 * (round + 1);
+            let word = (places % 7) | if places / 7 % 2 == 0 { 0x8000 } else { 0 };
+            assert_eq!(device.next(), if features.packed { word * 0x1_0001 } else { places % 0x1_0000 });
+            assert_eq!(device.unused(), Some(device.next()));
             setup.resume = Some(device.next());
         }
-        // Whoever says where to go on may lie.
-        setup.resume = Some(setup.resume.unwrap().wrapping_add(9));
+    }
+}
+
+#[test]
+fn what_is_in_flight_is_given_again_unless_it_was_overtaken() {
+    for features in all() {
+        let (memory, mut driver, buffer) = plain(8, features);
+        let mut setup = setup_of(&driver, features);
+        let sent: Vec<_> = (0..5).map(|_| driver.add(&[], &[(buffer, 64)]).unwrap().unwrap()).collect();
+        let _ = driver.publish();
         let mut device = DeviceRing::new(memory.clone(), 8, setup).unwrap();
-        let violation = device.take(1, &mut Vec::new()).unwrap_err();
-        assert_eq!(violation.rule, Rule::IndexJump);
+        let mut chains = Vec::new();
+        device.take(4, &mut chains).unwrap();
+        let _ = device.complete_chains(chains[..2].iter().map(|chain| (chain, 1))).unwrap();
+        setup.resume = device.unused();
+
+        let mut device = DeviceRing::new(memory, 8, setup).unwrap();
+        let mut chains = Vec::new();
+        device.take(9, &mut chains).unwrap();
+        assert_eq!(chains.iter().map(Chain::head).collect::<Vec<_>>(), sent[2..]);
+        let _ = device.complete_chains(chains[1..2].iter().map(|chain| (chain, 1))).unwrap();
+        assert_eq!(device.unused(), None, "the first is in flight, and the second is not");
+        let _ = device.complete_chains([&chains[0], &chains[2]].into_iter().map(|chain| (chain, 1))).unwrap();
+        assert_eq!(device.unused(), Some(device.next()), "nothing is");
+        let mut finished = Vec::new();
+        driver.reap(9, &mut finished).unwrap();
+        let order = [0, 1, 3, 2, 4].map(|at| sent[at]);
+        assert_eq!(finished.iter().map(|&(token, _)| token).collect::<Vec<_>>(), order);
+    }
+}
+
+#[test]
+fn whoever_says_where_to_go_on_may_lie() {
+    let shape = Shape::new(8, false, false, false);
+    let World { memory, driver, .. } = World::new(shape);
+    let setup = Setup { resume: Some(9), ..setup_of(&driver, shape.features) };
+    let mut device = DeviceRing::new(memory.clone(), 8, setup).unwrap();
+    assert_eq!(device.take(1, &mut Vec::new()).unwrap_err().rule, Rule::IndexJump);
+    let setup = Setup { resume: Some(0x1_0000), ..setup };
+    assert_eq!(DeviceRing::new(memory, 8, setup).err().unwrap().rule, Rule::RingPosition);
+
+    let shape = Shape::new(7, true, false, false);
+    let World { memory, driver, .. } = World::new(shape);
+    let at = |next: u32, used: u32| {
+        let setup = Setup { resume: Some(next | used << 16), ..setup_of(&driver, shape.features) };
+        DeviceRing::new(memory.clone(), 7, setup).map(|mut device| device.take(9, &mut Vec::new()))
+    };
+    for (next, used) in [(7, 6), (6, 7), (0x8007, 0x8007), (0x7fff, 0), (0, 1), (5, 0x8004), (0x8000, 0x8001)] {
+        assert_eq!(at(next, used).unwrap_err().rule, Rule::RingPosition, "{next:#x} {used:#x}");
+    }
+    // A lap behind, or anywhere between: taken by somebody else.
+    for (next, used) in [(6, 6), (0, 0x8000), (5, 0x8005), (3, 0x8006), (0x8000, 1)] {
+        at(next, used).unwrap().unwrap();
     }
 }

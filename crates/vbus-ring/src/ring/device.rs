@@ -1,0 +1,466 @@
+//! The device side of a ring, whatever its layout: what is taken, what is in flight, and what is shown as used.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{fence, Ordering};
+use std::sync::Arc;
+
+use super::{Chain, Setup, MAX_SIZE};
+use crate::guard::losses;
+use crate::mem::{Access, Memory, Table, Window};
+use crate::violation::{Rule, Violation};
+
+/// Pieces of memory that the chains in flight may have together: what a queue can make this process remember. Without
+/// it, a large ring of chains that are each as long as the ring would take gigabytes.
+pub const MAX_BUFFERS: usize = 1 << 20;
+
+/// A chain that is used, as a layout shows it to the driver.
+#[derive(Clone, Copy, Debug)]
+pub struct Used {
+    /// By what the driver knows it.
+    pub head: u16,
+    /// How many places of the ring it has.
+    pub span: u16,
+    /// Whether any of it is the device's to write.
+    pub writable: bool,
+    /// Bytes that were written.
+    pub written: u32,
+}
+
+/// One layout's half of it: where things are, and how they are read and written. Nothing here is kept of a chain.
+pub trait Layout {
+    /// What sizes there are, for people.
+    const SIZES: &'static str;
+
+    /// Whether a ring can have as many descriptors, which are 1 to 32768.
+    fn has_size(size: u32) -> bool;
+
+    /// Of the memory in which the parts were found.
+    fn generation(&self) -> u64;
+
+    /// Follow the parts when the driver's memory has changed.
+    fn follow(&mut self, table: &Table, setup: &Setup) -> Result<(), Violation>;
+
+    /// Whether there is a chain to take.
+    fn look(&mut self) -> Result<bool, Violation>;
+
+    /// Read the next chain, which `look` has seen, into one that is empty.
+    fn chain(&self, table: &Table, setup: &Setup, chain: &mut Chain) -> Result<(), Violation>;
+
+    /// It was good, and is taken.
+    fn taken(&mut self, chain: &Chain);
+
+    /// Ask for notifications, from the next chain on, or for none. Whether anything was written for it.
+    ///
+    /// Whoever asks for them looks again after a full fence. Asking for none is a hint, that the driver may see late.
+    fn ask(&mut self, notify: bool) -> bool;
+
+    /// Driver address and bytes of what `ask` writes.
+    fn asked(&self) -> (u64, u64);
+
+    /// Write a chain as used, not yet to be seen.
+    fn put(&mut self, used: Used);
+
+    /// Let the driver see what was put; false when that is nothing.
+    fn show(&mut self) -> bool;
+
+    /// Driver addresses and bytes of what was written for what was shown last.
+    fn shown(&self) -> [(u64, u64); 3];
+
+    /// Whether the driver wants to hear of what was shown last.
+    fn is_awaited(&self) -> bool;
+
+    /// Whether memory of its own was lost. Violation: region-lost.
+    fn sound(&self) -> Result<(), Violation> {
+        Ok(())
+    }
+
+    /// Where another could go on.
+    fn next(&self) -> u32;
+
+    /// Where another could go on such that it is given again what is in flight: so many chains, the last that were taken.
+    fn unused(&self, in_flight: usize) -> u32;
+}
+
+/// What is in flight of one chain.
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    taken: bool,
+    /// Completed, and not yet shown, because one before it is not.
+    done: bool,
+    writable: bool,
+    span: u16,
+    cost: u32,
+    written: u32,
+    /// The how manieth that was taken.
+    number: u32,
+}
+
+/// What is in flight.
+struct Book {
+    /// By head. In a packed ring that is any number of the driver's choice: as long as the largest that was seen.
+    slots: Vec<Slot>,
+    in_flight: usize,
+    buffers: usize,
+    /// Chains taken, modulo 2^32.
+    count: u32,
+    /// Whether one was used before another that was taken earlier and is in flight still.
+    overtaken: bool,
+    /// With IN_ORDER: what was taken, in this order.
+    order: Option<VecDeque<u16>>,
+}
+
+impl Book {
+    fn new(size: u16, in_order: bool) -> Self {
+        let slots = vec![Slot::default(); usize::from(size)];
+        let order = in_order.then(VecDeque::new);
+        Self { slots, in_flight: 0, buffers: 0, count: 0, overtaken: false, order }
+    }
+
+    /// Remember that a chain is in flight.
+    #[inline]
+    fn begin(&mut self, chain: &Chain) -> Result<(), Violation> {
+        let head = usize::from(chain.head());
+        if head >= self.slots.len() {
+            self.slots.resize((head + 1).next_power_of_two(), Slot::default());
+        }
+        let slot = &mut self.slots[head];
+        // Also what bounds the requests in flight: without it a driver could make one chain available for ever.
+        if slot.taken {
+            return Err(Violation::new(Rule::DescriptorInUse, format!("{head}")));
+        }
+        if self.buffers + chain.cost() > MAX_BUFFERS {
+            return Err(Violation::new(Rule::TooManyBuffers, format!("more than {MAX_BUFFERS} in flight")));
+        }
+        self.buffers += chain.cost();
+        self.in_flight += 1;
+        *slot = Slot {
+            taken: true,
+            done: false,
+            writable: chain.writable().count() > 0,
+            span: chain.span(),
+            cost: chain.cost() as u32,
+            written: 0,
+            number: self.count,
+        };
+        self.count = self.count.wrapping_add(1);
+        if let Some(order) = &mut self.order {
+            order.push_back(chain.head());
+        }
+        Ok(())
+    }
+
+    /// A chain is completed; false when it is not in flight.
+    #[inline]
+    fn complete(&mut self, head: u16, written: u32) -> bool {
+        match self.slots.get_mut(usize::from(head)) {
+            Some(slot) if slot.taken && !slot.done => {
+                (slot.done, slot.written) = (true, written);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// A completed chain is to be shown.
+    #[inline]
+    fn end(&mut self, head: u16) -> Used {
+        let slot = &mut self.slots[usize::from(head)];
+        slot.taken = false;
+        let oldest = self.count.wrapping_sub(self.in_flight as u32);
+        self.in_flight -= 1;
+        self.overtaken = self.in_flight > 0 && (self.overtaken || slot.number != oldest);
+        self.buffers -= slot.cost as usize;
+        Used { head, span: slot.span, writable: slot.writable, written: slot.written }
+    }
+
+    /// With IN_ORDER: the next chain to be shown, when it is completed.
+    fn next_in_order(&mut self) -> Option<Used> {
+        let head = *self.order.as_ref()?.front()?;
+        if !self.slots[usize::from(head)].done {
+            return None;
+        }
+        self.order.as_mut()?.pop_front();
+        Some(self.end(head))
+    }
+
+    /// Nothing is in flight any more.
+    fn clear(&mut self) {
+        self.slots.fill(Slot::default());
+        (self.in_flight, self.buffers, self.overtaken) = (0, 0, false);
+        if let Some(order) = &mut self.order {
+            order.clear();
+        }
+    }
+}
+
+/// The device side of a running ring.
+///
+/// `take` chains, answer them, `complete` them; when it says so, notify the driver. When `take` gives nothing, wait for
+/// the driver's notification. A ring whose driver broke a rule gives nothing any more: make a new one.
+pub struct Ring<L> {
+    memory: Arc<Memory>,
+    setup: Setup,
+    layout: L,
+    book: Book,
+    /// Whether what we asked for was written and is not in the log of written pages.
+    asked: bool,
+    /// Why this ring gives nothing any more, until it was told.
+    violation: Option<Violation>,
+    broken: bool,
+}
+
+impl<L: Layout> Ring<L> {
+    /// Start with a layout that is found in the driver's memory.
+    pub(super) fn start(
+        memory: Arc<Memory>,
+        max_size: u32,
+        setup: Setup,
+        find: impl FnOnce(&Table, &Setup) -> Result<L, Violation>,
+    ) -> Result<Self, Violation> {
+        let table = memory.snapshot();
+        let ring = Self::prepare(memory.clone(), &table, max_size, setup, find);
+        // First: what is wrong with zeroes is not the fault of who wrote something else there.
+        memory.sound(&table)?;
+        ring
+    }
+
+    fn prepare(
+        memory: Arc<Memory>,
+        table: &Table,
+        max_size: u32,
+        setup: Setup,
+        find: impl FnOnce(&Table, &Setup) -> Result<L, Violation>,
+    ) -> Result<Self, Violation> {
+        if setup.size == 0 || setup.size > max_size.min(MAX_SIZE) || !L::has_size(setup.size) {
+            let detail = format!("{}, must be {} up to {max_size}", setup.size, L::SIZES);
+            return Err(Violation::new(Rule::QueueSize, detail));
+        }
+        let layout = find(table, &setup)?;
+        let book = Book::new(setup.size as u16, setup.features.in_order);
+        let mut ring = Self { memory, setup, layout, book, asked: false, violation: None, broken: false };
+        ring.asked = ring.layout.ask(true);
+        // See `Memory::written`.
+        fence(Ordering::SeqCst);
+        ring.log_asked()?;
+        Ok(ring)
+    }
+
+    /// Descriptors.
+    pub fn size(&self) -> u16 {
+        self.setup.size as u16
+    }
+
+    /// Where another could go on, once nothing is in flight: in a split ring, the index of the next available entry to
+    /// take; in a packed one, the place of the next descriptor to take (15 bits) and its wrap counter (1), and the same of
+    /// the next to use, above. What another left in flight and was not taken again counts as not taken.
+    pub fn next(&self) -> u32 {
+        self.layout.next()
+    }
+
+    /// As `next`, counting what is in flight as not taken, so that it is given again. None when there is no such place,
+    /// because a chain was used before one that was taken earlier and is in flight.
+    pub fn unused(&self) -> Option<u32> {
+        (!self.book.overtaken).then(|| self.layout.unused(self.book.in_flight))
+    }
+
+    /// Chains taken and not shown as used.
+    pub fn in_flight(&self) -> usize {
+        self.book.in_flight
+    }
+
+    /// Append the next chains, at most `limit`, to `chains`.
+    ///
+    /// Notifications are off from the first chain until a call gives none, so whoever got some calls again before it
+    /// waits. A violation comes after the chains before it: with them the call succeeds, and the next one fails. After
+    /// that there are none. region-lost comes before all others, and without chains.
+    pub fn take(&mut self, limit: usize, chains: &mut Vec<Chain>) -> Result<(), Violation> {
+        self.take_or_poll(limit, chains, true)
+    }
+
+    /// As `take`, for whoever comes again by itself: when there are none, notifications stay as they were.
+    pub fn poll(&mut self, limit: usize, chains: &mut Vec<Chain>) -> Result<(), Violation> {
+        self.take_or_poll(limit, chains, false)
+    }
+
+    fn take_or_poll(&mut self, limit: usize, chains: &mut Vec<Chain>, ask: bool) -> Result<(), Violation> {
+        let before = chains.len();
+        if self.broken || limit == 0 {
+            return self.violation.take().map_or(Ok(()), Err);
+        }
+        let mut table = None;
+        let result = self.take_some(&mut table, limit, chains, ask).and_then(|()| self.log_asked());
+        if let Err(lost) = self.sound(table.as_deref()) {
+            self.broken = true;
+            // They may be made of zeroes.
+            chains.truncate(before);
+            return Err(lost);
+        }
+        match result {
+            Ok(()) => Ok(()),
+            Err(violation) => {
+                self.broken = true;
+                if chains.len() == before {
+                    return Err(violation);
+                }
+                self.violation = Some(violation);
+                Ok(())
+            }
+        }
+    }
+
+    /// `table` is filled in as soon as one is needed: who looks in vain, as often as it likes, takes no lock.
+    fn take_some(
+        &mut self,
+        table: &mut Option<Arc<Table>>,
+        limit: usize,
+        chains: &mut Vec<Chain>,
+        ask: bool,
+    ) -> Result<(), Violation> {
+        if self.memory.generation() != self.layout.generation() {
+            self.layout.follow(table.insert(self.memory.snapshot()), &self.setup)?;
+        }
+        if !self.layout.look()? {
+            if !ask {
+                return Ok(());
+            }
+            self.asked |= self.layout.ask(true);
+            // The driver makes a chain available and then looks whether we want to hear of it; we have said that we want
+            // to, and now look for chains. Each side's store comes before its load only with a full fence between them:
+            // then one of the two at least sees the other's store, and no wakeup is lost.
+            fence(Ordering::SeqCst);
+            if !self.layout.look()? {
+                return Ok(());
+            }
+        }
+        self.asked |= self.layout.ask(false);
+        let table = table.get_or_insert_with(|| self.memory.snapshot());
+        // It may have changed at this very moment: chains and the ring are found in one and the same.
+        self.layout.follow(table, &self.setup)?;
+        let last = chains.len().saturating_add(limit);
+        while chains.len() < last && self.layout.look()? {
+            let at = chains.len();
+            // Filled where it lies: it is too large to be moved about.
+            chains.push(Chain::default());
+            let chain = &mut chains[at];
+            let good = match self.layout.chain(table, &self.setup, chain) {
+                Ok(()) => self.book.begin(chain),
+                violation => violation,
+            };
+            if good.is_err() {
+                chains.truncate(at);
+                return good;
+            }
+            self.layout.taken(chain);
+        }
+        Ok(())
+    }
+
+    /// Whether all memory that this ring uses, this table's or the present one's, is still that of its files.
+    fn sound(&self, table: Option<&Table>) -> Result<(), Violation> {
+        match table {
+            Some(table) => self.memory.sound(table)?,
+            None if losses() > 0 => self.memory.sound(&self.memory.snapshot())?,
+            None => (),
+        }
+        self.layout.sound()
+    }
+
+    /// Give chains back, each with the bytes written, and show them all at once. True when the driver is to be notified.
+    /// All of their writable memory counts as written.
+    ///
+    /// Those that are not in flight are left out. With IN_ORDER a chain is shown as soon as all before it are.
+    /// Violation: ring-outside-memory, ring-misaligned (the memory has changed); then nothing is completed, now or
+    /// later. log-too-small, region-lost: they are completed as far as that goes, and the ring gives nothing any more.
+    #[must_use = "the driver may be waiting for a notification"]
+    pub fn complete_chains<'a>(
+        &mut self,
+        chains: impl Iterator<Item = (&'a Chain, u32)> + Clone,
+    ) -> Result<bool, Violation> {
+        self.put(chains.clone().map(|(chain, written)| (chain.head(), written)), chains.map(|(chain, _)| chain))
+    }
+
+    /// As `complete_chains` by their heads, where nobody logs what is written: of that, only the ring's own is said.
+    #[must_use = "the driver may be waiting for a notification"]
+    pub fn complete(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) -> Result<bool, Violation> {
+        self.put(chains, std::iter::empty())
+    }
+
+    fn put<'a>(
+        &mut self,
+        heads: impl IntoIterator<Item = (u16, u32)>,
+        chains: impl Iterator<Item = &'a Chain>,
+    ) -> Result<bool, Violation> {
+        if self.memory.generation() != self.layout.generation() {
+            if let Err(violation) = self.layout.follow(&self.memory.snapshot(), &self.setup) {
+                self.broken = true;
+                // Nothing is in flight any more, even if the memory comes back.
+                self.book.clear();
+                return Err(violation);
+            }
+        }
+        let mut any = false;
+        for (head, written) in heads {
+            if !self.book.complete(head, written) {
+                continue;
+            }
+            any = true;
+            if self.book.order.is_none() {
+                let used = self.book.end(head);
+                self.layout.put(used);
+            }
+        }
+        if !any {
+            return Ok(false);
+        }
+        while let Some(used) = self.book.next_in_order() {
+            self.layout.put(used);
+        }
+        let shown = self.layout.show();
+        // What was shown must be out before we look whether the driver waits for it; the driver does the reverse. See
+        // `take_some` for why nothing less than a full fence will do.
+        fence(Ordering::SeqCst);
+        // Behind the fence, and so after what is shown: see `Memory::written`. What a chain wrote that has to wait for
+        // one before it is in its memory, too.
+        let ring = shown.then(|| self.layout.shown()).into_iter().flatten();
+        let buffers = chains.flat_map(|chain| chain.writable().ranges());
+        let said = self.memory.written(|| buffers.chain(ring));
+        if let Err(violation) = self.sound(None).and(said) {
+            self.broken = true;
+            return Err(violation);
+        }
+        Ok(shown && self.layout.is_awaited())
+    }
+
+    /// Say in the log that we have written what we ask the driver for. Silence is not fenced from this: should a log
+    /// begin at this very moment, it may be missing there; but whoever goes on with the ring asks anew.
+    fn log_asked(&mut self) -> Result<(), Violation> {
+        if !std::mem::replace(&mut self.asked, false) {
+            return Ok(());
+        }
+        self.memory.written(|| [self.layout.asked()])
+    }
+}
+
+/// A part of a ring, which is in one region: its name for people, its address, bytes, alignment, and its widest word.
+pub(super) fn part(
+    table: &Table,
+    (what, address, bytes): (&str, u64, usize),
+    (align, word): (u64, usize),
+    access: Access,
+) -> Result<Window, Violation> {
+    // Alignment is checked twice: as the driver sees it, which is the rule (sections 2.7 and 2.8.10.1), and as it comes
+    // to lie in this process, which atomics need, and which a region at an odd offset of its file spoils.
+    if address % align != 0 {
+        let detail = format!("the {what} at {address:#x} must be aligned to {align} bytes");
+        return Err(Violation::new(Rule::RingMisaligned, detail));
+    }
+    let window = table.window(address, bytes as u64, access).ok_or_else(|| {
+        let detail = format!("the {what}, {bytes} bytes at {address:#x}");
+        Violation::new(Rule::RingOutsideMemory, detail)
+    })?;
+    if !window.is_aligned(word) {
+        let detail = format!("the {what} at {address:#x} lies at an odd place of its file");
+        return Err(Violation::new(Rule::RingMisaligned, detail));
+    }
+    Ok(window)
+}

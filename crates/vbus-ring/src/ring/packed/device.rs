@@ -1,0 +1,328 @@
+//! The device side of a packed ring.
+
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+use super::{
+    is_awaited, Place, Rest, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, EVENT_BYTES, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE,
+};
+use crate::mem::{Access, Memory, Table, Window};
+use crate::ring::device::{part, Layout, Ring, Used};
+use crate::ring::indirect::Entries;
+use crate::ring::{Chain, Setup, DESC_BYTES};
+use crate::violation::{Rule, Violation};
+
+/// The device side of a running packed ring.
+pub type DeviceRing = Ring<Packed>;
+
+/// The three parts, as they lie in the memory of one generation.
+struct Parts {
+    generation: u64,
+    desc: Window,
+    driver: Window,
+    device: Window,
+}
+
+impl Parts {
+    fn find(table: &Table, setup: &Setup) -> Result<Self, Violation> {
+        let desc = ("descriptor ring", setup.desc, DESC_BYTES * setup.size as usize);
+        let driver = ("driver's event suppression", setup.driver, EVENT_BYTES);
+        let device = ("device's event suppression", setup.device, EVENT_BYTES);
+        Ok(Self {
+            generation: table.generation(),
+            desc: part(table, desc, (16, 8), Access::Write)?,
+            driver: part(table, driver, (4, 4), Access::Read)?,
+            device: part(table, device, (4, 4), Access::Write)?,
+        })
+    }
+}
+
+/// A used descriptor that is not in the ring yet.
+#[derive(Clone, Copy)]
+struct Pending {
+    place: Place,
+    rest: Rest,
+    /// With IN_ORDER, one that the next may stand for: nothing is lost of what it says.
+    merges: bool,
+}
+
+/// The layout, from the device's side.
+pub struct Packed {
+    parts: Parts,
+    /// Driver addresses of the descriptor ring and of the device's event suppression.
+    desc: u64,
+    device: u64,
+    size: u16,
+    event_idx: bool,
+    in_order: bool,
+    /// The next descriptor to take, and where the next used one goes.
+    next: Place,
+    used: Place,
+    /// Descriptors from `used` to `next`: of chains that were taken and not used.
+    span: u16,
+    /// The second word of the descriptor at `next`, once it was seen to be available.
+    seen: Option<Rest>,
+    /// The first used descriptor of the batch, whose store shows all of it; the last, if it is another.
+    first: Option<Pending>,
+    last: Option<Pending>,
+    /// Descriptors of the batch that is put, and where the one began that was shown last, and how many it has.
+    put: u16,
+    before: Place,
+    shown: u16,
+    /// What our event suppression says.
+    event: Option<u32>,
+}
+
+impl Ring<Packed> {
+    /// Start at the first descriptor, or go on, with notifications on.
+    ///
+    /// What is between the two places of `resume`, taken and not used, is nobody's: its driver does not get it back.
+    ///
+    /// Violation: queue-size (0, above `max_size`), ring-position, ring-misaligned, ring-outside-memory, region-lost,
+    /// log-too-small.
+    pub fn new(memory: Arc<Memory>, max_size: u32, setup: Setup) -> Result<Self, Violation> {
+        Self::start(memory, max_size, setup, |table, setup| {
+            let parts = Parts::find(table, setup)?;
+            Packed::new(parts, setup)
+        })
+    }
+}
+
+impl Packed {
+    fn new(parts: Parts, setup: &Setup) -> Result<Self, Violation> {
+        let size = setup.size as u16;
+        let (next, used) = match setup.resume {
+            None => (Place::FIRST, Place::FIRST),
+            Some(words) => (Place::from_word(words as u16), Place::from_word((words >> 16) as u16)),
+        };
+        let lap = if next.wrap == used.wrap { 0 } else { u32::from(size) };
+        let span = (u32::from(next.index) + lap).checked_sub(u32::from(used.index));
+        match span {
+            Some(span) if next.index < size && used.index < size && span <= u32::from(size) => Ok(Self {
+                parts,
+                desc: setup.desc,
+                device: setup.device,
+                size,
+                event_idx: setup.features.event_idx,
+                in_order: setup.features.in_order,
+                next,
+                used,
+                span: span as u16,
+                seen: None,
+                first: None,
+                last: None,
+                put: 0,
+                before: used,
+                shown: 0,
+                event: None,
+            }),
+            _ => {
+                let detail = format!("from {used:?} to {next:?} in a ring of {size}");
+                Err(Violation::new(Rule::RingPosition, detail))
+            }
+        }
+    }
+
+    /// The entries of an indirect table (section 2.8.7), in place of the descriptor that refers to it.
+    fn indirect(
+        &self,
+        table: &Table,
+        setup: &Setup,
+        chain: &mut Chain,
+        address: u64,
+        rest: Rest,
+    ) -> Result<(), Violation> {
+        let violation =
+            |rule| Violation::new(rule, format!("{} bytes at {address:#x}, at {:?}", rest.size(), self.next));
+        if !setup.features.indirect {
+            return Err(violation(Rule::IndirectNotNegotiated));
+        }
+        if rest.has(DESC_NEXT) {
+            return Err(violation(Rule::IndirectNext));
+        }
+        let entries = Entries::find(table, address, rest.size(), self.size, chain)?;
+        for index in 0..entries.count() {
+            // One after the other, and no flag but this means anything there.
+            let [address, rest] = entries.words(index);
+            chain.push(table, address, Rest(rest).size(), Rest(rest).has(DESC_WRITE), self.size)?;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn store(&self, pending: Pending, order: Ordering) {
+        self.parts.desc.store64(DESC_BYTES * usize::from(pending.place.index) + 8, pending.rest.0, order);
+    }
+}
+
+impl Layout for Packed {
+    const SIZES: &'static str = "1 or more,";
+
+    fn has_size(_size: u32) -> bool {
+        true
+    }
+
+    #[inline]
+    fn generation(&self) -> u64 {
+        self.parts.generation
+    }
+
+    #[inline]
+    fn follow(&mut self, table: &Table, setup: &Setup) -> Result<(), Violation> {
+        if table.generation() != self.parts.generation {
+            self.parts = Parts::find(table, setup)?;
+            // Of the memory from before.
+            self.seen = None;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn look(&mut self) -> Result<bool, Violation> {
+        if self.seen.is_some() {
+            return Ok(true);
+        }
+        // All of the ring is taken: this is the first descriptor of that, whatever it says.
+        if self.span == self.size {
+            return Ok(false);
+        }
+        // Acquire: the rest of the chain, and its buffers, which the driver wrote before these flags, are seen after them.
+        // One load: the flags that were looked at are of the length and the id that are used.
+        let place = DESC_BYTES * usize::from(self.next.index) + 8;
+        let rest = Rest(self.parts.desc.load64(place, Ordering::Acquire));
+        if rest.is_available(self.next.wrap) {
+            self.seen = Some(rest);
+        }
+        Ok(self.seen.is_some())
+    }
+
+    #[inline]
+    fn chain(&self, table: &Table, setup: &Setup, chain: &mut Chain) -> Result<(), Violation> {
+        // What it is called, the last descriptor says; until then the place of the first, for people.
+        chain.name(self.next.index, 0);
+        let mut place = self.next;
+        let mut seen = self.seen;
+        for span in 1..=self.size - self.span {
+            let at = DESC_BYTES * usize::from(place.index);
+            // Relaxed: written before the flags of the first, see `look`. Each word is loaded once.
+            let rest = seen.take().unwrap_or_else(|| Rest(self.parts.desc.load64(at + 8, Ordering::Relaxed)));
+            let address = self.parts.desc.load64(at, Ordering::Relaxed);
+            if !rest.is_available(place.wrap) {
+                let detail = format!("{} of the chain at {}", place.index, self.next.index);
+                return Err(Violation::new(Rule::DescriptorNotAvailable, detail));
+            }
+            if rest.has(DESC_INDIRECT) {
+                self.indirect(table, setup, chain, address, rest)?;
+            } else {
+                chain.push(table, address, rest.size(), rest.has(DESC_WRITE), self.size)?;
+            }
+            if !rest.has(DESC_NEXT) {
+                chain.name(rest.id(), span);
+                return Ok(());
+            }
+            place = place.after(1, self.size);
+        }
+        let (rule, what) = if self.span == 0 {
+            (Rule::ChainTooLong, "is as long as the ring, and goes on")
+        } else {
+            (Rule::DescriptorInUse, "goes on in what is in flight")
+        };
+        Err(Violation::new(rule, format!("the chain at {} {what}", self.next.index)))
+    }
+
+    #[inline]
+    fn taken(&mut self, chain: &Chain) {
+        self.seen = None;
+        self.span += chain.span();
+        self.next = self.next.after(chain.span(), self.size);
+    }
+
+    #[inline]
+    fn ask(&mut self, notify: bool) -> bool {
+        let event = match (notify, self.event_idx) {
+            (false, _) => EVENT_DISABLE << 16,
+            (true, false) => EVENT_ENABLE << 16,
+            (true, true) => EVENT_DESC << 16 | u32::from(self.next.word()),
+        };
+        if self.event == Some(event) {
+            return false;
+        }
+        self.event = Some(event);
+        // Both halves at once: a driver never sees a place with the flags of another. (It loads them in one, or the flags
+        // first, and finds the place that was written with them or after.)
+        self.parts.device.store32(0, event, Ordering::Relaxed);
+        true
+    }
+
+    fn asked(&self) -> (u64, u64) {
+        (self.device, EVENT_BYTES as u64)
+    }
+
+    #[inline]
+    fn put(&mut self, used: Used) {
+        let place = self.used;
+        self.used = place.after(used.span, self.size);
+        self.span -= used.span;
+        self.put += used.span;
+        // A length is one only where something could be written.
+        let flags = place.used() | if used.written > 0 { DESC_WRITE } else { 0 };
+        let pending =
+            Pending { place, rest: Rest::new(used.written, used.head, flags), merges: self.in_order && !used.writable };
+        // The driver reads no used descriptor before those that come before it, and skips as many as the chain of each
+        // had: all but the first may be written at once, and are seen when that one is.
+        match (&mut self.first, &mut self.last) {
+            (None, _) => self.first = Some(pending),
+            (Some(first), None) if first.merges => *first = pending.at(first.place),
+            (Some(_), None) => self.last = Some(pending),
+            (Some(_), Some(last)) if last.merges => *last = pending.at(last.place),
+            (Some(_), Some(last)) => {
+                let done = std::mem::replace(last, pending);
+                // Relaxed: the first one's store releases it.
+                self.store(done, Ordering::Relaxed);
+            }
+        }
+    }
+
+    #[inline]
+    fn show(&mut self) -> bool {
+        let Some(first) = self.first.take() else {
+            return false;
+        };
+        if let Some(last) = self.last.take() {
+            self.store(last, Ordering::Relaxed);
+        }
+        // Release: whoever sees these flags sees the used descriptors behind it, and what was written into the buffers.
+        self.store(first, Ordering::Release);
+        (self.before, self.shown) = (first.place, std::mem::take(&mut self.put));
+        true
+    }
+
+    /// All descriptors of the chains that were used.
+    fn shown(&self) -> [(u64, u64); 3] {
+        let first = self.shown.min(self.size - self.before.index);
+        let bytes = |count| u64::from(count) * DESC_BYTES as u64;
+        [(self.desc + bytes(self.before.index), bytes(first)), (self.desc, bytes(self.shown - first)), (self.desc, 0)]
+    }
+
+    #[inline]
+    fn is_awaited(&self) -> bool {
+        let event = self.parts.driver.load32(0, Ordering::Relaxed);
+        is_awaited(event, self.event_idx, self.used, self.shown, self.size)
+    }
+
+    fn next(&self) -> u32 {
+        u32::from(self.next.word()) | u32::from(self.used.word()) << 16
+    }
+
+    fn unused(&self, _in_flight: usize) -> u32 {
+        u32::from(self.used.word()) * 0x1_0001
+    }
+}
+
+impl Pending {
+    /// In the place of one that it stands for.
+    fn at(self, place: Place) -> Self {
+        let flags = place.used() | if self.rest.has(DESC_WRITE) { DESC_WRITE } else { 0 };
+        Self { place, rest: Rest::new(self.rest.size(), self.rest.id(), flags), ..self }
+    }
+}
