@@ -11,9 +11,7 @@ from vbus.bus.sources import Sources
 
 
 @given(st.integers(0, 40), st.lists(st.one_of(st.integers(0, 6), st.just(-1)), max_size=60), st.randoms())
-def test_rows_never_overlap_and_all_that_is_given_back_is_there_again(
-    size: int, steps: list[int], chance: Random
-) -> None:
+def test_rows_never_overlap_and_come_back_whole(size: int, steps: list[int], chance: Random) -> None:
     sources = Sources(size)
     taken: list[tuple[int, int]] = []
     for step in steps:

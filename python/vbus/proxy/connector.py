@@ -103,7 +103,7 @@ class GuestConnector(ABC):
         on_answer: Callable[[R], None] | None = None,
         channel_priority: int | None = None,
     ) -> Question[R]:
-        """As `call`, and do not wait: `answer_to` does. Whoever asks much waits now and then, as a link holds only so much.
+        """As `call`, and do not wait: `answer_to` does. Who asks much waits now and then: a link holds only so much.
 
         DriverError: ECONNRESET, EPROTO.
         """
