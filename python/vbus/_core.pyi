@@ -17,12 +17,14 @@ __all__ = [
     "DeviceQueue",
     "Doorbell",
     "DriverQueue",
+    "EchoSide",
     "EventReceiver",
     "EventSender",
     "LinkRing",
     "Load",
     "Mapping",
     "Memory",
+    "PingSide",
     "Request",
     "Scheduler",
     "Signal",
@@ -455,6 +457,43 @@ class Load:
         """
     def random_reads(self, total: int, size: int, places: int, seed: int, bell: Doorbell | None = None) -> _LoadReport:
         """`total` reads of a disk of `places` times `size` bytes, at places that follow from `seed`."""
+
+class _Rounds(TypedDict):
+    round_trips: int
+    checksum: int
+    """Of the values that this side sent or saw."""
+    seconds: float
+    p50_ns: int
+    """Of a round trip, each the mean of a block of them; 0 on the side that answers."""
+    p99_ns: int
+
+@final
+class PingSide:
+    """The side that begins round trips through a shared area that is zero at first; the driver's side of a ring.
+
+    `way`: "eventfd", "line" (a cache line in each direction), "bare split", "bare packed" (rings that check nothing),
+    "split", "packed". Rings are `notified` through the eventfds `kick` and `call`, which block, or polled.
+    """
+
+    def __new__(cls, way: str, notified: bool, area: Mapping, kick: int, call: int) -> PingSide: ...
+    @staticmethod
+    def bytes_needed() -> int:
+        """Bytes of the area."""
+    @property
+    def places(self) -> tuple[int, int, int]:
+        """Where the parts of the ring are, for the other side."""
+    def run(self, count: int, block: int) -> _Rounds:
+        """`count` round trips, timed in blocks of `block`. RuntimeError: no answer for 30 seconds."""
+
+@final
+class EchoSide:
+    """The side that answers, made after the other; the device's side of a ring."""
+
+    def __new__(
+        cls, way: str, notified: bool, area: Mapping, kick: int, call: int, places: tuple[int, int, int]
+    ) -> EchoSide: ...
+    def run(self, count: int) -> _Rounds:
+        """Answer `count` times. RuntimeError: no question for 30 seconds. Violation: as `DeviceQueue.take`."""
 
 @final
 class BenchRequest:

@@ -32,7 +32,13 @@ impl Patience {
     #[inline]
     pub fn look_again(&mut self) -> Result<(), Silence> {
         std::hint::spin_loop();
-        self.looks += 1;
+        self.glance()
+    }
+
+    /// Nothing was found, and it may be there any moment: give up in the end.
+    #[inline(always)]
+    pub fn glance(&mut self) -> Result<(), Silence> {
+        self.looks = self.looks.wrapping_add(1);
         if self.looks % LOOKS == 0 && self.since.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
             return Err(Silence);
         }

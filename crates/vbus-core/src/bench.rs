@@ -1,16 +1,18 @@
 //! The Python face of load generators and bare references: for `vbus bench`, and for nobody else.
 
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use vbus_bench::load::{self, Buffers, LoadError, Report};
+use vbus_bench::pingpong::{self, Echo, Ping, PingError, Rounds, Way};
 use vbus_bench::work::{Numbered, RandomReads};
 use vbus_ring::mem;
 
+use crate::area::value_error;
 use crate::doorbell::Doorbell;
 use crate::memory::Mapping;
 use crate::ring::DriverQueue;
@@ -155,6 +157,101 @@ impl Load {
     }
 }
 
+/// How values travel, by name.
+fn way(name: &str, notified: bool) -> PyResult<Way> {
+    Ok(match name {
+        "eventfd" => Way::Eventfds,
+        "line" => Way::Lines,
+        "bare split" => Way::BareSplit,
+        "bare packed" => Way::BarePacked,
+        "split" | "packed" => Way::Ring { packed: name == "packed", notified },
+        _ => return Err(PyValueError::new_err(format!("there is no way {name:?}"))),
+    })
+}
+
+fn ping_error(py: Python<'_>, error: PingError) -> PyErr {
+    match error {
+        PingError::Violation(violation) => to_error(py, &violation),
+        error => PyRuntimeError::new_err(error.to_string()),
+    }
+}
+
+fn describe_rounds<'py>(py: Python<'py>, rounds: &Rounds) -> PyResult<Bound<'py, PyDict>> {
+    let found = PyDict::new(py);
+    found.set_item("round_trips", rounds.count)?;
+    found.set_item("checksum", rounds.sum)?;
+    found.set_item("seconds", rounds.nanoseconds as f64 / 1e9)?;
+    for (name, percent) in [("p50_ns", 50), ("p99_ns", 99)] {
+        found.set_item(name, percentile(&rounds.times, percent))?;
+    }
+    Ok(found)
+}
+
+/// One side of round trips through a shared area.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct PingSide(Mutex<Ping>);
+
+#[pymethods]
+impl PingSide {
+    #[new]
+    fn new(py: Python<'_>, name: &str, notified: bool, area: &Mapping, kick: RawFd, call: RawFd) -> PyResult<Self> {
+        let shared = pingpong::Shared::new(area.0.clone(), [kick, call]).map_err(value_error)?;
+        Ok(Self(Mutex::new(Ping::new(shared, way(name, notified)?).map_err(|error| ping_error(py, error))?)))
+    }
+
+    #[staticmethod]
+    fn bytes_needed() -> usize {
+        pingpong::Shared::bytes_needed()
+    }
+
+    #[getter]
+    fn places(&self) -> (u64, u64, u64) {
+        let [desc, driver, device] = self.0.lock().unwrap_or_else(PoisonError::into_inner).places();
+        (desc, driver, device)
+    }
+
+    fn run<'py>(&self, py: Python<'py>, count: u64, block: u64) -> PyResult<Bound<'py, PyDict>> {
+        if block == 0 || count % block != 0 {
+            return Err(PyValueError::new_err("a count that is no multiple of the block"));
+        }
+        let result = py.detach(|| self.0.lock().unwrap_or_else(PoisonError::into_inner).run(count, block));
+        describe_rounds(py, &result.map_err(|error| ping_error(py, error))?)
+    }
+}
+
+/// The other side.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct EchoSide(Mutex<Echo>);
+
+#[pymethods]
+impl EchoSide {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        name: &str,
+        notified: bool,
+        area: &Mapping,
+        kick: RawFd,
+        call: RawFd,
+        places: (u64, u64, u64),
+    ) -> PyResult<Self> {
+        let shared = pingpong::Shared::new(area.0.clone(), [kick, call]).map_err(value_error)?;
+        let echo = Echo::new(shared, way(name, notified)?, places.into());
+        Ok(Self(Mutex::new(echo.map_err(|error| ping_error(py, error))?)))
+    }
+
+    fn run<'py>(&self, py: Python<'py>, count: u64) -> PyResult<Bound<'py, PyDict>> {
+        let result = py.detach(|| self.0.lock().unwrap_or_else(PoisonError::into_inner).run(count));
+        describe_rounds(py, &result.map_err(|error| ping_error(py, error))?)
+    }
+}
+
+/// The value of ascending ones at or below which `percent` of 100 of them lie; 0 of none.
+fn percentile(times: &[u64], percent: usize) -> u64 {
+    let rank = (times.len() * percent).div_ceil(100).max(1) - 1;
+    times.get(rank).copied().unwrap_or(0)
+}
+
 fn describe<'py>(py: Python<'py>, report: &Report) -> PyResult<Bound<'py, PyDict>> {
     let found = PyDict::new(py);
     found.set_item("requests", report.requests)?;
@@ -163,8 +260,7 @@ fn describe<'py>(py: Python<'py>, report: &Report) -> PyResult<Bound<'py, PyDict
     found.set_item("checksum", report.checksum)?;
     found.set_item("seconds", report.nanoseconds as f64 / 1e9)?;
     for (name, percent) in [("p50_us", 50), ("p99_us", 99), ("max_us", 100)] {
-        let rank = (report.times.len() * percent).div_ceil(100).max(1) - 1;
-        found.set_item(name, report.times.get(rank).copied().unwrap_or(0) as f64 / 1e3)?;
+        found.set_item(name, percentile(&report.times, percent) as f64 / 1e3)?;
     }
     Ok(found)
 }

@@ -18,7 +18,7 @@ mod violation;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::bench::{bench_calls, BenchRequest, Load};
+    use crate::bench::{bench_calls, BenchRequest, EchoSide, Load, PingSide};
     #[pymodule_export]
     use crate::doorbell::Doorbell;
     #[pymodule_export]

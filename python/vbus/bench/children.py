@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,11 +35,16 @@ class SideError(Error):
 class Child:
     """One side, running `module`. A context manager, at whose end the process is gone."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, fds: Sequence[int] = ()) -> None:
+        """`fds`: descriptors that it has under the same numbers."""
         self.name = module.rpartition(".")[2]
         # A process group of its own: an interrupt is for whoever measures, who then ends this one.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,
+            pass_fds=fds,
         )
         self._said = b""
 

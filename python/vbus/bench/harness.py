@@ -16,10 +16,10 @@ from typing import Any
 
 from vbus.bench import machine, measure
 from vbus.bench.measure import Summary
-from vbus.bench.measurement import AnyMeasurement, C, Measurement, P, Plan, Row, Sample, Say, V
+from vbus.bench.measurement import AnyMeasurement, C, Measurement, P, Row, Sample, Say, V
 from vbus.errors import UsageError
 
-NAMES = ("python", "scale", "signal")
+NAMES = ("ring", "python", "scale", "signal")
 """What can be measured: modules in `measurements`."""
 
 
@@ -32,8 +32,9 @@ def load(name: str) -> AnyMeasurement:
 def plan_of(
     measurement: Measurement[P, C, V], *, quick: bool = False, rounds: int | None = None, peer: bool = False
 ) -> P:
-    """How much is measured: by default one round when `quick`, and else five. UsageError: a peer is not there."""
-    plan = replace(measurement.plan(quick), rounds=rounds or (1 if quick else Plan.rounds), quick=quick, peer=peer)
+    """How much is measured: by default one round when `quick`. UsageError: a peer is not there."""
+    plan = measurement.plan(quick)
+    plan = replace(plan, rounds=rounds or (1 if quick else plan.rounds), quick=quick, peer=peer)
     if peer:
         if not measurement.peers:
             raise UsageError(f"{measurement.name} has nobody to be compared with: measure it without --peer")

@@ -39,6 +39,14 @@ class About:
 
 
 ABOUT = {
+    "ring": About(
+        "A round trip through a ring, against what it is made of.",
+        """Measure round trips through rings of both layouts, one at a time, between two processes.
+
+        Notified, against two eventfds without a ring; polled, against a cache line in each direction, and against rings
+        that check nothing. It needs two CPUs.
+        """,
+    ),
     "python": About(
         "Devices in Python, against bare calls of Python from native code.",
         """Measure a device in Python that does nothing, against bare calls of the same handler from native code.
@@ -105,7 +113,7 @@ def _command(names: Sequence[str], name: str, about: About) -> click.Command:
     path = click.Path(dir_okay=False, path_type=Path)
     params: list[click.Parameter] = [
         click.Option(["--quick"], is_flag=True, help="A little, once: whether it works, no figures to believe."),
-        click.Option(["--rounds"], type=click.IntRange(min=1), help="How often everything is measured.  [default: 5]"),
+        click.Option(["--rounds"], type=click.IntRange(min=1), help="How often.  [default: 5, or more]"),
         click.Option(
             ["--json", "json_file"],
             is_flag=False,
