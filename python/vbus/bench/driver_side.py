@@ -189,10 +189,10 @@ class DriverSide:
         self._remote: Remote | None = None
         self._drivers: dict[str, Echo] = {}
 
-    def attach(self, address: str) -> dict[str, bool]:
+    def attach(self, address: str, packed: bool = False) -> dict[str, bool]:
         """Attach, and drive every device; of each, whether EVENT_IDX was negotiated."""
         remote = self._closing.enter_context(attach(address))
-        self._drivers = {device.name: Echo(device) for device in remote}
+        self._drivers = {device.name: remote.driver(device.name, Echo, packed=packed) for device in remote}
         return {name: driver.has_event_idx for name, driver in self._drivers.items()}
 
     def discover(self, address: str) -> dict[str, Any]:
@@ -292,11 +292,22 @@ class DriverSide:
         work = {name: flow.work() for name, flow in flows.items()}
         return measured | {"bulk": work, "bulk_requests": moved}
 
-    def load(self, name: str, total: int, depth: int, readable: int, writable: int, written: int) -> dict[str, Any]:
-        """`total` requests of one device, `depth` of them outstanding, without Python, which polls for answers."""
-        with self._queue(name).lent(_core.Load.bytes_needed(depth, readable + writable)) as (ring, arena, place):
+    def load(
+        self, name: str, total: int, depth: int, readable: int, writable: int, written: int, polled: bool = True
+    ) -> dict[str, Any]:
+        """`total` requests of one device, `depth` of them outstanding, without Python.
+
+        It polls for answers, or sleeps on the queue's own doorbell. SideError: there is none.
+        """
+        queue = self._queue(name)
+        with (
+            queue.lent(_core.Load.bytes_needed(depth, readable + writable)) as (ring, arena, place),
+            queue.device.remote.connector.lent_bell(queue.device, queue.index) as bell,
+        ):
+            if not polled and bell is None:
+                raise children.SideError(f"{name} has no doorbell of its own: its signals are not direct")
             native = _core.Load(ring, arena.mapping, arena.address, place, depth)
-            return dict(native.numbered(total, readable, writable, written))
+            return dict(native.numbered(total, readable, writable, written, None if polled else bell))
 
     def close(self) -> None:
         """Part from the bus."""

@@ -47,6 +47,13 @@ ABOUT = {
         that check nothing. It needs two CPUs.
         """,
     ),
+    "latency": About(
+        "How long one request takes that is alone.",
+        """Measure how long a request takes from a native driver to a device in Python and back, one at a time.
+
+        Through split and packed rings; the driver polls for the answer, or sleeps.
+        """,
+    ),
     "python": About(
         "Devices in Python, against bare calls of Python from native code.",
         """Measure a device in Python that does nothing, against bare calls of the same handler from native code.

@@ -10,14 +10,14 @@ import errno
 import itertools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from vbus import msg
+from vbus import _core, msg
 from vbus.channel import Mirror
 from vbus.errors import DriverError, Violation
 from vbus.proxy.channels import RemoteChannels
@@ -249,6 +249,11 @@ class GuestConnector(ABC):
     def renew_queue(self, device: RemoteDevice, queue: RemoteQueue, size: int) -> None:
         """The queue was reset: give it a new ring in place of its own, and tell the bus about it. DriverError."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def lent_bell(self, device: RemoteDevice, index: int) -> Iterator[_core.Doorbell | None]:
+        """What the bus rings for this queue, for another to listen to than the loop; None where it has no such thing."""
+        yield None
 
     @abstractmethod
     def close_queues(self, device: RemoteDevice) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +38,8 @@ class _Sources:
     places: dict[int, int] = field(default_factory=dict)
     keys: list[int] = field(default_factory=list)
     signals: dict[int, _core.Signal] = field(default_factory=dict)
-    bells: list[_core.Doorbell] = field(default_factory=list)
+    bells: dict[int, tuple[_core.Doorbell, int]] = field(default_factory=dict)
+    """By queue: what the bus rings, and the key that this marks."""
 
 
 class ProcessConnector(GuestConnector):
@@ -265,16 +268,29 @@ class ProcessConnector(GuestConnector):
 
         bell_key = self.loop.key(rung, device.queue_priority(index))
         self._sources[device.address].keys.append(bell_key)
-        self._sources[device.address].bells.append(call)
+        self._sources[device.address].bells[index] = call, bell_key
         self.loop.scheduler.add_fd(call.fileno(), bell_key)
         return _core.Signal.direct(kick, self.area.stats_place(source, to_device=True))
+
+    @contextlib.contextmanager
+    def lent_bell(self, device: RemoteDevice, index: int) -> Iterator[_core.Doorbell | None]:
+        """A queue's own doorbell, which the loop does not listen to meanwhile; None where signals are tunnelled."""
+        bell, key = self._sources[device.address].bells.get(index, (None, 0))
+        if bell is None:
+            yield None
+            return
+        self.loop.scheduler.remove_fd(bell.fileno())
+        try:
+            yield bell
+        finally:
+            self.loop.scheduler.add_fd(bell.fileno(), key)
 
     def close_queues(self, device: RemoteDevice) -> None:
         """Forget keys and signals, and give the rings' memory back."""
         sources = self._sources.pop(device.address, None)
         if sources is None:
             return
-        for bell in sources.bells:
+        for bell, _ in sources.bells.values():
             self.loop.scheduler.remove_fd(bell.fileno())
         for key in sources.keys:
             self.loop.drop_key(key)
@@ -297,7 +313,7 @@ class ProcessConnector(GuestConnector):
         self.loop.scheduler.remove_fd(self._sock.fileno())
         self.loop.scheduler.remove_fd(self._link_bell)
         for sources in self._sources.values():
-            for bell in sources.bells:
+            for bell, _ in sources.bells.values():
                 self.loop.scheduler.remove_fd(bell.fileno())
         self._sock.close()
         self.loop.close()
