@@ -281,6 +281,17 @@ def test_a_driver_that_unbinds_and_comes_back(here: Running) -> None:
     assert here.row("rng0")["queues"][0]["running"]
 
 
+def test_a_guest_that_is_reset_starts_with_its_devices(here: Running) -> None:
+    before = here.queue("rng0", "requests")
+    here.vm.reset()
+    assert int(here.vm.run("cat /sys/block/vda/size")) == here.bus.get("disk0", Blk).capacity
+    here.vm.run("head -c 4096 /dev/hwrng >/dev/null && dd if=/dev/vda of=/dev/null bs=64k count=4")
+    here.vm.run(f"ip addr add {THERE}/24 dev eth0 && ip link set eth0 up")
+    here.vm.wait_for(f"ping -c 1 -W 1 {HERE}")
+    assert here.queue("rng0", "requests")["bytes_written"] > before["bytes_written"]
+    assert {row["name"] for row in here.listed() if row["owner"] is not None} == set(NAMES)
+
+
 def test_nothing_was_violated(here: Running) -> None:
     assert {row["name"]: row["violations"] for row in here.listed()} == {name: {} for name in NAMES}
     assert here.vm.running

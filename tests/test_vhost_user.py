@@ -290,6 +290,21 @@ def test_a_queue_goes_on_where_it_stopped(fronts: Callable[..., Front]) -> None:
     assert front.answered() == b"two"
 
 
+def test_a_driver_whose_call_was_never_made_is_called_by_whoever_goes_on(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"one")
+    front.ring_kick()
+    assert front.answered() == b"one"
+    assert front.ask(Request.GET_VRING_BASE, m.VringState(0, 0)) == m.VringState(0, 1)
+    # As if it had died between the used index and the call.
+    _drained(front.call)
+    front.set_up(base=1, fresh=False)
+    front.start()
+    wait_until(lambda: _drained(front.call) > 0)
+
+
 def test_a_guest_that_begins_anew(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
     front = fronts(Echo()).greet(ProtocolFeature.STATUS | ProtocolFeature.RESET_DEVICE)
     for request in (Request.RESET_DEVICE, Request.SET_STATUS):
@@ -307,9 +322,12 @@ def test_a_call_descriptor_is_replaced_while_the_ring_goes_on(fronts: Callable[.
     front = fronts(Echo()).greet()
     front.set_up()
     front.start()
+    # A call that nobody waited for might have been one that somebody should have heard: so each begins with one.
+    assert _drained(front.call) == 1
     other = os.eventfd(0, os.EFD_NONBLOCK)
     try:
         front.acked(Request.SET_VRING_CALL, m.U64(0), other)
+        assert _drained(other) == 1
         front.submit(b"x")
         front.ring_kick()
         wait_until(lambda: _drained(other) > 0)
@@ -393,19 +411,21 @@ def test_another_front_end_on_the_same_socket_is_refused(bus: vbus.Bus, fronts: 
 INFLIGHT = ProtocolFeature.INFLIGHT_SHMFD
 
 
+# A front-end asks before its guest has chosen: the ring may become larger than it thought.
+@pytest.mark.parametrize("asked", [8, 2])
 def test_requests_under_way_are_served_again_by_whoever_comes_next(
-    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, asked: int
 ) -> None:
     device = Keeper()
     front = fronts(device).greet(INFLIGHT)
-    front.say(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8))
+    front.say(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, asked))
     got = front.reader.read()
     assert got is not None
     message, fds = codec.decode(got[0]), got[1]
     assert isinstance(message, codec.Message)
     inflight = message.payload
     assert isinstance(inflight, m.Inflight)
-    assert (inflight.num_queues, inflight.queue_size) == (1, 8)
+    assert (inflight.num_queues, inflight.queue_size) == (1, asked)
     assert os.fstat(fds[0]).st_size == inflight.mmap_size
     front.acked(Request.SET_INFLIGHT_FD, inflight, fds[0])
     front.set_up()
@@ -483,7 +503,9 @@ def test_calls_in_band(fronts: Callable[..., Front]) -> None:
         front.submit(b"in band")
         front.say(Request.VRING_KICK, m.VringState(0, 0))
         assert front.answered() == b"in band"
-        assert ours.recv(100) == codec.encode(BackendRequest.VRING_CALL, m.VringState(0, 0))
+        # One for the ring that runs, one for the answer, unless both were said at once.
+        said = codec.encode(BackendRequest.VRING_CALL, m.VringState(0, 0))
+        assert ours.recv(100) in (said, said + said)
         # Descriptors are possible all the same.
         front.acked(Request.SET_VRING_CALL, m.U64(0), front.call)
         front.submit(b"out")

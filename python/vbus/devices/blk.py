@@ -49,7 +49,8 @@ class Blk(Device):
     A writable disk can be told that ranges are not needed (DISCARD) or shall be zeros (WRITE_ZEROES). Only a disk in
     memory can promise that what was there is gone (SECURE_ERASE): a file system, or a drive below, may keep copies.
 
-    A writable file is locked against other users, a read-only one against writers. Growing `capacity` extends a regular
+    A writable file is locked against other users, a read-only one against writers, a `shared` one against those who do
+    not share it: for a guest that migrates, or a file system that is made for it. Growing `capacity` extends a regular
     file or memory; lowering it hides the end of the disk and keeps its bytes.
     """
 
@@ -96,6 +97,7 @@ class Blk(Device):
         seg_max: int = QUEUE_SIZE - 2,
         queues: int = 1,
         writeback: bool = True,
+        shared: bool = False,
     ) -> None:
         if (path is None) == (memory is None) or path == "":
             raise UsageError("blk: give either path (a file or a block device) or memory (a size)")
@@ -114,6 +116,7 @@ class Blk(Device):
         if memory is not None and (self._memory == 0 or self._memory % block_size):
             raise UsageError(f"blk: memory {memory!r} is no positive multiple of the block size {block_size}")
         self._read_only = read_only
+        self._shared = shared
         self._serial = serial
         self.config.blk_size = block_size
         self.config.seg_max = seg_max
@@ -192,11 +195,11 @@ class Blk(Device):
         except OSError as error:
             raise UsageError(f"disk {path} cannot be opened: {error.strerror}") from None
         try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if self._read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if self._read_only or self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             raise UsageError(
-                f"disk {path} is in use by another process or disk: stop that one, or open both with read_only"
+                f"disk {path} is in use by another process or disk: stop that one, or open both read_only, or shared"
             ) from None
         except OSError as error:
             self.log.warning("disk %s cannot be locked (%s): see that nobody else writes to it", path, error.strerror)

@@ -248,6 +248,14 @@ class Guest:
         """Until it has started. Raises GuestError."""
         self._await(re.compile(rb"@ready\n"), BOOT_SECONDS, "its start")
 
+    def reset(self) -> None:
+        """Press the reset button, and wait until it has started again. Raises GuestError."""
+        with self._answered:
+            start = len(self._said)
+        self.qmp("set-action", reboot="reset")
+        self.qmp("system_reset")
+        self._await(re.compile(rb"@ready\n"), BOOT_SECONDS, "its start", start)
+
     def wait_for(self, command: str, *, seconds: float = 60) -> str:
         """What a command says once its status is 0: it is asked again and again. GuestError after some seconds."""
         deadline = time.monotonic() + seconds
@@ -258,6 +266,10 @@ class Guest:
             if time.monotonic() > deadline:
                 raise GuestError(f"{command!r} still ends with {answer.status} in the guest:\n{answer.output}")
             time.sleep(0.1)
+
+    def take_over(self, other: Guest) -> None:
+        """Be asked from now on what the other was, which was migrated here and owes no answer."""
+        self._number = other._number
 
     @property
     def console(self) -> str:
