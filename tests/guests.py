@@ -29,8 +29,11 @@ MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], 
 """The guest's modules, by the class of the device."""
 
 
-def device_args(machine: str, name: str, device: Device, path: Path, *, reconnect: bool = False) -> list[str]:
-    """QEMU's options for a device whose connector listens at a path."""
+def device_args(
+    machine: str, name: str, device: Device, path: Path, *, reconnect: bool = False, packed: bool = False
+) -> list[str]:
+    """QEMU's options for a device whose connector listens at a path. `packed`: with packed rings, if the class can."""
+    rings = ",packed=on" if packed else ""
     chardev = f"socket,id=c-{name},path={path}" + (",reconnect-ms=100" if reconnect else "")
     args = ["-chardev", chardev, "-device"]
     match device:
@@ -39,12 +42,15 @@ def device_args(machine: str, name: str, device: Device, path: Path, *, reconnec
             netdev = f"vhost-user,id=n-{name},chardev=c-{name},queues={pairs}"
             more = f",mq=on,vectors={2 * pairs + 2}" if pairs > 1 else ""
             rom = ",romfile=" if SUFFIX[machine] == "-pci" else ""
-            net = f"virtio-net{SUFFIX[machine] or '-device'},netdev=n-{name},id={name},mac={device.mac}{more}{rom}"
+            net = (
+                f"virtio-net{SUFFIX[machine] or '-device'},netdev=n-{name},id={name},mac={device.mac}{more}{rom}{rings}"
+            )
             return ["-chardev", chardev, "-netdev", netdev, "-device", net]
         case Blk():
             return [
                 *args,
-                f"vhost-user-blk{SUFFIX[machine]},chardev=c-{name},id={name},num-queues={device.config.num_queues}",
+                f"vhost-user-blk{SUFFIX[machine]},chardev=c-{name},id={name}"
+                f",num-queues={device.config.num_queues}{rings}",
             ]
         case Rng():
             return [*args, f"vhost-user-rng{SUFFIX[machine]},chardev=c-{name},id={name}"]
@@ -103,7 +109,13 @@ class Served:
 
 @contextlib.contextmanager
 def guest(
-    bus: Bus, machine: str = "q35", *, modules: Sequence[str] = (), reconnect: bool = False, **options: Any
+    bus: Bus,
+    machine: str = "q35",
+    *,
+    modules: Sequence[str] = (),
+    reconnect: bool = False,
+    packed: bool = False,
+    **options: Any,
 ) -> Iterator[Guest]:
     """A guest with every device of a bus that is reached by vhost-user."""
     args: list[str] = []
@@ -112,7 +124,7 @@ def guest(
         if isinstance(connector, VhostUser):
             device = bus.slot(connector.device_name).device
             assert connector.socket is not None
-            args += device_args(machine, device.name, device, connector.socket, reconnect=reconnect)
+            args += device_args(machine, device.name, device, connector.socket, reconnect=reconnect, packed=packed)
             wanted += MODULES[type(device).__name__]
     with Guest(machine, args=args, modules=wanted, **options) as vm:
         yield vm

@@ -58,6 +58,72 @@ class AsyncEcho(vbus.Device):
         self.now -= 1
 
 
+class Backwards(vbus.Device):
+    """Answers eight requests at a time, the last one first."""
+
+    device_id = ECHO_ID
+    queues = ("requests",)
+    concurrency = 8
+
+    def __init__(self) -> None:
+        self.finished: list[bytes] = []
+        self._turns: list[asyncio.Event] = []
+
+    async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        data = request.read()
+        turn = asyncio.Event()
+        self._turns.append(turn)
+        if len(self._turns) == self.concurrency:
+            self._turns.pop().set()
+        await turn.wait()
+        request.write(data)
+        self.finished.append(data)
+        if self._turns:
+            # Behind the completion of this one.
+            asyncio.get_running_loop().call_soon(self._turns.pop().set)
+
+
+class Two(vbus.Device):
+    """Echoes on one queue, and keeps what comes on the other."""
+
+    device_id = ECHO_ID
+    queues = ("first", vbus.Queue("second", pull=True))
+
+    def __init__(self) -> None:
+        self.kept: list[vbus.Request] = []
+
+    def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        request.write(request.read())
+
+    def available(self, queue: vbus.Queue) -> None:
+        self.kept += queue.take_batch(64)
+        while taken := queue.take_batch(64):
+            self.kept += taken
+
+
+class TwoAsync(vbus.Device):
+    """Echoes on two queues, when it is let."""
+
+    device_id = ECHO_ID
+    queues = ("first", "second")
+
+    def __init__(self) -> None:
+        self.waiting = {"first": 0, "second": 0}
+        self._go = asyncio.Event()
+
+    async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        self.waiting[queue.name] += 1
+        try:
+            await self._go.wait()
+        finally:
+            self.waiting[queue.name] -= 1
+        request.write(request.read())
+
+    def release(self) -> None:
+        """Let it answer, from now on."""
+        self.post(self._go.set)
+
+
 class ViewEcho(vbus.Device):
     """Copies from the driver's memory to the driver's memory, with no bytes of its own."""
 
@@ -144,6 +210,14 @@ class Lamp(vbus.Device):
 
     def config_written(self, fields: frozenset[str]) -> None:
         self.seen.append("written " + " ".join(sorted(fields)))
+
+
+class TwoDriver(Driver):
+    """Drives a device with two queues."""
+
+    device_id = ECHO_ID
+    features = vbus.features()
+    queue_count = 2
 
 
 class EchoDriver(Driver):

@@ -14,11 +14,26 @@ import pytest
 
 import vbus
 from conftest import Attached, make_connector, wait_until
-from models import AsyncEcho, BatchEcho, Echo, EchoDriver, Hangs, Lamp, LampDriver, Raises, ViewEcho
+from models import (
+    AsyncEcho,
+    Backwards,
+    BatchEcho,
+    Echo,
+    EchoDriver,
+    Hangs,
+    Lamp,
+    LampDriver,
+    Raises,
+    Two,
+    TwoAsync,
+    TwoDriver,
+    ViewEcho,
+)
 from vbus import msg
 from vbus.bus import Bus, Device
+from vbus.devices import Blk
 from vbus.errors import DriverError, NoSuchNameError, UsageError
-from vbus.virtio import Status
+from vbus.virtio import Status, features
 
 
 def test_discovery_gives_addresses_names_and_identities(attached: Attached) -> None:
@@ -31,19 +46,29 @@ def test_discovery_gives_addresses_names_and_identities(attached: Attached) -> N
     assert remote.bus_name == "test"
 
 
+LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+
+
+@LAYOUTS
 @pytest.mark.parametrize("model", [Echo, BatchEcho, AsyncEcho, ViewEcho])
-def test_every_kind_of_handler_answers_every_size(attached: Attached, model: type[Device]) -> None:
+def test_every_kind_of_handler_answers_every_size(attached: Attached, model: type[Device], packed: bool) -> None:
     _, remote = attached(echo=model())
-    driver = remote.driver("echo", EchoDriver)
+    driver = remote.driver("echo", EchoDriver, packed=packed)
+    assert bool(driver.device.negotiated >> features.RING_PACKED & 1) == packed
     for size in (1, 2, 511, 4096, 65_535, 65_536, 300_001):
         data = random.Random(size).randbytes(size)
         assert driver.echo(data) == data
 
 
+@LAYOUTS
+@pytest.mark.parametrize("in_order", [False, True], ids=["any order", "in order"])
 @pytest.mark.parametrize("model", [Echo, BatchEcho, AsyncEcho, ViewEcho])
-def test_many_requests_at_once_all_come_back(attached: Attached, model: type[Device]) -> None:
+def test_many_requests_at_once_all_come_back(
+    attached: Attached, model: type[Device], in_order: bool, packed: bool
+) -> None:
     _, remote = attached(echo=model())
-    driver = remote.driver("echo", EchoDriver)
+    driver = remote.driver("echo", EchoDriver, packed=packed, in_order=in_order)
+    assert bool(driver.device.negotiated >> features.IN_ORDER & 1) == in_order
     sent = [f"request {n}".encode() * (n % 7 + 1) for n in range(1000)]
     futures = [driver.queue(0).submit([data], 200) for data in sent]
     assert [future.result(30) for future in futures] == sent
@@ -71,6 +96,97 @@ def test_async_handlers_overlap_up_to_their_limit(attached: Attached) -> None:
     for future in [driver.queue(0).submit([b"x"], 1) for _ in range(200)]:
         future.result(20)
     assert 1 < device.most <= AsyncEcho.concurrency
+
+
+@LAYOUTS
+def test_in_order_what_is_done_early_comes_back_late(attached: Attached, packed: bool) -> None:
+    """An `async` device that finishes the last of its requests first."""
+    device = Backwards()
+    _, remote = attached(backwards=device)
+    driver = remote.driver("backwards", EchoDriver, packed=packed, in_order=True)
+    order: list[bytes] = []
+    futures = [driver.queue(0).submit([bytes([n])], 8) for n in range(8)]
+    for future in futures:
+        future.add_done_callback(lambda done: order.append(done.result()))
+    assert [future.result(20) for future in futures] == [bytes([n]) for n in range(8)]
+    assert wait_until(lambda: len(order) == 8)
+    assert order == [bytes([n]) for n in range(8)]
+    assert device.finished == [bytes([n]) for n in range(7, -1, -1)]
+
+
+def test_a_disk_gives_no_order(attached: Attached) -> None:
+    _, remote = attached(disk=Blk(memory="1 MiB"), echo=Echo())
+    offered = {device.name: features.TRANSPORT.names_of(device.offered) for device in remote}
+    assert "IN_ORDER" in offered["echo"]
+    assert "IN_ORDER" not in offered["disk"]
+    assert {"RING_PACKED", "RING_RESET"} <= set(offered["disk"])
+
+
+@LAYOUTS
+def test_a_queue_is_reset_while_others_go_on(attached: Attached, packed: bool) -> None:
+    device = Two()
+    bus, remote = attached(two=device)
+    driver = remote.driver("two", TwoDriver, packed=packed)
+    kept = [driver.queue(1).submit([b"kept"], 8) for _ in range(3)]
+    assert wait_until(lambda: len(device.kept) == 3)
+    before, wanted = driver.queue(1), driver.queue(1).size
+    for size in (0, 16, 0):
+        driver.device.reset_queue(1, size)
+        for future in kept:
+            with pytest.raises(DriverError) as ended:
+                future.result(20)
+            assert ended.value.errno == errno.ESHUTDOWN
+        assert all(request.done for request in device.kept)
+        assert driver.queue(1) is before
+        wanted = size or wanted
+        assert driver.queue(1).size == wanted
+        assert driver.queue(0).submit([b"other"], 8).result(20) == b"other"
+        device.kept.clear()
+        kept = [driver.queue(1).submit([b"kept"], 8) for _ in range(3)]
+        assert wait_until(lambda: len(device.kept) == 3)
+    for request in device.kept:
+        request.write(request.read())
+    device.post(lambda: device.queue("second").complete(*device.kept))
+    assert [future.result(20) for future in kept] == [b"kept"] * 3
+    assert bus.slot("two").violations == {}
+    # From the one that was reset as often as it is used.
+    for n in range(300):
+        device.kept.clear()
+        future = driver.queue(1).submit([b"%d" % n], 8)
+        assert wait_until(lambda: len(device.kept) == 1)
+        device.kept[0].write(device.kept[0].read())
+        device.post(lambda: device.queue("second").complete(*device.kept))
+        assert future.result(20) == b"%d" % n
+
+
+def test_an_async_devices_queue_is_reset_alone(attached: Attached) -> None:
+    device = TwoAsync()
+    _, remote = attached(two=device)
+    driver = remote.driver("two", TwoDriver)
+    first, second = driver.queue(0).submit([b"one"], 8), driver.queue(1).submit([b"two"], 8)
+    assert wait_until(lambda: device.waiting == {"first": 1, "second": 1})
+    driver.device.reset_queue(1)
+    assert device.waiting == {"first": 1, "second": 0}, "its handler was cancelled, and had ended before the answer"
+    with pytest.raises(DriverError, match="reset"):
+        second.result(20)
+    again = driver.queue(1).submit([b"three"], 8)
+    device.release()
+    assert (first.result(20), again.result(20)) == (b"one", b"three")
+
+
+def test_a_queue_is_not_reset_unless_that_was_negotiated(attached: Attached) -> None:
+    bus, remote = attached(echo=Echo())
+    bus.slot("echo").mask = 1 << features.RING_RESET
+    driver = remote.driver("echo", EchoDriver)
+    with pytest.raises(DriverError) as refused:
+        driver.device.reset_queue(0)
+    assert refused.value.errno == errno.EOPNOTSUPP
+    # Whoever asks all the same is refused, and goes on.
+    for wrong in (0, 7):
+        with pytest.raises(DriverError) as refused:
+            driver.device._call(msg.ResetVqueue(wrong), msg.ResetVqueueResponse)
+        assert refused.value.errno == errno.EINVAL
+    assert driver.echo(b"alive") == b"alive"
 
 
 def test_what_was_not_written_does_not_come_back(attached: Attached) -> None:

@@ -61,7 +61,9 @@ def some_message(chance: random.Random) -> bytes:
         if cls is msg.SetDeviceStatus:
             fields["status"] = chance.choice((0, 1, 3, 11, 15, 15, 255))
         if cls is msg.SetDriverFeatures:
-            fields |= {"block_index": 0, "num_blocks": 2, "features": (chance.choice((0, 3, 1 << 28, 1 << 29)), 1)}
+            # VERSION_1; with RING_RESET, with packed rings, or with all that there is.
+            high = chance.choice((1, 0x101, 0x105, 0x10D))
+            fields |= {"block_index": 0, "num_blocks": 2, "features": (chance.choice((0, 3, 1 << 28, 1 << 29)), high)}
         for length in ("length", "num_blocks"):
             if length in fields and chance.random() < 0.9:
                 fields[length] = len(fields.get("data", fields.get("features", b"")))

@@ -134,8 +134,9 @@ class Front:
         self.acked(Request.SET_FEATURES, m.U64(bits))
         self.share()
         if fresh:
-            self.ring = _core.DriverQueue(self.arena, 0, GUEST, 8, event_idx=False, indirect=False)
-        self.acked(Request.SET_VRING_NUM, m.VringState(index, 8))
+            ring = features.of_ring(bits)
+            self.ring = _core.DriverQueue(self.arena, 0, GUEST, 7 if ring["packed"] else 8, **ring)
+        self.acked(Request.SET_VRING_NUM, m.VringState(index, self.ring.size))
         self.acked(Request.SET_VRING_BASE, m.VringState(index, base))
         places = (self.ring.desc, self.ring.device, self.ring.driver)
         desc, used, avail = (place - GUEST + USER for place in places)
@@ -305,6 +306,78 @@ def test_a_driver_whose_call_was_never_made_is_called_by_whoever_goes_on(fronts:
     wait_until(lambda: _drained(front.call) > 0)
 
 
+PACKED = MY_FEATURES | 1 << features.RING_PACKED
+FIRST = 0x8000_8000
+"""Where a packed ring begins."""
+
+
+@pytest.mark.parametrize("base", [FIRST, 0x8000], ids=hex)
+def test_a_packed_queue_goes_on_where_it_stopped(fronts: Callable[..., Front], base: int) -> None:
+    front = fronts(Echo()).greet()
+    # A request has two descriptors here, so that every other one goes over the end of the ring.
+    places = [(2 * n % 7 | (0 if 2 * n // 7 % 2 else 0x8000)) for n in range(12)]
+    front.set_up(bits=PACKED, base=base)
+    front.start()
+    for n in range(1, 12):
+        front.submit(b"request %d" % n)
+        front.ring_kick()
+        assert front.answered() == b"request %d" % n
+        assert front.ask(Request.GET_VRING_BASE, m.VringState(0, 0)) == m.VringState(0, places[n] * 0x1_0001)
+        # Some front-ends say all of it, and some only the half that is about what comes next.
+        front.set_up(bits=PACKED, base=places[n] * (0x1_0001 if base == FIRST else 1), fresh=False)
+        front.start()
+
+
+def test_a_packed_queue_that_never_ran_begins_at_its_beginning(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.acked(Request.SET_FEATURES, m.U64(PACKED))
+    assert front.ask(Request.GET_VRING_BASE, m.VringState(0, 0)) == m.VringState(0, FIRST)
+
+
+@pytest.mark.parametrize(("bits", "base"), [(MY_FEATURES, 0), (PACKED, FIRST)], ids=["split", "packed"])
+def test_buffers_that_a_device_keeps_are_given_again(
+    fronts: Callable[..., Front], monkeypatch: pytest.MonkeyPatch, bits: int, base: int
+) -> None:
+    monkeypatch.setattr("vbus.bus.slot.PULLED_SECONDS", 0.2)
+    device = Keeper()
+    front = fronts(device).greet()
+    front.set_up(bits=bits, base=base)
+    front.start()
+    for _ in range(3):
+        front.submit(b"x")
+    front.ring_kick()
+    wait_until(lambda: len(device.kept) == 3)
+    assert front.ask(Request.GET_VRING_BASE, m.VringState(0, 0)) == m.VringState(0, base)
+    device.answers = True
+    front.set_up(bits=bits, base=base, fresh=False)
+    front.start()
+    assert front.answered() == b"slow"
+    wait_until(lambda: front.ring.reap(8) != [] or front.ring.outstanding == 0)
+
+
+def test_of_packed_rings_nothing_in_flight_is_kept(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet(INFLIGHT)
+    front.acked(Request.SET_FEATURES, m.U64(PACKED))
+    assert front.ask(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8)) == m.Inflight(0, 0, 1, 8)
+    # A region from before, when the driver was another one, is not looked at.
+    assert isinstance(front.ask(Request.GET_FEATURES), m.U64)
+    fd = os.memfd_create("inflight")
+    os.ftruncate(fd, 4096)
+    front.acked(Request.SET_INFLIGHT_FD, m.Inflight(4096, 0, 1, 8), fd)
+    os.close(fd)
+    front.set_up(bits=PACKED, base=FIRST)
+    front.start()
+    front.submit(b"packed")
+    front.ring_kick()
+    assert front.answered() == b"packed"
+
+
+def test_one_queue_cannot_be_reset_by_a_front_end(fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo())
+    offered = features.TRANSPORT.names_of(front.number(Request.GET_FEATURES))
+    assert ("RING_PACKED" in offered, "IN_ORDER" in offered, "RING_RESET" in offered) == (True, True, False)
+
+
 def test_a_guest_that_begins_anew(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
     front = fronts(Echo()).greet(ProtocolFeature.STATUS | ProtocolFeature.RESET_DEVICE)
     for request in (Request.RESET_DEVICE, Request.SET_STATUS):
@@ -456,9 +529,10 @@ def logged(log: memoryview) -> set[int]:
     return {page for page in range(len(log) * 8) if log[page // 8] >> page % 8 & 1}
 
 
-def test_pages_are_logged_while_the_features_say_so(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+@pytest.mark.parametrize("bits", [MY_FEATURES, PACKED], ids=["split", "packed"])
+def test_pages_are_logged_while_the_features_say_so(bus: vbus.Bus, fronts: Callable[..., Front], bits: int) -> None:
     front = fronts(Echo()).greet(ProtocolFeature.LOG_SHMFD)
-    front.set_up()
+    front.set_up(bits=bits, base=FIRST if bits == PACKED else 0)
     front.start()
     fd = os.memfd_create("log")
     size = (GUEST + SIZE) // 4096 // 8
@@ -472,15 +546,16 @@ def test_pages_are_logged_while_the_features_say_so(bus: vbus.Bus, fronts: Calla
     assert front.answered() == b"one"
     assert logged(log) == set()
     # A migration begins: the features change under a device that goes on.
-    front.acked(Request.SET_FEATURES, m.U64(MY_FEATURES | 1 << m.LOG_ALL))
+    front.acked(Request.SET_FEATURES, m.U64(bits | 1 << m.LOG_ALL))
     front.submit(b"two")
     front.ring_kick()
     assert front.answered() == b"two"
-    pages = {(GUEST + DATA + 4096) // 4096, front.ring.device // 4096}
+    used = front.ring.desc if bits == PACKED else front.ring.device
+    pages = {(GUEST + DATA + 4096) // 4096, used // 4096}
     wait_until(lambda: pages <= logged(log))
     assert (GUEST + DATA) // 4096 not in logged(log)
     # And it fails.
-    front.acked(Request.SET_FEATURES, m.U64(MY_FEATURES))
+    front.acked(Request.SET_FEATURES, m.U64(bits))
     log[:] = bytes(size)
     front.submit(b"three")
     front.ring_kick()

@@ -13,18 +13,21 @@ import pytest
 import vbus
 from vbus.connectors import VhostUser
 from vbus.devices.net import Net
+from vbus.virtio import features
 
 TESTPMD = shutil.which("dpdk-testpmd")
 PACKETS = 2000
 
 
 @pytest.mark.skipif(TESTPMD is None, reason="no dpdk-testpmd: apt-get install dpdk-dev")
-@pytest.mark.parametrize("pairs", [1, 2])
-def test_every_packet_comes_back(tmp_path: Path, pairs: int) -> None:
+@pytest.mark.parametrize("packed", [0, 1])
+@pytest.mark.parametrize(("pairs", "in_order"), [(1, 0), (1, 1), (2, 1)])
+def test_every_packet_comes_back(tmp_path: Path, pairs: int, in_order: int, packed: int) -> None:
     with vbus.Bus("dpdk") as bus:
         net = bus.plug(Net(queue_pairs=pairs), "net0")
         bus.connect(VhostUser(net, tmp_path / "net0.sock"), "vm")
         port = f"net_virtio_user0,path={tmp_path / 'net0.sock'},queues={pairs},queue_size=256"
+        port += f",packed_vq={packed},in_order={in_order}"
         eal = ["--no-huge", "-m", "256", "--no-pci", "--single-file-segments", "--iova-mode=va", "--no-telemetry"]
         eal += ["-l", "0-1", "--file-prefix", f"vbus-{tmp_path.name}", "--vdev", port]
         forward = ["--interactive", "--forward-mode=io", f"--rxq={pairs}", f"--txq={pairs}", "--total-num-mbufs=4096"]
@@ -47,6 +50,8 @@ def test_every_packet_comes_back(tmp_path: Path, pairs: int) -> None:
                 assert time.monotonic() < deadline, f"{net.rx_packets} packets"
                 time.sleep(0.01)
             assert net.pairs == pairs
+            taken = features.TRANSPORT.names_of(net.negotiated)
+            assert ("RING_PACKED" in taken, "IN_ORDER" in taken) == (bool(packed), bool(in_order))
             out, _ = peer.communicate("stop\nquit\n", timeout=60)
         finally:
             peer.kill()

@@ -343,8 +343,9 @@ class DriverQueue:
     def size(self) -> int: ...
     @property
     def desc(self) -> int:
-        """Driver address of the descriptor table; `driver` and `device`: of the available and the used ring. In a packed
-        ring of the descriptor ring, and of the driver's and the device's event suppression.
+        """Driver address of the descriptor table; `driver` and `device`: of the available and the used ring.
+
+        In a packed ring, of the descriptor ring, and of the driver's and the device's event suppression.
         """
     @property
     def driver(self) -> int: ...

@@ -1,4 +1,5 @@
-//! Driver memory, split rings, event rings and link rings: the parts of vbus that run once per descriptor or per event.
+//! Driver memory, split and packed rings, event rings and link rings: the parts of vbus that run once per descriptor or
+//! per event.
 
 pub mod area;
 pub mod dirty;

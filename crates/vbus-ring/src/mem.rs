@@ -16,6 +16,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{fence, AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use smallvec::SmallVec;
 use vm_memory::VolatileMemory;
 pub use vm_memory::VolatileSlice;
 
@@ -279,9 +280,10 @@ pub struct Segment {
 /// Made of segments in order; the bytes are counted from the first of the first segment.
 #[derive(Clone, Debug, Default)]
 pub struct Segments {
-    segments: Vec<Segment>,
+    /// In place for most requests: a network's packet is in one piece, a disk's data and its header or status in two.
+    segments: SmallVec<[Segment; 2]>,
     /// Each once, not once a segment: usually there is one for all.
-    mappings: Vec<Arc<Mapping>>,
+    mappings: SmallVec<[Arc<Mapping>; 1]>,
     total: u64,
 }
 
@@ -306,6 +308,7 @@ impl Segments {
         self.segments.iter().map(|segment| (segment.address, segment.size as u64))
     }
 
+    #[inline]
     fn push(&mut self, mapping: &Arc<Mapping>, address: u64, offset: usize, size: usize) {
         let index = match self.mappings.iter().rposition(|known| Arc::ptr_eq(known, mapping)) {
             Some(index) => index,
@@ -431,12 +434,39 @@ impl Table {
     /// Violation: address-outside-memory, region-read-only.
     #[inline]
     pub fn translate(&self, address: u64, size: u64, access: Access, segments: &mut Segments) -> Result<(), Violation> {
+        let first = self.first(address);
+        if let Some(region) = self.regions.get(first) {
+            // All in one region, as it nearly always is. (What does not fit a u64 is in none.)
+            let skip = address.wrapping_sub(region.address);
+            if region.address <= address
+                && skip < region.size
+                && size <= region.size - skip
+                && size > 0
+                && (access == Access::Read || region.writable)
+            {
+                segments.push(&region.mapping, address, region.offset + skip as usize, size as usize);
+                return Ok(());
+            }
+        }
+        self.translate_over(first, address, size, access, segments)
+    }
+
+    /// As `translate`, over several regions, from this one on, or in vain.
+    #[cold]
+    fn translate_over(
+        &self,
+        first: usize,
+        address: u64,
+        size: u64,
+        access: Access,
+        segments: &mut Segments,
+    ) -> Result<(), Violation> {
         self.check(address, size, access)?;
         if size == 0 {
             return Ok(());
         }
         let (mut at, mut left) = (address, size);
-        for region in &self.regions[self.first(address)..] {
+        for region in &self.regions[first..] {
             let skip = at - region.address;
             let count = left.min(region.size - skip);
             segments.push(&region.mapping, at, region.offset + skip as usize, count as usize);
@@ -490,6 +520,8 @@ impl Table {
 #[derive(Debug)]
 pub struct Memory {
     table: RwLock<Arc<Table>>,
+    /// That of the table: what is looked at while it does not change.
+    generation: AtomicU64,
     log: RwLock<Option<Log>>,
     /// Whether there is a log: what is looked at while there is none.
     logged: AtomicBool,
@@ -502,6 +534,7 @@ impl Memory {
     pub fn new(max_regions: usize, max_bytes: u64) -> Self {
         Self {
             table: RwLock::default(),
+            generation: AtomicU64::new(0),
             log: RwLock::default(),
             logged: AtomicBool::new(false),
             max_regions,
@@ -513,6 +546,13 @@ impl Memory {
     #[inline]
     pub fn snapshot(&self) -> Arc<Table> {
         self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The generation of what `snapshot` gives, without its lock.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        // Acquire: whoever sees a generation finds its table, or a later one.
+        self.generation.load(Ordering::Acquire)
     }
 
     /// Copy bytes out. Violation: address-outside-memory, region-lost.
@@ -666,8 +706,11 @@ impl Memory {
             let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
             let mut regions = table.regions.clone();
             change(&mut regions)?;
-            let new = Arc::new(Table { regions, generation: table.generation + 1, sound: AtomicU64::new(0) });
-            std::mem::replace(&mut *table, new)
+            let generation = table.generation + 1;
+            let new = Arc::new(Table { regions, generation, sound: AtomicU64::new(0) });
+            let old = std::mem::replace(&mut *table, new);
+            self.generation.store(generation, Ordering::Release);
+            old
         };
         // Outside the lock: the last user of a mapping unmaps it, which can take long.
         drop(old);

@@ -117,6 +117,9 @@ class Device:
     Config: ClassVar[type[ConfigSpace]] = ConfigSpace
     config_writable: ClassVar[Sequence[str]] = ()
     """Fields of config space that a driver may write; writes elsewhere are refused."""
+    in_order: ClassVar[bool] = True
+    """Whether a driver may ask for its requests back in the order in which it made them (IN_ORDER): one that is done
+    early waits then for those before it. False where they take different times, as a disk's do."""
     concurrency: ClassVar[int] = 64
     """How many requests an `async` device has under way at most; the rest wait in the ring."""
 

@@ -2,7 +2,7 @@
 
 A device class declares its queues; every device gets live ones of its own. A *handled* queue gives each request to the
 device's `handle`; on a *pull* queue the driver's buffers wait until the device has something to say. The ring itself
-decides whether to notify (section 2.7 of the specification); nothing here does.
+decides whether to notify (sections 2.7 and 2.8 of the specification); nothing here does.
 """
 
 from __future__ import annotations

@@ -92,10 +92,11 @@ class SyncRunner:
         """Run the `plugged` hook; what it raises goes to whoever plugs."""
         self.slot.device.plugged()
 
-    def cancel(self) -> None:
-        """Forget what was taken and not begun: its ring is stopped."""
-        for taken in self._taken.values():
-            taken.clear()
+    def cancel(self, queue: Queue | None = None) -> None:
+        """Forget what was taken and not begun, of one queue or of all: its ring is stopped."""
+        for index, taken in self._taken.items():
+            if queue is None or queue.index == index:
+                taken.clear()
 
     def stop(self) -> None:
         """Nothing of a plain device outlives its turns."""
@@ -108,12 +109,12 @@ class AsyncRunner:
         self.slot = slot
         self.starts = starts
         self.loop = starts.loop
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Queue] = {}
         self._room = slot.device.concurrency
         self._lock = threading.Lock()
         self._starved: set[Queue] = set()
-        self._life = 0
-        """Counts resets: what was to begin before one begins no more."""
+        self._lives = [0] * len(slot.queues)
+        """Counts resets of each queue: what was to begin before one begins no more."""
         self._main: Future[None] | None = None
 
     def turn(self, queue: Queue, *, finish: bool = False) -> bool:
@@ -136,10 +137,10 @@ class AsyncRunner:
             return False
         priority = self.slot.queue_priorities[queue.index]
         if handles_batches(self.slot.device):
-            self.starts.call_soon(priority, partial(self._start, self._life, queue, requests))
+            self.starts.call_soon(priority, partial(self._start, self._lives[queue.index], queue, requests))
         else:
             for request in requests:
-                self.starts.call_soon(priority, partial(self._start, self._life, queue, [request]))
+                self.starts.call_soon(priority, partial(self._start, self._lives[queue.index], queue, [request]))
         return True
 
     def _give_back(self, room: int) -> None:
@@ -150,12 +151,12 @@ class AsyncRunner:
             self.slot.mark(queue)
 
     def _start(self, life: int, queue: Queue, requests: Sequence[Request]) -> None:
-        if life != self._life:
+        if life != self._lives[queue.index]:
             self._give_back(len(requests))
             return
         task = self.loop.create_task(self._handle(queue, requests))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = queue
+        task.add_done_callback(self._tasks.pop)
 
     async def _handle(self, queue: Queue, requests: Sequence[Request]) -> None:
         device: Device = self.slot.device
@@ -220,12 +221,15 @@ class AsyncRunner:
         except Exception as error:
             self.slot.failed(error)
 
-    def cancel(self) -> None:
-        """Cancel the handlers that are under way, and wait until they have ended; none that waits begins."""
+    def cancel(self, queue: Queue | None = None) -> None:
+        """Cancel the handlers that are under way, of one queue or of all, and wait until they have ended; none that
+        waits begins.
+        """
 
         async def cancel() -> None:
-            self._life += 1
-            tasks = list(self._tasks)
+            for one in self.slot.queues if queue is None else [queue]:
+                self._lives[one.index] += 1
+            tasks = [task for task, of in self._tasks.items() if queue is None or of is queue]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -32,8 +32,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vbus.bus")
 
-RING_FEATURES = (features.VERSION_1, features.RING_INDIRECT_DESC, features.RING_EVENT_IDX)
-"""Bits that the rings offer for every device (section 6)."""
+RING_FEATURES = (
+    features.VERSION_1,
+    features.RING_INDIRECT_DESC,
+    features.RING_EVENT_IDX,
+    features.RING_PACKED,
+    features.RING_RESET,
+)
+"""Bits that the rings offer for every device (section 6); beside them IN_ORDER, for most."""
 
 STOP_LOOK = 0.001
 """Seconds between two looks at a queue that is to stop when nothing is in flight."""
@@ -61,8 +67,9 @@ class RefusedError(Error):
 class Ring:
     """Where a queue's ring is, in driver addresses, and how many entries it has.
 
-    `resume`: the entry of the available ring to go on with, for a ring that was in use before. `inflight`: the mapping,
-    and the offset in it, where requests under way are kept for a successor of this process.
+    `desc`, `driver`, `device`: descriptor table, available and used ring, or what a packed ring has instead. `resume`:
+    where to go on in a ring that was in use before, as the core's `next` says it. `inflight`: the mapping, and the
+    offset in it, where requests under way are kept for a successor of this process; not of a packed ring.
     """
 
     size: int = 0
@@ -98,6 +105,9 @@ class Attachment(ABC):
     def refuses(self, slot: Slot, field: str) -> str | None:
         """Why a change of this field of config space could not reach the driver; None when it can."""
         return None
+
+    def queue_reset(self, slot: Slot, queue: Queue) -> None:  # noqa: B027 - most have nothing of a queue's own
+        """One queue was reset, and is stopped. In the device's turn."""
 
     @abstractmethod
     def slot_reset(self, slot: Slot) -> None:
@@ -151,7 +161,8 @@ class Slot:
         self.gate = Gate(Account(name, DEVICE_LIMITS))
         self._held: set[Queue] = set()
         """Queues that wait for a request to end, because of a limit on outstanding ones."""
-        self.available = sum(1 << bit for bit in RING_FEATURES) | device.features.mask(device.offered_features())
+        ring = sum(1 << bit for bit in RING_FEATURES) | int(device.in_order) << features.IN_ORDER
+        self.available = ring | device.features.mask(device.offered_features())
         self.actor = Actor(bus.pool, f"device {name}")
         self.runner = AsyncRunner(self, bus.loop.starts()) if is_async(device) else SyncRunner(self)
         self._wanted_priorities = dict(queue_priorities)
@@ -411,9 +422,8 @@ class Slot:
                 ring.desc,
                 ring.driver,
                 ring.device,
-                event_idx=bool(self.negotiated >> features.RING_EVENT_IDX & 1),
-                indirect=bool(self.negotiated >> features.RING_INDIRECT_DESC & 1),
                 signal=owner.signal(self, queue),
+                **features.of_ring(self.negotiated),
                 resume=ring.resume,
                 inflight=ring.inflight,
             )
@@ -481,10 +491,11 @@ class Slot:
             self.runner.hook(self.device.queues_changed)
 
     def stop_queue(self, index: int, done: Callable[[int | None], None]) -> None:
-        """Stop one queue; `done` gets the next entry of its available ring as soon as nothing is in flight any more.
+        """Stop one queue; `done` gets where its ring may be gone on with, as soon as nothing is in flight any more.
 
         None when it did not run. Buffers that a device keeps of a pull queue for longer than five seconds are given
-        back to the ring: they come again when it is started there.
+        back to the ring: they come again when it is started there. (If the device has given others back before them,
+        that cannot be told, and its driver does not see them again before it resets the queue.)
         """
         queue = self.queue_at(index)
         queue.paused = True
@@ -499,8 +510,8 @@ class Slot:
                 return False
             self.actor.drop_key(key)
             end = queue.core.next
-            if end is not None and kept:
-                end = (end - held) & 0xFFFF
+            if kept and queue.core.unused is not None:
+                end = queue.core.unused
             queue.core.stop()
             queue.paused = False
             self._tell_queues()
@@ -509,6 +520,28 @@ class Slot:
 
         key = self.actor.key(look, 0)
         self.actor.mark(key)
+
+    def reset_queue(self, attachment: Attachment, index: int, done: Callable[[], None]) -> None:
+        """Reset one queue (section 2.6.1): its driver gets nothing back of what is in flight, and may set it up anew.
+
+        `done` is called when nothing of the queue is under way any more. RefusedError without RING_RESET.
+        """
+        queue = self.queue_at(index)
+        with self._lock:
+            self._check_owner(attachment)
+            if not self.negotiated >> features.RING_RESET & 1 or not self.status & Status.DRIVER_OK:
+                raise RefusedError(f"{self.name}: a queue is reset with RING_RESET, and after DRIVER_OK")
+
+        def reset() -> None:
+            if self.owner is attachment and self._rings.pop(index, None) is not None:
+                queue.core.stop()
+                self.runner.cancel(queue)
+                attachment.queue_reset(self, queue)
+                self._tell_queues()
+                self.completed()
+            done()
+
+        self.actor.post(reset)
 
     def reset(self, timeout: float) -> None:
         """Reset from this side. TimeoutError when the device is stuck for `timeout` seconds."""
@@ -576,16 +609,24 @@ class Slot:
         self.queue_at(index)
         return self._rings.get(index, Ring())
 
-    def set_queue(self, attachment: Attachment, index: int, size: int, desc: int, driver: int, device: int) -> None:
-        """Where a ring is, in driver addresses; checked when DRIVER_OK starts it."""
+    def set_queue(self, attachment: Attachment, index: int, ring: Ring, done: Callable[[], None]) -> None:
+        """Where a ring is; checked when DRIVER_OK starts it, or at once for a queue that was reset since.
+
+        `done` is called when it took effect. RefusedError.
+        """
         with self._lock:
             self._check_owner(attachment)
             queue = self.queue_at(index)
-            if self.status & Status.DRIVER_OK:
-                raise RefusedError(f"{self.name}: queue {index} cannot be set up after DRIVER_OK")
-            if size > queue.max_size:
-                raise RefusedError(f"{self.name}: queue {index} takes up to {queue.max_size}, not {size}")
-            self._rings[index] = Ring(size, desc, driver, device)
+            running = bool(self.status & Status.DRIVER_OK)
+            if running and (index in self._rings or not self.negotiated >> features.RING_RESET & 1):
+                raise RefusedError(f"{self.name}: queue {index} cannot be set up after DRIVER_OK, unless it was reset")
+            if ring.size > queue.max_size:
+                raise RefusedError(f"{self.name}: queue {index} takes up to {queue.max_size}, not {ring.size}")
+            self._rings[index] = ring
+        if running:
+            self.start_queue(attachment, index, ring, done)
+        else:
+            done()
 
     # When something breaks (section 2.1.2).
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vbus import _core, msg
-from vbus.bus import Account, Actor, Attachment, Bus, InUseError, RefusedError, Slot
+from vbus.bus import Account, Actor, Attachment, Bus, InUseError, RefusedError, Ring, Slot
 from vbus.channel import Mirror
 from vbus.connectors.peer_channels import PeerChannels
 from vbus.errors import Violation
@@ -255,10 +255,10 @@ class MessagePeer(Attachment):
                 ring = slot.ring_of(index)
                 answer(msg.GetVqueueResponse(index, queue.max_size, ring.size, ring.desc, ring.driver, ring.device))
             case msg.SetVqueue(index=index, size=size, desc=desc, driver=driver, device=device):
-                self.set_queue(slot, index, size, desc, driver, device)
-                answer(msg.SetVqueueResponse())
-            case msg.ResetVqueue():
-                self.refuse(frame, errno.EOPNOTSUPP, "RING_RESET is not offered")
+                ring = Ring(size, desc, driver, device)
+                self.set_queue(slot, index, ring, lambda: answer(msg.SetVqueueResponse()))
+            case msg.ResetVqueue(index=index):
+                slot.reset_queue(self, index, lambda: answer(msg.ResetVqueueResponse()))
             case msg.GetShm(index=index):
                 answer(msg.GetShmResponse(index, 0, 0))
             case msg.Sources():
@@ -270,9 +270,9 @@ class MessagePeer(Attachment):
             case _:
                 self.refuse(frame, errno.EOPNOTSUPP, f"{type(frame.body).__name__} is not for this side of the link")
 
-    def set_queue(self, slot: Slot, index: int, size: int, desc: int, driver: int, device: int) -> None:
+    def set_queue(self, slot: Slot, index: int, ring: Ring, done: Callable[[], None]) -> None:
         """The driver says where a ring is."""
-        slot.set_queue(self, index, size, desc, driver, device)
+        slot.set_queue(self, index, ring, done)
 
     def _hello(self, limit: int, token: int) -> None:
         if limit < LEAST_MESSAGE:

@@ -299,10 +299,15 @@ class ProcessPeer(MessagePeer):
         finally:
             handshake.close_all(fds)
         self._bells[number, index] = bells
+        self._signals.pop((number, index), None)
         slot.attach_doorbell(queue, bells[0])
 
     def signal(self, slot: Slot, queue: Queue) -> _core.Signal:
         """An event in the rings, or the queue's own doorbell."""
+        known = self._signals.get((slot.number, queue.index))
+        if known is not None:
+            # The queue was reset, and its source goes on.
+            return known
         source = slot.first_source + queue.index
         if self._direct:
             try:

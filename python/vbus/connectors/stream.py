@@ -12,13 +12,13 @@ import contextlib
 import errno
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from vbus import _core, address, msg
-from vbus.bus import Account, Bus, Credentials, Queue, Slot
+from vbus.bus import Account, Bus, Credentials, Queue, Ring, Slot
 from vbus.bus.members import NOBODY
 from vbus.bus.slot import SignalCounters
 from vbus.channel import Mirror
@@ -148,7 +148,8 @@ class Bridge:
         self.size = size
         ring_size = 1 << max(size - 1, 0).bit_length()
         self._arena = peer.arena
-        place = self._arena.take(_core.DriverQueue.bytes_needed(ring_size))
+        ring_features = features.of_ring(slot.negotiated)
+        place = self._arena.take(_core.DriverQueue.bytes_needed(ring_size, packed=ring_features["packed"]))
         if place is None:
             raise Violation("too-much-memory", f"no room for a queue of {size} in the arena of this driver")
         self._place = place
@@ -157,9 +158,8 @@ class Bridge:
             place,
             self._arena.address,
             ring_size,
-            event_idx=bool(slot.negotiated >> features.RING_EVENT_IDX & 1),
-            indirect=bool(slot.negotiated >> features.RING_INDIRECT_DESC & 1),
             signal=_core.Signal.local(peer.bus.pool.scheduler, slot.key(queue)),
+            **ring_features,
         )
         self.priority = slot.queue_priorities[queue.index]
         self.key = peer.actor.key(self.reap, self.priority)
@@ -410,24 +410,34 @@ class StreamPeer(MessagePeer):
         """The bridge of a queue. None when the device is gone or was reset, while its requests were on their way."""
         return self._bridges.get((number, index))
 
-    def set_queue(self, slot: Slot, index: int, size: int, desc: int, driver: int, device: int) -> None:
+    def set_queue(self, slot: Slot, index: int, ring: Ring, done: Callable[[], None]) -> None:
         """Make the private ring, whose place is what the slot is told."""
         queue = slot.queue_at(index)
+        size = ring.size
         if (slot.number, index) in self._bridges:
             raise Violation("queue-twice", f"queue {index} of device {slot.number} is set up already")
-        if not 0 < size <= queue.max_size or desc or driver or device:
-            raise Violation("queue-size", f"size {size} of {queue.max_size}, with addresses {desc}, {driver}, {device}")
+        if not 0 < size <= queue.max_size or ring != Ring(size):
+            raise Violation("queue-size", f"{ring}; a size up to {queue.max_size}, and no addresses")
         bridge = Bridge(self, slot, queue, size)
+        # Before the slot is told: a queue that was reset starts at once, and asks for its signal.
+        self._bridges[slot.number, index] = bridge
+        core = bridge.ring
         try:
-            super().set_queue(slot, index, bridge.ring.size, bridge.ring.desc, bridge.ring.driver, bridge.ring.device)
+            super().set_queue(slot, index, Ring(core.size, core.desc, core.driver, core.device), done)
         except BaseException:
+            del self._bridges[slot.number, index]
             bridge.close()
             raise
-        self._bridges[slot.number, index] = bridge
 
     def signal(self, slot: Slot, queue: Queue) -> _core.Signal:
         """A turn of the peer, which sends the completions."""
         return _core.Signal.local(self.bus.pool.scheduler, self._bridges[slot.number, queue.index].key)
+
+    def queue_reset(self, slot: Slot, queue: Queue) -> None:
+        """Close the queue's bridge, in the peer's turn: this is the device's."""
+        bridge = self._bridges.pop((slot.number, queue.index), None)
+        if bridge is not None:
+            self.actor.post(bridge.close)
 
     def slot_reset(self, slot: Slot) -> None:
         """Close the slot's bridges, in the peer's turn: this is the device's."""

@@ -26,7 +26,7 @@ from vbus.errors import Error, Violation
 from vbus.vhost_user import codec, wire
 from vbus.vhost_user import messages as m
 from vbus.vhost_user.messages import BackendRequest, ProtocolFeature, Request
-from vbus.virtio import Status
+from vbus.virtio import Status, features
 
 log = logging.getLogger("vbus.connector")
 
@@ -43,6 +43,8 @@ PROTOCOL = (
     | ProtocolFeature.LOG_SHMFD
 )
 """What every class is offered with."""
+PACKED_BASE = 0x8000_8000
+"""Where a packed ring begins: at descriptor 0 with a wrap counter of 1, for both sides."""
 
 
 class Host(Protocol):
@@ -224,14 +226,17 @@ class FrontEnd(Attachment):
             case Request.SET_VRING_NUM, m.VringState(index=index, num=num):
                 vring = self._vring(index)
                 # No message says what the device would like: guests of memory-mapped virtio take what QEMU has.
-                if not 0 < num <= MAX_QUEUE_SIZE or num & (num - 1):
+                if not 0 < num <= MAX_QUEUE_SIZE or (num & (num - 1) and not self._is_packed):
                     raise Violation("queue-size", f"queue {index}: {num}; powers of two to {MAX_QUEUE_SIZE}")
                 vring.size = num
             case Request.SET_VRING_ADDR, m.VringAddr(index=index) as addr:
                 self._vring(index).addr = addr
             case Request.SET_VRING_BASE, m.VringState(index=index, num=num):
-                if num > 0xFFFF:
+                if num > 0xFFFF and not self._is_packed:
                     raise Violation("vring-base", f"queue {index}: {num:#x}")
+                if self._is_packed and not num >> 16:
+                    # Some say only where to take on: nothing is in flight there.
+                    num *= 0x10001
                 self._vring(index).base = num
             case Request.GET_VRING_BASE, m.VringState(index=index):
                 self._stop(index)
@@ -305,8 +310,15 @@ class FrontEnd(Attachment):
 
     @property
     def offered(self) -> int:
-        """The feature bits, with the one that says that there are protocol features."""
-        return self.slot.exposed | 1 << m.PROTOCOL_FEATURES | 1 << m.LOG_ALL
+        """The feature bits, with the one that says that there are protocol features.
+
+        Not RING_RESET: front-ends have no message for it, and some take it for granted that none is needed.
+        """
+        return self.slot.exposed & ~(1 << features.RING_RESET) | 1 << m.PROTOCOL_FEATURES | 1 << m.LOG_ALL
+
+    @property
+    def _is_packed(self) -> bool:
+        return bool((self.features or 0) >> features.RING_PACKED & 1)
 
     @property
     def offered_protocol(self) -> ProtocolFeature:
@@ -413,6 +425,10 @@ class FrontEnd(Attachment):
         """Memory for requests under way: the front-end keeps it, and gives it to whoever serves it next."""
         if queues > len(self.vrings):
             raise Violation("inflight-size", f"{queues} queues; {self.slot.name} has {len(self.vrings)}")
+        if self._is_packed:
+            # No bytes: of packed rings nothing is kept.
+            self.answer(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, queues, queue_size))
+            return
         size = Inflight.room(queues, queue_size)
         fd = os.memfd_create("vbus-inflight", os.MFD_CLOEXEC)
         try:
@@ -514,13 +530,13 @@ class FrontEnd(Attachment):
             self._guest.guest_address(f"queue {index}: available ring", addr.avail),
             self._guest.guest_address(f"queue {index}: used ring", addr.used),
             vring.base,
-            self._inflight.of(index, vring.size) if self._inflight is not None else None,
+            self._inflight.of(index, vring.size) if self._inflight is not None and not self._is_packed else None,
         )
 
     def _stop(self, index: int) -> None:
         vring = self._vring(index)
         then = self._wait()
-        base = vring.base or 0
+        base = vring.base if vring.base is not None else PACKED_BASE if self._is_packed else 0
         ended: list[int | None] = []
 
         def stopped() -> None:

@@ -57,6 +57,7 @@ class Blk(Device):
     device_id = virtio.DeviceID.BLOCK
     features = virtio.blk.FEATURES
     queues = (Queue("requests", size=QUEUE_SIZE),)
+    in_order = False
     Config = virtio.blk.Config
     config_writable = ("writeback",)
     config: virtio.blk.Config

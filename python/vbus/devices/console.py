@@ -114,7 +114,7 @@ class Console(Device):
         """Move output to the backend until there is no more of it, or the backend takes no more now."""
         queue = self.queue("transmit")
         for _ in range(BUDGET):
-            if self._transmitting is None:
+            if self._transmitting is None or self._transmitting.done:
                 self._transmitting = queue.take()
                 if self._transmitting is None:
                     return

@@ -48,6 +48,10 @@ class Receiver:
 
     def has_room(self) -> bool:
         """Whether there is a buffer, and no packet that it is for. Violation: rx-buffer-too-small."""
+        if self._stock and self._stock[0].done:
+            # The queue was stopped, and these went with it.
+            self._stock.clear()
+            self._filled.clear()
         if self._kept is not None:
             packet, self._kept = self._kept, None
             if not self.put(packet):

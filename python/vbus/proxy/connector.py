@@ -199,6 +199,14 @@ class GuestConnector(ABC):
     def open_queue(self, device: RemoteDevice, index: int, size: int) -> RemoteQueue:
         """Make a ring and tell the bus about it. DriverError."""
 
+    def stop_queue(self, device: RemoteDevice, queue: RemoteQueue) -> None:
+        """The queue is to be reset: send nothing more of it. DriverError EOPNOTSUPP where queues cannot be."""
+        raise DriverError(errno.EOPNOTSUPP, f"{device.name}: one queue cannot be reset here")
+
+    def renew_queue(self, device: RemoteDevice, queue: RemoteQueue, size: int) -> None:
+        """The queue was reset: give it a new ring in place of its own, and tell the bus about it. DriverError."""
+        raise NotImplementedError
+
     @abstractmethod
     def close_queues(self, device: RemoteDevice) -> None:
         """The device was reset, or is gone: forget its rings and give their memory back."""

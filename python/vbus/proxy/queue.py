@@ -175,6 +175,12 @@ class RemoteQueue:
 
     _orphans: Sequence[int] = ()
 
+    def renew(self, ring: _core.DriverQueue) -> None:
+        """Go on with a new ring, after `fail` and `free_buffers`."""
+        with self._lock:
+            self._ring = ring
+            self._error = None
+
     def free_buffers(self) -> None:
         """Give the buffers of failed requests back to the arena: only once the device cannot write to them any more."""
         starts, self._orphans = self._orphans, ()

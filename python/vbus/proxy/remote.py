@@ -31,8 +31,10 @@ Event = tuple[str, "RemoteDevice"]
 
 QUEUE_SIZE = 128
 """Descriptors of a ring when the driver does not say."""
-OWN_FEATURES = 1 << features.VERSION_1 | 1 << features.RING_INDIRECT_DESC | 1 << features.RING_EVENT_IDX
-"""What our rings understand beside a driver's own features."""
+OWN_FEATURES = sum(
+    1 << bit for bit in (features.VERSION_1, features.RING_INDIRECT_DESC, features.RING_EVENT_IDX, features.RING_RESET)
+)
+"""What our rings understand beside a driver's own features, and always want."""
 CONFIG_TRIES = 8
 
 
@@ -49,6 +51,8 @@ class RemoteDevice:
         self.config_size = info.config_size
         self.num_feature_bits = info.num_feature_bits
         self.max_queues = info.max_virtqueues
+        self.ring_features = OWN_FEATURES
+        """What the next driver wants of the rings, where it is offered."""
         self.negotiated = 0
         self.present = True
         self.needs_reset = False
@@ -130,7 +134,7 @@ class RemoteDevice:
         self.reset()
         self._set_status(Status.ACKNOWLEDGE)
         self._set_status(Status.ACKNOWLEDGE | Status.DRIVER)
-        chosen = self.offered & (wanted | OWN_FEATURES)
+        chosen = self.offered & (wanted | self.ring_features)
         blocks = features.to_blocks(chosen)
         self._call(msg.SetDriverFeatures(0, len(blocks), tuple(blocks)), msg.SetDriverFeaturesResponse)
         status = self._set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
@@ -163,6 +167,22 @@ class RemoteDevice:
             status = int(self.status)
         self._forget_queues()
         self.needs_reset = False
+
+    def reset_queue(self, index: int, size: int = 0) -> None:
+        """Reset one queue and set it up anew, by default with as many descriptors as before; others go on.
+
+        What was outstanding there ends with ESHUTDOWN. DriverError: EOPNOTSUPP without RING_RESET, ...
+        """
+        remote_queue = self.queues[index]
+        if not self.negotiated >> features.RING_RESET & 1:
+            raise DriverError(errno.EOPNOTSUPP, f"{self.name} does not offer to reset one queue")
+        size = size or remote_queue.size
+        connector = self.remote.connector
+        connector.stop_queue(self, remote_queue)
+        remote_queue.fail(DriverError(errno.ESHUTDOWN, f"queue {index} of {self.name} was reset"))
+        self._call(msg.ResetVqueue(index), msg.ResetVqueueResponse)
+        remote_queue.free_buffers()
+        connector.renew_queue(self, remote_queue, size)
 
     def _fail_queues(self, error: DriverError) -> None:
         for remote_queue in self.queues:
@@ -339,13 +359,18 @@ class Remote:
             raise DriverError(errno.ETIMEDOUT, f"no device {name!r} within {limit} s")
         return self.device(name)
 
-    def driver(self, name: str, cls: type[D]) -> D:
-        """Reset the device of this name and drive it. NoSuchNameError, UsageError, DriverError (EBUSY, ...)."""
+    def driver(self, name: str, cls: type[D], *, packed: bool = False, in_order: bool = False) -> D:
+        """Reset the device of this name and drive it. NoSuchNameError, UsageError, DriverError (EBUSY, ...).
+
+        `packed`: through packed rings, where the device offers them, in place of split ones. `in_order`: its requests
+        shall come back in their order, where it offers that.
+        """
         device = self.device(name)
         if device.device_id != cls.device_id:
             raise UsageError(
                 f"device {name!r} has device id {device.device_id}; a {cls.__name__} driver wants {cls.device_id}"
             )
+        device.ring_features = OWN_FEATURES | packed << features.RING_PACKED | in_order << features.IN_ORDER
         return cls(device)
 
     # Channels.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypedDict
 
 MAX_BITS = 128
 BLOCK_BITS = 32
@@ -108,6 +109,25 @@ TRANSPORT = FeatureSet(
     }
 )
 """The bits that every device class has in common."""
+
+
+class RingFeatures(TypedDict):
+    """What a ring heeds of the bits that were negotiated (section 6)."""
+
+    packed: bool
+    event_idx: bool
+    indirect: bool
+    in_order: bool
+
+
+def of_ring(word: int) -> RingFeatures:
+    """What of a word a ring heeds: keywords of both its sides."""
+    return {
+        "packed": bool(word >> RING_PACKED & 1),
+        "event_idx": bool(word >> RING_EVENT_IDX & 1),
+        "indirect": bool(word >> RING_INDIRECT_DESC & 1),
+        "in_order": bool(word >> IN_ORDER & 1),
+    }
 
 
 def to_blocks(word: int, count: int | None = None) -> list[int]:

@@ -4,7 +4,7 @@ use crate::mem::{Access, Segments, Table};
 use crate::violation::{Rule, Violation};
 
 /// A chain of buffers that a driver made available. Its memory stays mapped while this lives.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Chain {
     head: u16,
     span: u16,
@@ -14,11 +14,6 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Nothing yet, and one place of the ring.
-    pub(super) fn new(head: u16) -> Self {
-        Self { head, span: 1, descriptors: 0, readable: Segments::default(), writable: Segments::default() }
-    }
-
     /// By it the driver knows the request again: in a split ring the number of the first descriptor, in a packed one the
     /// buffer id.
     pub fn head(&self) -> u16 {
@@ -35,9 +30,10 @@ impl Chain {
         &self.writable
     }
 
-    /// In a packed ring, the buffer id, which the last descriptor tells, and how many descriptors of the ring it took.
-    pub(super) fn end(&mut self, id: u16, span: u16) {
-        (self.head, self.span) = (id, span);
+    /// By what the driver knows it, and how many places of the ring it has.
+    #[inline]
+    pub(super) fn name(&mut self, head: u16, span: u16) {
+        (self.head, self.span) = (head, span);
     }
 
     /// How many places of the ring it has.

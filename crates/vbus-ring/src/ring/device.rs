@@ -5,6 +5,7 @@ use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 
 use super::{Chain, Setup, MAX_SIZE};
+use crate::guard::losses;
 use crate::mem::{Access, Memory, Table, Window};
 use crate::violation::{Rule, Violation};
 
@@ -33,14 +34,17 @@ pub trait Layout {
     /// Whether a ring can have as many descriptors, which are 1 to 32768.
     fn has_size(size: u32) -> bool;
 
+    /// Of the memory in which the parts were found.
+    fn generation(&self) -> u64;
+
     /// Follow the parts when the driver's memory has changed.
     fn follow(&mut self, table: &Table, setup: &Setup) -> Result<(), Violation>;
 
     /// Whether there is a chain to take.
     fn look(&mut self) -> Result<bool, Violation>;
 
-    /// Read the next chain, which `look` has seen.
-    fn chain(&self, table: &Table, setup: &Setup) -> Result<Chain, Violation>;
+    /// Read the next chain, which `look` has seen, into one that is empty.
+    fn chain(&self, table: &Table, setup: &Setup, chain: &mut Chain) -> Result<(), Violation>;
 
     /// It was good, and is taken.
     fn taken(&mut self, chain: &Chain);
@@ -283,9 +287,9 @@ impl<L: Layout> Ring<L> {
         if self.broken || limit == 0 {
             return self.violation.take().map_or(Ok(()), Err);
         }
-        let table = self.memory.snapshot();
-        let result = self.take_some(&table, limit, chains, ask).and_then(|()| self.log_asked());
-        if let Err(lost) = self.sound(&table) {
+        let mut table = None;
+        let result = self.take_some(&mut table, limit, chains, ask).and_then(|()| self.log_asked());
+        if let Err(lost) = self.sound(table.as_deref()) {
             self.broken = true;
             // They may be made of zeroes.
             chains.truncate(before);
@@ -304,8 +308,17 @@ impl<L: Layout> Ring<L> {
         }
     }
 
-    fn take_some(&mut self, table: &Table, limit: usize, chains: &mut Vec<Chain>, ask: bool) -> Result<(), Violation> {
-        self.layout.follow(table, &self.setup)?;
+    /// `table` is filled in as soon as one is needed: who looks in vain, as often as it likes, takes no lock.
+    fn take_some(
+        &mut self,
+        table: &mut Option<Arc<Table>>,
+        limit: usize,
+        chains: &mut Vec<Chain>,
+        ask: bool,
+    ) -> Result<(), Violation> {
+        if self.memory.generation() != self.layout.generation() {
+            self.layout.follow(table.insert(self.memory.snapshot()), &self.setup)?;
+        }
         if !self.layout.look()? {
             if !ask {
                 return Ok(());
@@ -320,19 +333,35 @@ impl<L: Layout> Ring<L> {
             }
         }
         self.asked |= self.layout.ask(false);
+        let table = table.get_or_insert_with(|| self.memory.snapshot());
+        // It may have changed at this very moment: chains and the ring are found in one and the same.
+        self.layout.follow(table, &self.setup)?;
         let last = chains.len().saturating_add(limit);
         while chains.len() < last && self.layout.look()? {
-            let chain = self.layout.chain(table, &self.setup)?;
-            self.book.begin(&chain)?;
-            self.layout.taken(&chain);
-            chains.push(chain);
+            let at = chains.len();
+            // Filled where it lies: it is too large to be moved about.
+            chains.push(Chain::default());
+            let chain = &mut chains[at];
+            let good = match self.layout.chain(table, &self.setup, chain) {
+                Ok(()) => self.book.begin(chain),
+                violation => violation,
+            };
+            if good.is_err() {
+                chains.truncate(at);
+                return good;
+            }
+            self.layout.taken(chain);
         }
         Ok(())
     }
 
-    /// Whether all memory that this ring uses is still that of its files.
-    fn sound(&self, table: &Table) -> Result<(), Violation> {
-        self.memory.sound(table)?;
+    /// Whether all memory that this ring uses, this table's or the present one's, is still that of its files.
+    fn sound(&self, table: Option<&Table>) -> Result<(), Violation> {
+        match table {
+            Some(table) => self.memory.sound(table)?,
+            None if losses() > 0 => self.memory.sound(&self.memory.snapshot())?,
+            None => (),
+        }
         self.layout.sound()
     }
 
@@ -361,12 +390,13 @@ impl<L: Layout> Ring<L> {
         heads: impl IntoIterator<Item = (u16, u32)>,
         chains: impl Iterator<Item = &'a Chain>,
     ) -> Result<bool, Violation> {
-        let table = self.memory.snapshot();
-        if let Err(violation) = self.layout.follow(&table, &self.setup) {
-            self.broken = true;
-            // Nothing is in flight any more, even if the memory comes back.
-            self.book.clear();
-            return Err(violation);
+        if self.memory.generation() != self.layout.generation() {
+            if let Err(violation) = self.layout.follow(&self.memory.snapshot(), &self.setup) {
+                self.broken = true;
+                // Nothing is in flight any more, even if the memory comes back.
+                self.book.clear();
+                return Err(violation);
+            }
         }
         let mut any = false;
         for (head, written) in heads {
@@ -394,7 +424,7 @@ impl<L: Layout> Ring<L> {
         let ring = shown.then(|| self.layout.shown()).into_iter().flatten();
         let buffers = chains.flat_map(|chain| chain.writable().ranges());
         let said = self.memory.written(|| buffers.chain(ring));
-        if let Err(violation) = self.sound(&table).and(said) {
+        if let Err(violation) = self.sound(None).and(said) {
             self.broken = true;
             return Err(violation);
         }

@@ -206,11 +206,6 @@ class ProcessConnector(GuestConnector):
         if index >= len(sources.priorities):
             raise DriverError(errno.EPROTO, f"the bus gives no event source for queue {index}")
         source, priority = sources.first + index, device.queue_priority(index)
-        with self.arena_lock:
-            place = self.arena.take(_core.DriverQueue.bytes_needed(size))
-        if place is None:
-            raise DriverError(errno.ENOMEM, f"no room for a queue of {size} in the arena")
-        sources.places[index] = place
         queues: list[RemoteQueue] = []
         key = self.loop.key(lambda: queues[0].reap() if queues else False, priority)
         sources.keys.append(key)
@@ -220,19 +215,37 @@ class ProcessConnector(GuestConnector):
             signal = self.sender.open(source, sources.generation, priority)
             self.receiver.open(source, sources.generation, key)
         sources.signals[index] = signal
-        ring = _core.DriverQueue(
-            self.arena.mapping,
-            place,
-            self.arena.address,
-            size,
-            event_idx=bool(device.negotiated >> features.RING_EVENT_IDX & 1),
-            indirect=bool(device.negotiated >> features.RING_INDIRECT_DESC & 1),
-            signal=signal,
-        )
-        body = msg.SetVqueue(index, size, ring.desc, ring.driver, ring.device)
-        self.call(body, msg.SetVqueueResponse, device.address)
+        ring = self._make_ring(device, index, size)
+        self._tell_ring(device, index, ring)
         queues.append(RemoteQueue(device, index, self.arena, self.arena_lock, ring))
         return queues[0]
+
+    def _make_ring(self, device: RemoteDevice, index: int, size: int) -> _core.DriverQueue:
+        sources = self._sources[device.address]
+        ring_features = features.of_ring(device.negotiated)
+        with self.arena_lock:
+            place = self.arena.take(_core.DriverQueue.bytes_needed(size, packed=ring_features["packed"]))
+        if place is None:
+            raise DriverError(errno.ENOMEM, f"no room for a queue of {size} in the arena")
+        sources.places[index] = place
+        return _core.DriverQueue(
+            self.arena.mapping, place, self.arena.address, size, signal=sources.signals[index], **ring_features
+        )
+
+    def _tell_ring(self, device: RemoteDevice, index: int, ring: _core.DriverQueue) -> None:
+        body = msg.SetVqueue(index, ring.size, ring.desc, ring.driver, ring.device)
+        self.call(body, msg.SetVqueueResponse, device.address)
+
+    def stop_queue(self, device: RemoteDevice, queue: RemoteQueue) -> None:
+        """What is in the ring, the device has already."""
+
+    def renew_queue(self, device: RemoteDevice, queue: RemoteQueue, size: int) -> None:
+        """Make another ring in the arena; its signals stay."""
+        with self.arena_lock:
+            self.arena.give_back(self._sources[device.address].places.pop(queue.index))
+        ring = self._make_ring(device, queue.index, size)
+        queue.renew(ring)
+        self._tell_ring(device, queue.index, ring)
 
     def _pair_doorbells(
         self, device: RemoteDevice, index: int, source: int, key: int, queues: list[RemoteQueue]

@@ -24,6 +24,7 @@ from vbus.proxy.loop import Loop
 from vbus.proxy.queue import RemoteQueue
 from vbus.proxy.remote import RemoteDevice
 from vbus.virtio import features
+from vbus.virtio.ring import MAX_SIZE
 
 if TYPE_CHECKING:
     import ssl
@@ -55,7 +56,9 @@ class _End:
     core: _core.DeviceQueue
     place: int
     priority: int
-    keys: list[int] = field(default_factory=list)
+    take: int
+    reap: int
+    """The scheduler's keys of its two sides."""
     outstanding: dict[int, _Outstanding] = field(default_factory=dict)
     sent: int = 0
 
@@ -224,43 +227,47 @@ class StreamConnector(GuestConnector):
 
     def open_queue(self, device: RemoteDevice, index: int, size: int) -> RemoteQueue:
         """Make a local ring with both its sides here, and tell the bus how much may be outstanding."""
-        with self.arena_lock:
-            place = self.arena.take(_core.DriverQueue.bytes_needed(size))
-        if place is None:
-            raise DriverError(errno.ENOMEM, f"no room for a queue of {size} in the arena")
         ends: list[_End] = []
         priority = device.queue_priority(index)
         take = self.loop.key(lambda: self._take(ends[0]) if ends else False, priority)
         reap = self.loop.key(lambda: ends[0].queue.reap() if ends else False, priority)
-        event_idx = bool(device.negotiated >> features.RING_EVENT_IDX & 1)
-        indirect = bool(device.negotiated >> features.RING_INDIRECT_DESC & 1)
-        ring = _core.DriverQueue(
-            self.arena.mapping,
-            place,
-            self.arena.address,
-            size,
-            event_idx=event_idx,
-            indirect=indirect,
-            signal=_core.Signal.local(self.loop.scheduler, take),
-        )
-        core = _core.DeviceQueue(size)
-        core.start(
-            self._memory,
-            size,
-            ring.desc,
-            ring.driver,
-            ring.device,
-            event_idx=event_idx,
-            indirect=indirect,
-            signal=_core.Signal.local(self.loop.scheduler, reap),
-        )
+        place, ring, core = self._make_ring(device, size, take, reap)
         queue = RemoteQueue(device, index, self.arena, self.arena_lock, ring)
-        end = _End(device, index, queue, core, place, priority, [take, reap])
+        end = _End(device, index, queue, core, place, priority, take, reap)
         ends.append(end)
         with self._ends_lock:
             self._ends[device.address, index] = end
         self.call(msg.SetVqueue(index, size, 0, 0, 0), msg.SetVqueueResponse, device.address)
         return queue
+
+    def _make_ring(
+        self, device: RemoteDevice, size: int, take: int, reap: int
+    ) -> tuple[int, _core.DriverQueue, _core.DeviceQueue]:
+        """Both sides of a ring, and its place in the arena; each marks the other's key."""
+        ring_features = features.of_ring(device.negotiated)
+        with self.arena_lock:
+            place = self.arena.take(_core.DriverQueue.bytes_needed(size, packed=ring_features["packed"]))
+        if place is None:
+            raise DriverError(errno.ENOMEM, f"no room for a queue of {size} in the arena")
+        to_take, to_reap = (_core.Signal.local(self.loop.scheduler, key) for key in (take, reap))
+        ring = _core.DriverQueue(self.arena.mapping, place, self.arena.address, size, signal=to_take, **ring_features)
+        core = _core.DeviceQueue(MAX_SIZE)
+        core.start(self._memory, size, ring.desc, ring.driver, ring.device, signal=to_reap, **ring_features)
+        return place, ring, core
+
+    def stop_queue(self, device: RemoteDevice, queue: RemoteQueue) -> None:
+        """Take nothing more off the local ring. What is on its way arrives before the bus is told of another ring."""
+        self._ends[device.address, queue.index].core.stop()
+
+    def renew_queue(self, device: RemoteDevice, queue: RemoteQueue, size: int) -> None:
+        """Make another local ring in place of the old one."""
+        end = self._ends[device.address, queue.index]
+        with self.arena_lock:
+            self.arena.give_back(end.place)
+        end.outstanding.clear()
+        end.place, ring, end.core = self._make_ring(device, size, end.take, end.reap)
+        queue.renew(ring)
+        self.call(msg.SetVqueue(queue.index, size, 0, 0, 0), msg.SetVqueueResponse, device.address)
 
     def close_queues(self, device: RemoteDevice) -> None:
         """Stop the local rings and give their memory back."""
@@ -268,7 +275,7 @@ class StreamConnector(GuestConnector):
             ends = [self._ends.pop(key) for key in list(self._ends) if key[0] == device.address]
         for end in ends:
             end.core.stop()
-            for key in end.keys:
+            for key in (end.take, end.reap):
                 self.loop.drop_key(key)
             with self.arena_lock:
                 self.arena.give_back(end.place)

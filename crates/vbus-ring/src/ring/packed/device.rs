@@ -163,6 +163,11 @@ impl Layout for Packed {
     }
 
     #[inline]
+    fn generation(&self) -> u64 {
+        self.parts.generation
+    }
+
+    #[inline]
     fn follow(&mut self, table: &Table, setup: &Setup) -> Result<(), Violation> {
         if table.generation() != self.parts.generation {
             self.parts = Parts::find(table, setup)?;
@@ -192,9 +197,9 @@ impl Layout for Packed {
     }
 
     #[inline]
-    fn chain(&self, table: &Table, setup: &Setup) -> Result<Chain, Violation> {
+    fn chain(&self, table: &Table, setup: &Setup, chain: &mut Chain) -> Result<(), Violation> {
         // What it is called, the last descriptor says; until then the place of the first, for people.
-        let mut chain = Chain::new(self.next.index);
+        chain.name(self.next.index, 0);
         let mut place = self.next;
         let mut seen = self.seen;
         for span in 1..=self.size - self.span {
@@ -207,13 +212,13 @@ impl Layout for Packed {
                 return Err(Violation::new(Rule::DescriptorNotAvailable, detail));
             }
             if rest.has(DESC_INDIRECT) {
-                self.indirect(table, setup, &mut chain, address, rest)?;
+                self.indirect(table, setup, chain, address, rest)?;
             } else {
                 chain.push(table, address, rest.size(), rest.has(DESC_WRITE), self.size)?;
             }
             if !rest.has(DESC_NEXT) {
-                chain.end(rest.id(), span);
-                return Ok(chain);
+                chain.name(rest.id(), span);
+                return Ok(());
             }
             place = place.after(1, self.size);
         }

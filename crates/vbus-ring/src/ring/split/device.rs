@@ -198,6 +198,11 @@ impl Layout for Split {
     }
 
     #[inline]
+    fn generation(&self) -> u64 {
+        self.parts.generation
+    }
+
+    #[inline]
     fn follow(&mut self, table: &Table, setup: &Setup) -> Result<(), Violation> {
         if table.generation() != self.parts.generation {
             self.parts = Parts::find(table, setup)?;
@@ -222,14 +227,14 @@ impl Layout for Split {
     }
 
     #[inline]
-    fn chain(&self, table: &Table, setup: &Setup) -> Result<Chain, Violation> {
+    fn chain(&self, table: &Table, setup: &Setup, chain: &mut Chain) -> Result<(), Violation> {
         let place = self.next & (self.size - 1);
         let head = match self.again.front() {
             Some(&head) => head,
             // The entry was written before the index that `look` acquired.
             None => self.parts.avail.load16(ENTRIES + 2 * usize::from(place), Ordering::Relaxed),
         };
-        let mut chain = Chain::new(head);
+        chain.name(head, 1);
         let mut index = head;
         for _ in 0..self.size {
             if index >= self.size {
@@ -238,12 +243,11 @@ impl Layout for Split {
             }
             let desc = self.desc(index);
             if desc.has(DESC_INDIRECT) {
-                self.indirect(table, setup, &mut chain, &desc)?;
-                return Ok(chain);
+                return self.indirect(table, setup, chain, &desc);
             }
             chain.push(table, desc.address, desc.size, desc.has(DESC_WRITE), self.size)?;
             if !desc.has(DESC_NEXT) {
-                return Ok(chain);
+                return Ok(());
             }
             index = desc.next;
         }
