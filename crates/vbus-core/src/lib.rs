@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 
 mod area;
 mod doorbell;
+mod engine;
 mod event;
 mod link;
 mod memory;
@@ -17,6 +18,8 @@ mod violation;
 mod _core {
     #[pymodule_export]
     use crate::doorbell::Doorbell;
+    #[pymodule_export]
+    use crate::engine::{BlkEngine, Engine, LoopbackEngine, Task, Worker};
     #[pymodule_export]
     use crate::event::{EventReceiver, EventSender};
     #[pymodule_export]

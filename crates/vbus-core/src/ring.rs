@@ -1,7 +1,7 @@
 //! The Python face of the rings: a device's requests, its queues, and a driver's.
 //!
-//! Locks are held shortly, never while Python code or a notification runs, and always taken with the interpreter's lock
-//! held: so no two of them can wait for each other.
+//! Locks are held shortly, never while Python code or a notification runs, and taken with the interpreter's lock held, or
+//! by engines, which never want that: so no two of them can wait for each other.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
+use vbus_engine::queue::{Queue, Running};
 use vbus_ring::ring::split::{self, inflight_bytes};
 use vbus_ring::ring::{Chain, DeviceRing, DriverRing, Features, Setup, MAX_SIZE};
 use vbus_ring::signal::Notify;
@@ -25,44 +26,11 @@ fn value_error(error: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
-/// What a device queue and its requests know of each other.
-#[derive(Default)]
-struct Shared {
-    running: Mutex<Option<Running>>,
-    /// Counts starts and stops: a request of another run is nobody's any more.
-    run: AtomicU64,
-    completed: AtomicU64,
-    bytes_readable: AtomicU64,
-    bytes_written: AtomicU64,
-}
-
-struct Running {
-    ring: DeviceRing,
-    signal: Arc<dyn Notify>,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Begin another run, or none.
-    fn replace(&self, running: Option<Running>) {
-        let old = {
-            let mut current = self.lock();
-            self.run.fetch_add(1, Ordering::Relaxed);
-            std::mem::replace(&mut *current, running)
-        };
-        // Outside the lock: it may be the last user of its memory, and unmapping takes time.
-        drop(old);
-    }
-}
-
 /// A chain of descriptors, read once, checked and translated; its memory stays mapped while this lives.
 #[pyclass(frozen, module = "vbus._core")]
 pub struct Request {
     chain: Chain,
-    queue: Arc<Shared>,
+    queue: Arc<Queue>,
     run: u64,
     read: AtomicU64,
     written: AtomicU64,
@@ -70,8 +38,14 @@ pub struct Request {
 }
 
 impl Request {
+    /// A chain that was taken in this run of its queue.
+    pub fn new(chain: Chain, queue: Arc<Queue>, run: u64) -> Self {
+        let (read, written) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { chain, queue, run, read, written, completed: AtomicBool::new(false) }
+    }
+
     fn stopped(&self) -> bool {
-        self.queue.run.load(Ordering::Relaxed) != self.run
+        self.queue.run() != self.run
     }
 
     fn left_to_read(&self) -> u64 {
@@ -180,7 +154,7 @@ impl Request {
 /// The device side of a ring.
 #[pyclass(frozen, module = "vbus._core")]
 pub struct DeviceQueue {
-    shared: Arc<Shared>,
+    pub shared: Arc<Queue>,
     max_size: u32,
 }
 
@@ -267,18 +241,10 @@ impl DeviceQueue {
         let mut chains = Vec::new();
         let (result, run) = match self.shared.lock().as_mut() {
             None => return Ok(Vec::new()),
-            Some(running) => (running.ring.take(limit, &mut chains), self.shared.run.load(Ordering::Relaxed)),
+            Some(running) => (running.ring.take(limit, &mut chains), self.shared.run()),
         };
         result.map_err(|violation| to_error(py, &violation))?;
-        let request = |chain| Request {
-            chain,
-            queue: self.shared.clone(),
-            run,
-            read: AtomicU64::new(0),
-            written: AtomicU64::new(0),
-            completed: AtomicBool::new(false),
-        };
-        Ok(chains.into_iter().map(request).collect())
+        Ok(chains.into_iter().map(|chain| Request::new(chain, self.shared.clone(), run)).collect())
     }
 
     fn complete(&self, py: Python<'_>, requests: Vec<Bound<'_, Request>>) -> PyResult<()> {
@@ -291,6 +257,39 @@ impl DeviceQueue {
             py.detach(|| signal.notify());
         }
         Ok(())
+    }
+
+    #[getter]
+    fn paused(&self) -> bool {
+        self.shared.paused()
+    }
+
+    #[setter]
+    fn set_paused(&self, paused: bool) {
+        self.shared.pause(paused);
+    }
+
+    #[getter]
+    fn draining(&self) -> bool {
+        self.shared.draining()
+    }
+
+    #[setter]
+    fn set_draining(&self, draining: bool) {
+        self.shared.drain(draining);
+        // Behind it, nobody takes anything that has not seen it.
+        drop(self.shared.lock());
+    }
+
+    #[getter]
+    fn native(&self) -> bool {
+        self.shared.native()
+    }
+
+    #[setter]
+    fn set_native(&self, native: bool) {
+        self.shared.set_native(native);
+        drop(self.shared.lock());
     }
 
     #[getter]
@@ -310,7 +309,7 @@ impl DeviceQueue {
 
     #[getter]
     fn counters(&self) -> (u64, u64, u64) {
-        let Shared { completed, bytes_readable, bytes_written, .. } = &*self.shared;
+        let Queue { completed, bytes_readable, bytes_written, .. } = &*self.shared;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         (get(completed), get(bytes_readable), get(bytes_written))
     }
@@ -330,9 +329,7 @@ impl DeviceQueue {
             (&request.chain, request.written() as u32)
         }))?;
         for request in &requests {
-            self.shared.completed.fetch_add(1, Ordering::Relaxed);
-            self.shared.bytes_readable.fetch_add(request.readable_total(), Ordering::Relaxed);
-            self.shared.bytes_written.fetch_add(request.written(), Ordering::Relaxed);
+            self.shared.count(1, request.readable_total(), request.written());
         }
         Ok(notify.then(|| running.signal.clone()))
     }
