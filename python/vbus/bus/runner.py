@@ -54,10 +54,25 @@ class SyncRunner:
             taken.extend(queue.take_batch(BUDGET))
         if not taken:
             return False
+        if handles_batches(device):
+            requests = list(taken)
+            taken.clear()
+        else:
+            requests = []
+        return self._serve(queue, requests, taken)
+
+    def serve(self, queue: Queue, requests: Sequence[Request]) -> None:
+        """Handle requests that somebody else took off the ring."""
+        if handles_batches(self.slot.device):
+            self._serve(queue, requests, deque())
+        else:
+            self._serve(queue, [], deque(requests))
+
+    def _serve(self, queue: Queue, requests: Sequence[Request], taken: deque[Request]) -> bool:
+        """Handle requests as one batch, or what was taken one by one."""
+        device: Device = self.slot.device
         try:
-            if handles_batches(device):
-                requests = list(taken)
-                taken.clear()
+            if requests:
                 device.handle_batch(queue, requests)
                 queue.complete(*requests)
             else:
@@ -91,6 +106,7 @@ class SyncRunner:
     def plugged(self) -> None:
         """Run the `plugged` hook; what it raises goes to whoever plugs."""
         self.slot.device.plugged()
+        self.slot.adopt(self.slot.device.engines())
 
     def cancel(self, queue: Queue | None = None) -> None:
         """Forget what was taken and not begun, of one queue or of all: its ring is stopped."""
