@@ -14,7 +14,7 @@ STAMPS := $(VENV)/stamps
 # mkfs.ext4 and e2fsck are there for everybody, but not on everybody's PATH.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: demo test soak soak-short fuzz fuzz-short fuzz-input fuzz-lint setup build lint rust loom pytest test-unprivileged dist fmt clean
+.PHONY: demo test soak soak-short fuzz fuzz-short fuzz-input fuzz-lint bench-page setup build lint rust loom pytest test-unprivileged dist fmt clean
 
 demo: build
 	$(BIN)/vbus demo
@@ -44,6 +44,10 @@ fuzz-lint: build
 	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir $(FUZZ_TARGET) --no-default-features --all-targets --release \
 		--locked --quiet -- -D warnings
+
+# The page of benchmarks, from the figures that are committed beside it.
+bench-page: build
+	$(BIN)/vbus bench report docs/benchmarks --output docs/benchmarks.md
 
 setup: $(STAMPS)/system $(STAMPS)/python
 

@@ -7,6 +7,8 @@ with running(BUS) as bus, guest(bus, modules=["virtio_rng"]) as vm:
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -19,12 +21,11 @@ from vbus import config
 from vbus.bus import Bus, Device
 from vbus.connectors import VhostUser
 from vbus.control.server import Control
-from vbus.devices import Blk, Input, Net, Rng
+from vbus.devices import Blk, Net
 from vbus.rundir import BusDirectory
 from vbus.vm import Guest
+from vbus.vm.options import VhostUserDevice, device_options
 
-SUFFIX = {"q35": "-pci", "pseries": "-pci", "s390x": "-ccw", "microvm": ""}
-"""What a device's name ends in, by the machine. One that is mapped into memory is named plainly, but for net."""
 MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], "Input": ["virtio_input", "evdev"]}
 """The guest's modules, by the class of the device."""
 
@@ -33,30 +34,44 @@ def device_args(
     machine: str, name: str, device: Device, path: Path, *, reconnect: bool = False, packed: bool = False
 ) -> list[str]:
     """QEMU's options for a device whose connector listens at a path. `packed`: with packed rings, if the class can."""
-    rings = ",packed=on" if packed else ""
-    chardev = f"socket,id=c-{name},path={path}" + (",reconnect-ms=100" if reconnect else "")
-    args = ["-chardev", chardev, "-device"]
-    match device:
-        case Net():
-            pairs = device.queue_pairs
-            netdev = f"vhost-user,id=n-{name},chardev=c-{name},queues={pairs}"
-            more = f",mq=on,vectors={2 * pairs + 2}" if pairs > 1 else ""
-            rom = ",romfile=" if SUFFIX[machine] == "-pci" else ""
-            net = (
-                f"virtio-net{SUFFIX[machine] or '-device'},netdev=n-{name},id={name},mac={device.mac}{more}{rom}{rings}"
-            )
-            return ["-chardev", chardev, "-netdev", netdev, "-device", net]
-        case Blk():
-            return [
-                *args,
-                f"vhost-user-blk{SUFFIX[machine]},chardev=c-{name},id={name}"
-                f",num-queues={device.config.num_queues}{rings}",
-            ]
-        case Rng():
-            return [*args, f"vhost-user-rng{SUFFIX[machine]},chardev=c-{name},id={name}"]
-        case Input():
-            return [*args, f"vhost-user-input{SUFFIX[machine]},chardev=c-{name},id={name}"]
-    raise ValueError(device)
+    mac = device.mac if isinstance(device, Net) else None
+    served = VhostUserDevice(name, int(device.device_id), path, queues=len(device._queues), mac=mac)
+    words = device_options(served, machine, "ms" if reconnect else "no")
+    if packed and isinstance(device, Net | Blk):
+        words[-1] += ",packed=on"
+    return words
+
+
+@contextlib.contextmanager
+def namespace(name: str) -> Iterator[tuple[str, ...]]:
+    """A network namespace of this name: the words that run a command in it."""
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        yield ("ip", "netns", "exec", name)
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@contextlib.contextmanager
+def file_served(folder: Path, size: int, address: str, inside: Sequence[str]) -> Iterator[str]:
+    """Random bytes at `http://ADDRESS:8000/file`, served inside: their SHA-256."""
+    served = folder / "served"
+    served.mkdir()
+    data = os.urandom(size)
+    (served / "file").write_bytes(data)
+    server = subprocess.Popen(
+        [
+            *(*inside, sys.executable, "-m", "http.server"),
+            *("--bind", address, "--directory", str(served), "8000"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield hashlib.sha256(data).hexdigest()
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import signal as signals
 import subprocess
 from dataclasses import asdict, dataclass
@@ -15,16 +17,22 @@ import pytest
 
 from command import VBUS, fails, out, vbus
 from conftest import wait_until
-from vbus.bench import children, measure, plot
-from vbus.bench import signal as bench
+from vbus.bench import children, harness, measure, measurements, plot, report, tables
 from vbus.bench.driver_side import Window, arrivals_of
 from vbus.bench.measure import Summary, UnequalWorkError
+from vbus.bench.measurement import Bar, Comparison, Sample
+from vbus.bench.measurements import signal as bench
+from vbus.bench.measurements import signal_picture
+from vbus.bench.peers import Peer
+from vbus.cli import bench as cli_bench
 from vbus.cli import main
-from vbus.errors import DriverError
+from vbus.errors import DriverError, UsageError
 
 COUNTERS = {"signalled": 10, "sent": 8, "rung": 4}
 VALUES = ("requests_per_second", "p50_us", "p99_us")
 COUNTED = ("doorbells_to_device", "doorbells_to_driver", "doorbells", "cpu_us_bus", "cpu_us_driver", "cpu_us")
+MODULES = "vbus.bench.measurements"
+DOCS = Path(__file__).parent.parent / "docs"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -33,63 +41,155 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @dataclass(frozen=True)
 class Quick:
-    """What a quick run gave."""
+    """What a quick run of everything gave."""
 
-    result: dict[str, Any]
+    results: dict[str, dict[str, Any]]
     folder: Path
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Quick:
-    """The whole measurement, small, as a user runs it."""
+    """Everything, small, as a user runs it."""
     folder = tmp_path_factory.mktemp("bench") / "new" / "folder"
-    done = vbus("bench", "signal", "--quick", "--json", "--output", folder, cwd=folder.parent.parent, timeout=110)
+    done = vbus("bench", "all", "--quick", "--json", "--output", folder, cwd=folder.parent.parent, timeout=110)
     assert done.returncode == 0, done.stderr.decode()
-    [result] = json.loads(done.stdout)
-    return Quick(result, folder)
+    return Quick({result["benchmark"]: result for result in json.loads(done.stdout)}, folder)
 
 
-def test_a_quick_run_does_the_same_work_on_all_sides(quick: Quick) -> None:
-    result = quick.result
+def test_all_that_can_be_measured_is(quick: Quick) -> None:
+    assert list(quick.results) == list(harness.NAMES) == list(cli_bench.ABOUT)
+    modules = {path.stem for path in Path(measurements.__file__).parent.glob("*.py")}
+    assert {name for name in modules if hasattr(importlib.import_module(f"{MODULES}.{name}"), "MEASUREMENT")} == {
+        *harness.NAMES
+    }
+
+
+@pytest.mark.parametrize("name", harness.NAMES)
+def test_a_quick_run_has_every_row_of_its_plan(quick: Quick, name: str) -> None:
+    result = quick.results[name]
     assert list(result) == [
-        *("benchmark", "machine", "load_average", "began", "seconds", "options", "rows", "comparisons"),
+        *("benchmark", "machine", "peers", "load_average", "began", "seconds", "options", "rows", "comparisons"),
     ]
     assert list(result["machine"]) == ["cpu", "cpus", "architecture", "memory_bytes", "kernel", "python", "vbus"]
-    plan = bench.quick_plan(1)
+    measurement = harness.load(name)
+    assert (measurement.name, result["peers"]) == (name, [])
+    plan = harness.plan_of(measurement, quick=True)
     assert result["options"] == json.loads(json.dumps(asdict(plan)))
-
-    variants = [("direct", False), ("tunnelled", False), ("direct", True), ("tunnelled", True)]
-    loads = [
-        (load, count, *variant) for load in ("saturated", "paced") for count in plan.devices for variant in variants
+    assert (plan.rounds, plan.quick) == (1, True)
+    cases = measurement.cases(plan)
+    assert [(row["case"], row["variant"]) for row in result["rows"]] == [
+        (case.factors(), variant.factors()) for case in cases for variant in measurement.variants(plan, case)
     ]
-    rows = result["rows"]
-    assert [(r["load"], r["devices"], r["signal"], r["event_idx"]) for r in rows if r["load"] != "urgent"] == loads
-    urgent = [(r["devices"], r["priority"], r["signal"], r["event_idx"]) for r in rows if r["load"] == "urgent"]
-    assert urgent == [
-        (count, priority, kind, True)
-        for count, priority in ((0, 0), (plan.bulk_devices, 0), (plan.bulk_devices, 7))
-        for kind in ("direct", "tunnelled")
+    assert [(row["case"], row["of"], row["against"]) for row in result["comparisons"]] == [
+        (case.factors(), one.of.factors(), one.against.factors())
+        for case in cases
+        for one in measurement.comparisons(plan, case)
     ]
-    asked = {"saturated": plan.requests, "paced": plan.paced_requests, "urgent": plan.urgent_requests}
-    for row in rows:
-        assert row["requests"] == asked[row["load"]]
-        assert row["bytes"] == 2 * plan.size * row["requests"]
+    for row in result["rows"]:
         assert len(row["rounds"]) == plan.rounds
-        assert {*VALUES, *(() if row["load"] == "urgent" else COUNTED)} <= set(row["median"])
+        assert row["work"]
+        assert all(isinstance(count, int) for count in row["work"].values())
         for key, median in row["median"].items():
             low, high = row["spread"][key]
             assert low <= median <= high
             assert median in [values[key] for values in row["rounds"]]
-        if row["load"] != "urgent":
+    for row in result["comparisons"]:
+        assert row["counts"] == (not row["why"])
+        assert not any(bar["met"] for bar in row["bars"]) or row["counts"]
+
+
+@pytest.mark.parametrize("name", harness.NAMES)
+def test_what_is_written_is_what_is_printed_and_can_be_looked_at(quick: Quick, name: str) -> None:
+    result = quick.results[name]
+    assert json.loads((quick.folder / f"{name}.json").read_text()) == [result]
+    text = (quick.folder / f"{name}.svg").read_text()
+    assert text == harness.load(name).draw(result)
+    for group in ElementTree.fromstring(text.encode()).iter(f"{SVG}g"):
+        left, top = map(float, group.attrib["transform"][len("translate(") : -1].split())
+        for element in group.iter():
+            places = element.attrib
+            if "x" in places:
+                assert 0 <= left + float(places["x"]) + float(places.get("width", 0)) <= plot.WIDTH
+                assert top + float(places["y"]) >= 0
+
+
+@pytest.mark.parametrize("name", harness.NAMES)
+def test_tables_have_every_row_and_every_verdict(
+    quick: Quick, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    result = quick.results[name]
+    monkeypatch.setattr(harness, "run", lambda measurement, plan, say: result)
+    target, picture = tmp_path / "file.json", tmp_path / "file.svg"
+    assert main(["bench", name, "--quick", "--json", str(target), "--plot", str(picture)]) == 0
+    assert capsys.readouterr().out == ""
+    assert json.loads(target.read_text()) == [result]
+    assert picture.read_text() == (quick.folder / f"{name}.svg").read_text()
+    assert main(["bench", name, "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    measurement = harness.load(name)
+    assert lines[0] == measurement.title
+    for table in measurement.tables(result):
+        assert table.title in lines
+        first = lines.index(table.title) + 1
+        assert lines[first].split() == " ".join(table.headings).split()
+        for row, line in zip(table.rows, lines[first + 1 :], strict=False):
+            assert line.split() == " ".join(row).split()
+    verdicts = [row[-1] for row in measurement.tables(result)[-1].rows]
+    assert [verdict.startswith("does not count: ") for verdict in verdicts] == [
+        not row["counts"] for row in result["comparisons"]
+    ]
+
+
+def test_the_page_has_a_section_a_measurement_and_all_its_numbers(quick: Quick) -> None:
+    page = report.page(quick.folder)
+    for name, result in quick.results.items():
+        measurement = harness.load(name)
+        assert f"\n## {measurement.title}\n" in page
+        assert f"]({quick.folder.name}/{name}.svg)" in page
+        assert measurement.words(result).strip() in page
+        for table in measurement.tables(result):
+            assert table.markdown() in page
+    bars = [bar for result in quick.results.values() for row in result["comparisons"] for bar in row["bars"]]
+    assert len([line for line in page.splitlines() if line.endswith((" met |", " missed |"))]) == len(bars)
+    assert page.count("not to be believed") == len(quick.results)
+
+
+def test_the_page_that_is_committed_is_what_the_figures_beside_it_give() -> None:
+    results = sorted((DOCS / "benchmarks").glob("*.json"))
+    assert (DOCS / "benchmarks.md").is_file() == bool(results)
+    for path in results:
+        [result] = json.loads(path.read_text())
+        assert not result["options"]["quick"]
+        assert result["options"]["rounds"] >= 5
+        assert path.with_suffix(".svg").read_text() == harness.load(path.stem).draw(result)
+    if results:
+        # make bench-page
+        assert (DOCS / "benchmarks.md").read_text() == report.page(DOCS / "benchmarks")
+
+
+def test_a_page_of_nothing_is_none(tmp_path: Path) -> None:
+    assert fails("bench", "report", ".", cwd=tmp_path) == [
+        "vbus: .: no results: write them there with vbus bench all --output ."
+    ]
+
+
+# Signals.
+
+
+def test_signals_are_measured_on_every_number_of_devices(quick: Quick) -> None:
+    plan = bench.quick_plan()
+    rows = quick.results["signal"]["rows"]
+    asked = {"saturated": plan.requests, "paced": plan.paced_requests, "urgent": plan.urgent_requests}
+    for row in rows:
+        load = row["case"]["load"]
+        assert row["work"]["requests"] == asked[load]
+        assert row["work"]["bytes_sent"] == row["work"]["bytes_received"] == plan.size * row["work"]["requests"]
+        assert {*VALUES, *(() if load == "urgent" else COUNTED)} <= set(row["median"])
+        if load != "urgent":
             check_counters(row)
-    assert all(
-        row["median"]["bulk_requests_per_second"] > 0 for row in rows if row["load"] == "urgent" and row["devices"]
-    )
-
-
-def test_what_is_written_is_what_is_printed_and_can_be_looked_at(quick: Quick) -> None:
-    assert json.loads((quick.folder / "signal.json").read_text()) == [quick.result]
-    check_picture((quick.folder / "signal.svg").read_text(), quick.result)
+        elif row["case"]["devices"]:
+            assert row["median"]["bulk_requests_per_second"] > 0
+    check_picture((quick.folder / "signal.svg").read_text(), quick.results["signal"])
 
 
 def check_counters(row: dict[str, Any]) -> None:
@@ -98,7 +198,7 @@ def check_counters(row: dict[str, Any]) -> None:
         for way in ("to_device", "to_driver"):
             assert values[f"signals_{way}"] > 0
             assert values[f"doorbells_{way}"] <= values[f"events_{way}"] <= values[f"signals_{way}"]
-            if row["signal"] == "direct":
+            if row["variant"]["signal"] == "direct":
                 # One signal, one doorbell, unless the bell is full.
                 assert values[f"doorbells_{way}"] == values[f"signals_{way}"]
         # A request that is alone on its way is answered with a signal of its own; more never are.
@@ -109,12 +209,10 @@ def check_counters(row: dict[str, Any]) -> None:
 def check_picture(text: str, result: dict[str, Any]) -> None:
     """Well-formed; each point, bar and label is there, and within the page."""
     svg = ElementTree.fromstring(text.encode())
-    lines = [row for row in result["rows"] if row["load"] != "urgent"]
-    points = len([row for row in lines if row["load"] == "saturated"]) * 3
-    points += len([row for row in lines if row["load"] == "paced"]) * 2
+    loads = [row["case"]["load"] for row in result["rows"]]
+    points = loads.count("saturated") * 3 + loads.count("paced") * 2
     assert len(list(svg.iter(f"{SVG}circle"))) == points + 4  # the legend's
-    bars = [row for row in result["rows"] if row["load"] == "urgent"]
-    assert len(list(svg.iter(f"{SVG}rect"))) == 2 * len(bars) + 1  # the page's
+    assert len(list(svg.iter(f"{SVG}rect"))) == 2 * loads.count("urgent") + 1  # the page's
     words = [element.text for element in svg.iter(f"{SVG}text")]
     for word in (
         "devices",
@@ -129,31 +227,17 @@ def check_picture(text: str, result: dict[str, Any]) -> None:
         left, top = map(float, group.attrib["transform"][len("translate(") : -1].split())
         for circle in group.iter(f"{SVG}circle"):
             assert 0 <= left + float(circle.attrib["cx"]) <= plot.WIDTH
-            assert 0 <= top + float(circle.attrib["cy"]) <= plot.HEIGHT
-
-
-def test_the_tables_have_every_row_and_every_verdict(
-    quick: Quick, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(bench, "run", lambda plan, say: quick.result)
-    assert main(["bench", "signal", "--quick"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for heading in ("BELLS TO DEVICE", "CPU OF BUS", "THEIR REQUESTS/S", "VERDICT"):
-        assert any(heading in line for line in lines)
-    rows, comparisons = quick.result["rows"], quick.result["comparisons"]
-    loads = [line for line in lines if line.startswith(("saturated", "paced", "urgent"))]
-    assert len(loads) == sum(row["load"] != "urgent" for row in rows) + len(comparisons)
-    verdicts = [line for line in loads if line.endswith("  counts") or "  does not count: " in line]
-    assert [line.endswith("  counts") for line in verdicts] == [row["counts"] for row in comparisons]
-    for row in comparisons:
-        assert row["counts"] == (not row["why"])
+            assert 0 <= top + float(circle.attrib["cy"]) <= signal_picture.HEIGHT
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
     assert fails("bench", "signal", "--rounds", "0", cwd=tmp_path)[0].startswith("vbus: invalid value for '--rounds'")
     (tmp_path / "file").write_text("")
     assert "'--output'" in fails("bench", "signal", "--output", "file", cwd=tmp_path)[0]
-    assert "singal" in fails("bench", "singal", cwd=tmp_path)[0]
+    assert fails("bench", "singal", cwd=tmp_path)[0].endswith("'singal': did you mean 'signal'?")
+    assert fails("bench", "signal", "--plot", "none/x.svg", cwd=tmp_path) == [
+        "vbus: none/x.svg: its folder is not there, or not writable"
+    ]
     assert "--quick" in out("bench", "signal", "--help", cwd=tmp_path)
 
 
@@ -238,13 +322,13 @@ def test_a_driver_and_a_bus_that_disagree_give_no_figure(driver: dict[str, Any],
     assert key in str(caught.value)
 
 
-def samples(**changes: dict[str, Any]) -> dict[bench.Variant, list[bench.Sample]]:
+def samples(**changes: dict[str, Any]) -> dict[bench.Variant, list[Sample]]:
     """Two rounds of each variant, all alike but for what the last of `changes` of a signal's work says."""
     work: dict[str, Any] = {"requests": 8, "bytes_sent": 512, "bytes_received": 512, "wrong": 0}
     return {
         variant: [
-            bench.Sample({"load0": work}, {"p99_us": 10.0}),
-            bench.Sample({"load0": work | changes.get(variant.signal, {})}, {"p99_us": 20.0}),
+            Sample({"load0": work}, {"p99_us": 10.0}),
+            Sample({"load0": work | changes.get(variant.signal, {})}, {"p99_us": 20.0}),
         ]
         for variant in CASE.variants
     }
@@ -252,18 +336,18 @@ def samples(**changes: dict[str, Any]) -> dict[bench.Variant, list[bench.Sample]
 
 @pytest.mark.parametrize("change", [{"requests": 7}, {"bytes_sent": 0}, {"bytes_received": 513}])
 def test_variants_that_did_different_work_are_not_compared(change: dict[str, int]) -> None:
-    bench.check_samples(CASE, samples())
+    harness.check_samples(CASE, samples())
     with pytest.raises(UnequalWorkError, match=r"saturated, devices: 1: unequal work, so no figures: load0 .*round 2"):
-        bench.check_samples(CASE, samples(tunnelled=change))
+        harness.check_samples(CASE, samples(tunnelled=change))
 
 
 def test_an_unequal_run_ends_the_command_without_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fabricated(plan: bench.Plan, case: bench.Case, variant: bench.Variant, folder: Path) -> bench.Sample:
+    def fabricated(plan: bench.SignalPlan, case: bench.Case, variant: bench.Variant, folder: Path) -> Sample:
         requests = 8 if variant.signal == "direct" else 4
         work = {"requests": requests, "bytes_sent": 64, "bytes_received": 64, "wrong": 0}
-        return bench.Sample({"load0": work}, {"requests_per_second": 1.0, "p99_us": 1.0})
+        return Sample({"load0": work}, {"requests_per_second": 1.0, "p99_us": 1.0})
 
     monkeypatch.setattr(bench, "take_sample", fabricated)
     assert main(["bench", "signal", "--quick", "--json", "--output", str(tmp_path)]) == 1
@@ -347,16 +431,58 @@ def test_load_that_arrives_at_random_is_the_same_in_every_run() -> None:
     ],
 )
 def test_what_was_saved_by_waiting_does_not_count(ratios: dict[str, float], why: list[str]) -> None:
-    assert bench.objections({key: Summary(value, value, value) for key, value in ratios.items()}) == why
+    comparison = Comparison(CASE.variants[1], CASE.variants[0], guards=bench.GUARDS)
+    assert comparison.judge({key: Summary(value, value, value) for key, value in ratios.items()}) == (why, [])
 
 
 def test_a_comparison_is_of_one_setting_of_event_idx() -> None:
     values = {("direct", False): 8.0, ("tunnelled", False): 2.0, ("direct", True): 4.0, ("tunnelled", True): 5.0}
-    taken = {
-        variant: [bench.Sample({}, {"p99_us": values[variant.signal, variant.event_idx]})] for variant in CASE.variants
-    }
-    found = [(row["event_idx"], row["ratios"], row["counts"]) for row in bench.comparisons_of(CASE, taken)]
+    taken = {variant: [Sample({}, {"p99_us": values[variant.signal, variant.event_idx]})] for variant in CASE.variants}
+    rows = harness.comparisons_of(bench.MEASUREMENT, bench.SignalPlan(), CASE, taken)
+    found = [(row["of"]["event_idx"], row["ratios"], row["counts"]) for row in rows]
     assert found == [(False, {"p99_us": 0.25}, True), (True, {"p99_us": 1.25}, False)]
+
+
+@pytest.mark.parametrize(
+    ("bar", "ratio", "met"),
+    [
+        (Bar("a", "a", 1.5), 1.5, True),
+        (Bar("a", "a", 1.5), 1.51, False),
+        (Bar("a", "a", 0.5, at_least=True), 0.5, True),
+        (Bar("a", "a", 0.5, at_least=True), 0.49, False),
+    ],
+)
+def test_a_bar_is_met_by_a_ratio_that_is_good_enough_and_counts(bar: Bar, ratio: float, met: bool) -> None:
+    comparison = Comparison(CASE.variants[1], CASE.variants[0], bars=(bar,), guards=(Bar("b", "b", 1.0),))
+    for other, counts in ((1.0, True), (2.0, False)):
+        found = {"a": Summary(ratio, ratio, ratio), "b": Summary(other, other, other)}
+        why, [row] = comparison.judge(found)
+        assert (bool(why), row["met"], row["ratio"]) == (not counts, met and counts, ratio)
+    # What was not measured is no bar.
+    assert comparison.judge({"a": None}) == ([], [])
+    said = tables.verdict({"counts": True, "why": [], "bars": [row | {"met": met}]})
+    assert said == f"{'meets' if met else 'MISSES'} at {'least' if bar.at_least else 'most'} {bar.limit:g}x"
+
+
+# Other people's programs.
+
+
+def test_a_peer_that_is_not_there_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing, present = Peer("no-such-peer", "no-such-package"), Peer("qemu-img", "qemu-utils")
+    with pytest.raises(UsageError) as caught:
+        missing.find()
+    assert str(caught.value) == (
+        "no-such-peer is not installed: install it (Debian's package no-such-package), or measure without --peer"
+    )
+    assert re.fullmatch(r"\d+\.\d+.*", present.describe()["version"])
+    measurement = bench.Signal()
+    with pytest.raises(UsageError, match="signal has nobody to be compared with"):
+        harness.plan_of(measurement, peer=True)
+    monkeypatch.setattr(bench.Signal, "peers", (present, missing))
+    with pytest.raises(UsageError, match="no-such-peer is not installed"):
+        harness.plan_of(measurement, peer=True)
+    monkeypatch.setattr(bench.Signal, "peers", (present,))
+    assert harness.plan_of(measurement, peer=True).peer
 
 
 # Processes.

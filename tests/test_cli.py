@@ -193,7 +193,7 @@ def test_a_bus_that_runs_is_left_alone(demo: Path) -> None:
         f"vbus: other.toml: connector.far.listen: socket '{demo}/far.sock' is in use: "
         "choose another, or end what listens there",
         f"vbus: other.toml: device.disk0.path: disk {demo}/disk.img is in use by another process or disk: "
-        "stop that one, or open both with read_only",
+        "stop that one, or open both read_only, or shared",
         f"vbus: other.toml: device.con0.backend: console backend: {demo}/con.sock is in use by another process: "
         "choose another path",
     ]
@@ -242,7 +242,11 @@ RUN_MISTAKES = [
     (("run", "lamp.py:Lamp", "--bus", "Lamp"), "bus 'Lamp': a name is 1 to 63 of a-z 0-9 . _ - and begins with "),
     (
         ("run", "lamp.py:Lamp", "--listen", "no:x"),
-        "address 'no:x': write process:PATH, unix:PATH, tcp:HOST:PORT or tls:HOST:PORT",
+        "address 'no:x': write process:PATH, unix:PATH, vhost-user:PATH, tcp:HOST:PORT or tls:HOST:PORT",
+    ),
+    (
+        ("run", "rng", "--listen", "vhost-user:x"),
+        "--listen vhost-user:x: a vhost-user connector has one device; ",
     ),
     (("run", "rng", "--source", "nothing"), "rng: --source: cannot open "),
     (("run", "blkk"), "no device type 'blkk': did you mean 'blk'?"),
@@ -574,7 +578,15 @@ def read_until(fd: int, end: bytes) -> bytes:
 DRIVER_MISTAKES = [
     (("driver",), 2, "missing argument 'ADDRESS': see vbus driver --help"),
     (("driver", "none.sock"), 1, "process:none.sock: there is no such socket; is the bus running? see vbus ls"),
-    (("driver", "foo:bar"), 2, "address 'foo:bar': write process:PATH, unix:PATH, tcp:HOST:PORT or tls:HOST:PORT"),
+    (
+        ("driver", "foo:bar"),
+        2,
+        "address 'foo:bar': write process:PATH, unix:PATH, vhost-user:PATH, ",
+    ),
+    (("driver", "vhost-user:x.sock", "disk0"), 2, "vhost-user:x.sock: say of which class the device there is, as "),
+    (("driver", "vhost-user:x.sock", "--device-id", "blkk"), 2, "--device-id 'blkk': did you mean 'blk'?"),
+    (("driver", "vhost-user:x.sock", "blk"), 1, "vhost-user:x.sock: there is no such socket; is the back-end running?"),
+    (("driver", "unix:far.sock", "--device-id", "2"), 2, "--device-id is for vhost-user:PATH: the devices of a bus "),
     (("driver", "unix:far.sock", "dsk0"), 2, "bus demo has no device 'dsk0': "),
     (("driver", "unix:far.sock", "--read", "1"), 2, "--read needs a device: vbus driver ADDRESS lists them"),
     (("driver", "unix:far.sock", "disk0", "--read", "1x"), 2, "invalid value for '--read': '1x': 'x' is no unit"),
@@ -680,6 +692,9 @@ def test_doctor(folder: Path) -> None:
     done = vbus("doctor", cwd=folder, env={"VBUS_RUNTIME_DIR": str(folder / "file"), "PATH": "/nonexistent"})
     assert done.returncode == 1
     assert re.search(r"^run directory +missing +.*set VBUS_RUNTIME_DIR", done.stdout.decode(), re.M)
+    assert re.search(
+        r"^guests +missing \(not required\) +not found +install QEMU 9 or newer", done.stdout.decode(), re.M
+    )
 
 
 def test_names_from_the_other_side_cannot_speak_to_the_terminal() -> None:

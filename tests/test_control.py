@@ -97,6 +97,41 @@ def test_devices_are_plugged_set_and_unplugged(client: BusClient, bus: Bus, tmp_
     assert [row["name"] for row in client.devices()] == ["rng0", "disk0", "lamp"]
 
 
+def test_connectors_are_made_and_taken_away(client: BusClient, bus: Bus, tmp_path: Path) -> None:
+    row = client.connect("stream", "far", options={"listen": "unix:far.sock"}, directory=str(tmp_path))
+    assert row == bus.describe_connectors()[-1]
+    assert row["address"] == f"unix:{tmp_path}/far.sock"
+    with vbus.attach(row["address"]) as remote:
+        assert [device.name for device in remote] == ["rng0", "disk0", "lamp"]
+        # It may be there before its device.
+        row = client.connect("vhost-user", options={"device": "later"})
+        assert (row["name"], row["devices"], row["connects"]) == ("vhost-user", ["later"], False)
+        assert Path(row["address"].removeprefix("vhost-user:")).is_socket()
+        client.disconnect("vhost-user")
+        assert not Path(row["address"].removeprefix("vhost-user:")).exists()
+        client.disconnect("far")
+        assert wait_until(lambda: remote.lost is not None)
+    assert not (tmp_path / "far.sock").exists()
+    assert [row["name"] for row in client.connectors()] == ["process"]
+    for wrong, line in {
+        ("strem",): r"no connector type 'strem': did you mean 'stream'\?",
+        ("stream", "process"): "options.listen: is missing",
+        ("vhost-user", "x", "device=a", "connect=true"): "connect: needs the path of a socket",
+        ("vhost-user", "process", "device=a"): "bus demo has a connector 'process' already",
+        ("stream", "x", "listen=unix:none/x"): "make the directory",
+        ("stream", "x", "lisen=unix:x"): r"options\.lisen: unknown key: did you mean 'listen'\?",
+    }.items():
+        kind, name, *options = (*wrong, None)[: max(2, len(wrong))]
+        pairs = dict(str(option).split("=") for option in options)
+        with pytest.raises(UsageError, match=line):
+            client.connect(str(kind), name, options=pairs, directory=str(tmp_path))
+    with pytest.raises(UsageError, match="directory 'x': write an absolute path"):
+        client.connect("stream", options={"listen": "unix:x"}, directory="x")
+    with pytest.raises(NoSuchNameError, match=r"bus demo has no connector 'proces': did you mean 'process'\?"):
+        client.disconnect("proces")
+    assert [row["name"] for row in client.connectors()] == ["process"]
+
+
 def test_a_mistake_is_the_same_error_on_both_sides(client: BusClient) -> None:
     with pytest.raises(NoSuchNameError, match=r"bus demo has no device 'rgn0': did you mean 'rng0'\?"):
         client.show("rgn0")

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,10 +33,14 @@ STEPS = [
 ROWS = [("disk0", "tunnelled"), ("disk0", "direct"), ("disk1", "tunnelled"), ("disk0", "far")]
 NET_ROWS = [("net0", "tunnelled"), ("net0", "far")]
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-TOOLS = {name: shutil.which(name, path=PATH) for name in ("mkfs.ext4", "e2fsck", "ip")}
+HOST_TOOLS = ("mkfs.ext4", "e2fsck", "ip")
+GUEST_TOOLS = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
+TOOLS = {name: shutil.which(name, path=PATH) for name in HOST_TOOLS + GUEST_TOOLS}
+GUEST_STEPS = ["disks", "bus", "guest", "entropy", "files", "grow", "offloads", "http", "link", "keys", "end"]
 LOOPBACK = "a loopback stands in for two kernels' networks"
 NO_IP = f"replaced: ip is missing (package iproute2): {LOOPBACK}"
 NO_RIGHT = f"replaced: no right to make network namespaces (run as root): {LOOPBACK}"
+NO_QEMU = "qemu-system-x86_64 is missing (package qemu-system-x86)"
 
 
 @pytest.fixture
@@ -46,11 +50,14 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def demo(folder: Path, *tools: str) -> list[str]:
+def demo(folder: Path, *tools: str, options: Sequence[str] = ()) -> list[str]:
     """The lines of a demo that succeeds, with these tools alone on its PATH; it left nothing behind."""
     with_tools(folder, *tools)
-    done = vbus("demo", cwd=folder, env={"PATH": str(folder / "bin"), "TMPDIR": str(folder / "tmp")})
-    assert (done.returncode, done.stderr.decode()) == (0, ""), done.stdout.decode()
+    env = {"PATH": str(folder / "bin"), "TMPDIR": str(folder / "tmp")}
+    done = vbus("demo", *options, cwd=folder, env=env, timeout=280)
+    # What a guest is made of is fetched the first time.
+    errors = [line for line in done.stderr.decode().splitlines() if not line.startswith("vbus: fetching ")]
+    assert (done.returncode, errors) == (0, []), done.stdout.decode()
     assert list((folder / "tmp").iterdir()) == []
     return done.stdout.decode().splitlines()
 
@@ -88,9 +95,9 @@ def check_table(lines: list[str], *, with_net: bool = False) -> None:
     assert all(float(row[4]) > 0 for row in rows)
 
 
-@pytest.mark.skipif(None in TOOLS.values(), reason="needs e2fsprogs and iproute2")
+@pytest.mark.skipif(None in (TOOLS[name] for name in HOST_TOOLS), reason="needs e2fsprogs and iproute2")
 def test_the_whole_of_it(folder: Path) -> None:
-    lines = demo(folder, *TOOLS)
+    lines = demo(folder, *HOST_TOOLS)
     assert [re.split(r" \.\.", line)[0] for line in lines[: len(STEPS)]] == STEPS
     assert "ext4 image" in lines[0]
     assert "e2fsck -fn finds it clean" in lines[STEPS.index("copy")]
@@ -138,3 +145,57 @@ def test_a_step_that_fails_is_named(folder: Path) -> None:
     assert done.stderr.startswith(b"demo: failed: disks: CalledProcessError")
     assert b"demo: ok" not in done.stdout
     assert list((folder / "tmp").iterdir()) == []
+
+
+def guest_table(lines: list[str]) -> dict[str, tuple[str, str]]:
+    """What the guest saw and what the bus counted, by device; every step is above."""
+    assert [re.split(r" \.\.", line)[0] for line in lines[: len(GUEST_STEPS)]] == GUEST_STEPS
+    start = lines.index("") + 1
+    assert re.fullmatch(r"device +the guest saw +the bus counted", lines[start])
+    rows = [re.split(r" {2,}", line) for line in lines[start + 1 : start + 6]]
+    assert [row[0] for row in rows] == ["rng0", "net0", "keys0", "disk0", "disk1"]
+    return {device: (saw, counted) for device, saw, counted in rows}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(os.geteuid() != 0 or None in TOOLS.values(), reason="needs root, QEMU, e2fsprogs and iproute2")
+def test_the_whole_of_it_in_a_guest(folder: Path) -> None:
+    lines = demo(folder, *TOOLS, options=["--vm"])
+    table = guest_table(lines)
+    assert lines[-1] == "demo: ok"
+    assert not any(line.startswith("replaced") for line in lines)
+    assert table["rng0"][0] == f"{1 << 20} bytes of /dev/hwrng"
+    assert table["keys0"] == ("16 events, 'vbus'", "16 events given")
+    received, given = int(table["net0"][0].split()[0]), int(table["net0"][1].split()[0])
+    # Segments came whole: far fewer frames than 16 MiB have otherwise.
+    assert 0 < received == given < (16 << 20) / 1448 / 2
+    assert "e2fsck -fn finds it clean" in lines[GUEST_STEPS.index("files")]
+    assert "16 MiB from the host and back, checksums agree" in lines[GUEST_STEPS.index("http")]
+    assert "off: carrier 0, on: carrier 1" in lines[GUEST_STEPS.index("link")]
+    assert namespaces() == []
+    assert not [name for name in os.listdir("/sys/class/net") if re.fullmatch(r"vb\d+", name)]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(None in (TOOLS[name] for name in GUEST_TOOLS), reason="needs QEMU and apt")
+def test_a_guest_without_the_host_s_tools(folder: Path) -> None:
+    lines = demo(folder, *GUEST_TOOLS, options=["--vm"])
+    guest_table(lines)
+    assert lines[-4:] == [
+        "replaced: mkfs.ext4 is missing: a tar archive stands in for the second disk's file system",
+        "replaced: ip is missing (package iproute2): a loopback stands in for the host's network",
+        "replaced: e2fsck is missing: the guest's check stands in for the host's",
+        "demo: ok (3 replaced)",
+    ]
+    assert "comes back to it" in lines[GUEST_STEPS.index("http")]
+
+
+def test_without_a_guest_there_is_the_other_demo(folder: Path) -> None:
+    lines = demo(folder, options=["--vm"])
+    check_table(lines)
+    assert lines[-4:] == [
+        f"replaced: {NO_QEMU}: drivers in this process stand in for a guest",
+        "replaced: mkfs.ext4 is missing: a tar archive stands in for the file system",
+        NO_IP,
+        "demo: ok (3 replaced)",
+    ]

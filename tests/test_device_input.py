@@ -128,6 +128,33 @@ def test_lights(attached: Attached) -> None:
     assert device.leds == ""
 
 
+def test_what_a_driver_asked_and_was_not_given_goes_on_in_another(attached: Attached) -> None:
+    first, second = Input(label="first"), Input(label="second")
+    driver = driven(attached, first)
+    assert driver.ask(Select.ID_NAME) == b"first"
+    with first._lock:
+        first._waiting.extend([(EventType.KEY, KEYS["a"], 0), (EventType.SYN, 0, 0)])
+    second._leds = {"num_lock"}
+    second.load_state(first.save_state())
+    assert second.leds == ""
+    assert list(second._waiting) == [(EventType.KEY, KEYS["a"], 0), (EventType.SYN, 0, 0)]
+    # It answers for itself, in the place where the other one did.
+    assert second.config.data[: second.config.size_of_data] == b"second"
+    assert second.save_state() == first.save_state()
+
+
+@pytest.mark.parametrize(
+    "wrong", [b"", b"\x02" + bytes(6), bytes(7), b"\x01" + bytes(7), b"\x01" + bytes(6 + 8 * 1025)]
+)
+def test_a_state_that_is_none_changes_nothing(wrong: bytes) -> None:
+    device = Input()
+    device._leds = {"caps_lock"}
+    with pytest.raises(vbus.Violation) as named:
+        device.load_state(wrong)
+    assert named.value.name == "input-state"
+    assert device.leds == "caps_lock"
+
+
 def test_a_status_that_is_no_event_is_a_violation(attached: Attached) -> None:
     device = Input()
     driver = driven(attached, device)

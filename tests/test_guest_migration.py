@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import wait_until
-from guests import Served, device_args
+from guests import Served, device_args, file_served, namespace
 from test_guest_kills import WRITER, counts, no_errors
 from vbus.devices import Blk, Net
 from vbus.vm import Guest
@@ -87,17 +85,11 @@ def more(vm: Guest, before: list[int], rounds: int = 2) -> None:
 
 
 def test_a_guest_moves_under_load(tmp_path: Path) -> None:
-    namespace = f"{TAP}s"
-    inside = ("ip", "netns", "exec", namespace)
     with (tmp_path / "disk.img").open("wb") as disk:
         disk.truncate(32 * MIB)
-    (tmp_path / "served").mkdir()
-    (tmp_path / "served/file").write_bytes(os.urandom(4 * MIB))
-    digest = hashlib.sha256((tmp_path / "served/file").read_bytes()).hexdigest()
     args: dict[str, list[str]] = {}
-    subprocess.run(["ip", "netns", "add", namespace], check=True)
-    server: subprocess.Popen[bytes] | None = None
-    try:
+    options: dict[str, Any] = {"modules": ["virtio_blk", "virtio_net"], "cpus": 2, "files": {"/bin/writer": WRITER}}
+    with namespace(f"{TAP}s") as inside:
 
         def ip(*words: str) -> None:
             subprocess.run([*inside, "ip", *words], check=True)
@@ -110,25 +102,11 @@ def test_a_guest_moves_under_load(tmp_path: Path) -> None:
             ip("tuntap", "add", tap, "mode", "tap", "multi_queue")
             ip("link", "set", tap, "master", "br0", "up")
             (tmp_path / f"{name}.toml").write_text(BUS.format(name=name, tap=tap))
-            net = Net(mac="52:54:00:12:34:56")
-            args[name] = device_args(
-                "q35", "disk0", Blk(tmp_path / "disk.img", shared=True), tmp_path / f"{name}-disk0.sock"
-            )
-            args[name] += device_args("q35", "net0", net, tmp_path / f"{name}-net0.sock")
-        server = subprocess.Popen(
-            [
-                *(*inside, sys.executable, "-m", "http.server"),
-                *("--bind", HERE, "--directory", str(tmp_path / "served"), "8000"),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        options: dict[str, Any] = {
-            "modules": ["virtio_blk", "virtio_net"],
-            "cpus": 2,
-            "files": {"/bin/writer": WRITER},
-        }
+            disk0, net0 = Blk(tmp_path / "disk.img", shared=True), Net(mac="52:54:00:12:34:56")
+            args[name] = device_args("q35", "disk0", disk0, tmp_path / f"{name}-disk0.sock")
+            args[name] += device_args("q35", "net0", net0, tmp_path / f"{name}-net0.sock")
         with (
+            file_served(tmp_path, 4 * MIB, HERE, inside) as digest,
             Served(tmp_path / "from.toml", "from", inside) as first,
             Served(tmp_path / "to.toml", "to", inside),
             Guest(args=args["from"], **options) as source,
@@ -167,8 +145,3 @@ def test_a_guest_moves_under_load(tmp_path: Path) -> None:
                 assert target.ask("cat /tmp/ended0 /tmp/ended1").status != 0, "a writer has ended"
                 target.run("killall writer; sleep 0.5; sync")
                 no_errors(target)
-    finally:
-        if server is not None:
-            server.terminate()
-            server.wait(20)
-        subprocess.run(["ip", "netns", "del", namespace], check=False)

@@ -19,7 +19,8 @@ from command import serving
 BIN = Path(sys.executable).parent
 MAKE = [command for command in readme.commands() if command.startswith("make ")]
 SERVE = [command for command in readme.commands() if command.startswith("vbus run ")]
-OTHERS = [command for command in readme.commands() if command not in MAKE + SERVE]
+GUEST = [command for command in readme.commands() if command.startswith("vbus guest ")]
+OTHERS = [command for command in readme.commands() if command not in MAKE + SERVE + GUEST]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def shell(command: str, folder: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Run a command as an interactive shell would, with the environment's `bin` on the PATH, as the README wants it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
@@ -40,14 +41,15 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         env=kept | {"PATH": f"{BIN}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout,
         check=False,
     )
 
 
 def test_the_screen_has_what_it_must_have() -> None:
     assert list(readme.files()) == ["rng.py"]
-    assert len(SERVE) == 1
+    assert len(SERVE) == len(GUEST) == 1
+    assert "dd if=/dev/hwrng" in GUEST[0]
     assert len(readme.programs()) == 1
     assert {"make demo", "make test"} <= set(MAKE)
     assert any(command.startswith("vbus driver ") for command in OTHERS)
@@ -84,6 +86,20 @@ def test_what_make_is_asked_for_exists(command: str) -> None:
         done = shell(f"PATH=/usr/bin:/bin; {rest} && command -v vbus && vbus --version", readme.ROOT)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[0] == str(readme.ROOT / ".venv" / "bin" / "vbus")
+
+
+def test_other_pages_print_the_same_command() -> None:
+    for page in ("virtual-machines.md", "cli.md"):
+        assert f"$ {GUEST[0]}\n" in (readme.ROOT / "docs" / page).read_text(), page
+
+
+@pytest.mark.timeout(300)
+def test_a_guest_reads_from_the_device(folder: Path) -> None:
+    done = shell(GUEST[0], folder, timeout=280)
+    # What takes its time is said, and then what dd has to say.
+    said = [line for line in done.stderr.splitlines() if not re.match("vbus: (fetching |booting )", line)]
+    assert (done.returncode, said) == (0, ["1+0 records in", "1+0 records out"])
+    assert re.fullmatch(r"( [0-9a-f]{2}){16}\n", done.stdout)
 
 
 def test_two_terminals_and_a_program(folder: Path) -> None:

@@ -52,7 +52,12 @@ def test_importing_vbus_loads_nothing_else() -> None:
         (["plug", "x", "--type", "blk"], "1"),
         (["completion", "zsh"], "0"),
         (["channel", "ls"], "0"),
+        (["qemu-args", "--help"], "0"),
+        (["qemu-args"], "1"),
+        (["libvirt-xml"], "1"),
         (["bench", "signal", "--help"], "0"),
+        (["guest", "--help"], "0"),
+        (["guest", "--", "true"], "1"),
         (["nothing"], "2"),
     ],
 )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
+import itertools
 import os
 import select
 import socket
@@ -14,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import vbus
-from models import Echo
+from models import Echo, Lamp
 from vbus import _core
 from vbus.connectors import VhostUser
 from vbus.devices.blk import Blk
@@ -56,7 +60,12 @@ class Keeper(vbus.Device):
 
     def __init__(self) -> None:
         self.kept: list[vbus.Request] = []
-        self.answers = False
+        self.answers = self.lets_go = False
+        self.asked = 0
+
+    def queue_stopping(self, queue: vbus.Queue) -> bool:
+        self.asked += 1
+        return self.lets_go
 
     def available(self, queue: vbus.Queue) -> None:
         while (request := queue.take()) is not None:
@@ -130,7 +139,9 @@ class Front:
     def share(self) -> None:
         self.acked(Request.SET_MEM_TABLE, m.MemTable((m.Region(GUEST, SIZE, USER, 0),)), self.fd)
 
-    def set_up(self, index: int = 0, *, bits: int = MY_FEATURES, base: int = 0, fresh: bool = True) -> None:
+    def set_up(
+        self, index: int = 0, *, bits: int = MY_FEATURES, base: int = 0, fresh: bool = True, call: bool = True
+    ) -> None:
         self.acked(Request.SET_FEATURES, m.U64(bits))
         self.share()
         if fresh:
@@ -141,7 +152,8 @@ class Front:
         places = (self.ring.desc, self.ring.device, self.ring.driver)
         desc, used, avail = (place - GUEST + USER for place in places)
         self.acked(Request.SET_VRING_ADDR, m.VringAddr(index, 0, desc, used, avail, 0))
-        self.acked(Request.SET_VRING_CALL, m.U64(index), self.call)
+        if call:
+            self.acked(Request.SET_VRING_CALL, m.U64(index), self.call)
 
     def start(self, index: int = 0) -> None:
         self.acked(Request.SET_VRING_KICK, m.U64(index), self.kick)
@@ -289,6 +301,28 @@ def test_a_queue_goes_on_where_it_stopped(fronts: Callable[..., Front]) -> None:
     front.set_up(base=1, fresh=False)
     front.start()
     assert front.answered() == b"two"
+
+
+def test_what_a_device_has_taken_ahead_holds_up_no_stop(
+    fronts: Callable[..., Front], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vbus.bus.slot.PULLED_SECONDS", 1e9)
+    device = Keeper()
+    front = fronts(device).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"x")
+    front.ring_kick()
+    wait_until(lambda: len(device.kept) == 1)
+    front.say(Request.GET_VRING_BASE, m.VringState(0, 0))
+    wait_until(lambda: device.asked > 2)
+    device.lets_go = True
+    # It was taken, and is given back: it comes again when the queue does.
+    assert front.hear() == m.VringState(0, 0)
+    device.answers = True
+    front.set_up(base=0, fresh=False)
+    front.start()
+    assert front.answered() == b"slow"
 
 
 def test_a_driver_whose_call_was_never_made_is_called_by_whoever_goes_on(fronts: Callable[..., Front]) -> None:
@@ -589,6 +623,27 @@ def test_calls_in_band(fronts: Callable[..., Front]) -> None:
         wait_until(lambda: bool(select.select([front.call], [], [], 0)[0]))
 
 
+def test_who_kicks_by_descriptor_is_not_called_in_band(fronts: Callable[..., Front]) -> None:
+    """QEMU accepts in-band notifications, and does not know the messages."""
+    front = fronts(Echo()).greet(ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.BACKEND_REQ)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        front.acked(Request.SET_BACKEND_REQ_FD, None, theirs.fileno())
+        front.set_up()
+        # A guest that wants no interrupt for this queue.
+        front.acked(Request.SET_VRING_CALL, m.U64(m.NO_FD))
+        front.start()
+        front.submit(b"x")
+        front.ring_kick()
+        assert front.answered() == b"x"
+        front.ask(Request.GET_VRING_BASE, m.VringState(0, 0))
+        front.sock.close()
+        # Whatever it would have said, it said before it closed the channel.
+        theirs.close()
+        ours.settimeout(DEADLINE)
+        assert ours.recv(100) == b""
+
+
 def test_memory_that_its_owner_truncates_is_lost_and_nobody_else_notices(
     bus: vbus.Bus, fronts: Callable[..., Front]
 ) -> None:
@@ -729,7 +784,7 @@ REGION = m.Region(GUEST, SIZE, USER, 0)
         ("protocol-features", raw(Request.SET_PROTOCOL_FEATURES, m.U64(1 << 63).pack()), 0),
         ("not-negotiated", raw(Request.GET_STATUS), 0),
         ("not-negotiated", raw(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8).pack()), 0),
-        ("not-offered", raw(Request.CHECK_DEVICE_STATE), 0),
+        ("not-negotiated", raw(Request.CHECK_DEVICE_STATE), 0),
         ("unknown-request", raw(Request.POSTCOPY_ADVISE), 0),
         ("queue-index", raw(Request.SET_VRING_NUM, m.VringState(1, 8).pack()), 0),
         ("queue-index", raw(Request.GET_VRING_BASE, m.VringState(1 << 31, 0).pack()), 0),
@@ -758,6 +813,163 @@ def test_a_wrong_message_ends_the_connection_by_name(
     again.submit(b"alive")
     again.ring_kick()
     assert again.answered() == b"alive"
+
+
+class Stateful(Echo):
+    """Has what it was told."""
+
+    def __init__(self) -> None:
+        self.told = b"nothing yet"
+
+    def save_state(self) -> bytes:
+        return self.told
+
+    def load_state(self, data: bytes) -> None:
+        self.told = data
+
+
+SAVE, LOAD = m.DeviceState(0, 0), m.DeviceState(1, 0)
+
+
+def ask_state(front: Front, direction: m.DeviceState) -> int:
+    """The channel that the back-end wants instead of the one that it is offered."""
+    ours, theirs = os.pipe()
+    front.say(Request.SET_DEVICE_STATE_FD, direction, theirs)
+    os.close(ours)
+    os.close(theirs)
+    got = front.reader.read()
+    assert got is not None
+    message, fds = codec.decode(got[0]), got[1]
+    assert isinstance(message, codec.Message)
+    assert message.payload == m.U64(0)
+    assert len(fds) == 1
+    return fds[0]
+
+
+def test_state_is_read_and_written_while_no_queue_runs(fronts: Callable[..., Front]) -> None:
+    device = Stateful()
+    front = fronts(device).greet(ProtocolFeature.DEVICE_STATE)
+    fd = ask_state(front, SAVE)
+    with open(fd, "rb") as file:
+        assert file.read() == b"nothing yet"
+    assert front.number(Request.CHECK_DEVICE_STATE) == 0
+    fd = ask_state(front, LOAD)
+    with open(fd, "wb") as file:
+        file.write(b"something" * 100_000)
+    assert front.number(Request.CHECK_DEVICE_STATE) == 0
+    assert device.told == b"something" * 100_000
+
+
+def test_a_front_end_that_does_not_end_its_state_has_loaded_none(fronts: Callable[..., Front]) -> None:
+    device = Stateful()
+    front = fronts(device).greet(ProtocolFeature.DEVICE_STATE)
+    fd = ask_state(front, LOAD)
+    os.write(fd, b"half of it")
+    assert front.number(Request.CHECK_DEVICE_STATE) == 1
+    with pytest.raises(BrokenPipeError):
+        os.write(fd, b"more")
+    os.close(fd)
+    # One that begins again gives up what was under way.
+    first, second = ask_state(front, LOAD), ask_state(front, LOAD)
+    os.write(second, b"whole")
+    os.close(first)
+    os.close(second)
+    assert front.number(Request.CHECK_DEVICE_STATE) == 0
+    assert device.told == b"whole"
+
+
+def test_a_state_that_does_not_end_is_not_kept(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    device = Stateful()
+    front = fronts(device).greet(ProtocolFeature.DEVICE_STATE)
+    fd = ask_state(front, LOAD)
+    with pytest.raises(BrokenPipeError), open(fd, "wb", buffering=0) as file:
+        file.writelines(itertools.repeat(bytes(1 << 20)))
+    assert front.number(Request.CHECK_DEVICE_STATE) == 1
+    assert device.told == b"nothing yet"
+    before = len(os.listdir("/proc/self/fd"))
+    fd = ask_state(front, LOAD)
+    front.sock.close()
+    wait_until(lambda: bool(reasons(bus)))
+    os.close(fd)
+    # Gone in the middle of it: the near end of the pipe went too.
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) < before)
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("device-state-direction", m.DeviceState(2, 0)),
+        ("device-state-phase", m.DeviceState(0, 1)),
+        ("device-state-none", None),
+    ],
+)
+def test_a_wrong_word_about_state_is_named(
+    bus: vbus.Bus, fronts: Callable[..., Front], name: str, state: m.DeviceState | None
+) -> None:
+    front = fronts(Stateful()).greet(ProtocolFeature.DEVICE_STATE)
+    if state is not None:
+        front.say(Request.SET_DEVICE_STATE_FD, state, front.fd)
+    else:
+        front.say(Request.CHECK_DEVICE_STATE)
+    assert front.is_closed()
+    wait_until(lambda: bool(reasons(bus)))
+    assert name in reasons(bus)[0]
+
+
+@pytest.mark.parametrize("request_", [Request.SET_DEVICE_STATE_FD, Request.CHECK_DEVICE_STATE])
+def test_state_of_a_device_whose_queues_run_is_a_violation(
+    bus: vbus.Bus, fronts: Callable[..., Front], request_: Request
+) -> None:
+    front = fronts(Stateful()).greet(ProtocolFeature.DEVICE_STATE)
+    if request_ is Request.CHECK_DEVICE_STATE:
+        os.close(ask_state(front, LOAD))
+    front.set_up()
+    front.start()
+    if request_ is Request.CHECK_DEVICE_STATE:
+        front.say(request_)
+    else:
+        front.say(request_, SAVE, front.fd)
+    assert front.is_closed()
+    wait_until(lambda: bool(reasons(bus)))
+    assert "device-state-running: queues run: requests" in reasons(bus)[0]
+
+
+def test_in_band_needs_no_word_about_calls_and_says_errors(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet(ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.BACKEND_REQ)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(DEADLINE)
+        front.acked(Request.SET_BACKEND_REQ_FD, None, theirs.fileno())
+        front.set_up(call=False)
+        front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+        front.submit(b"in band")
+        front.acked(Request.VRING_KICK, m.VringState(0, 0))
+        assert front.answered() == b"in band"
+        call = codec.encode(BackendRequest.VRING_CALL, m.VringState(0, 0))
+        assert ours.recv(len(call), socket.MSG_WAITALL) == call
+        at = front.ring.driver - GUEST
+        front.bytes[at + 2 : at + 4] = struct.pack("<H", 5000)
+        front.acked(Request.VRING_KICK, m.VringState(0, 0))
+        err = codec.encode(BackendRequest.VRING_ERR, m.VringState(0, 0))
+        # The ring that began may have been called for by itself.
+        while (said := ours.recv(len(err), socket.MSG_WAITALL)) == call:
+            pass
+        assert said == err
+
+
+def test_in_band_without_what_it_needs_is_named(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    front = fronts(Echo()).greet()
+    front.say(Request.SET_PROTOCOL_FEATURES, m.U64(int(ProtocolFeature.INBAND_NOTIFICATIONS)))
+    assert front.is_closed()
+    wait_until(lambda: bool(reasons(bus)))
+    assert "protocol-features: in-band notifications without" in reasons(bus)[0]
+
+
+def test_config_space_that_may_not_be_written_is_a_refusal(fronts: Callable[..., Front]) -> None:
+    front = fronts(Lamp()).greet()
+    front.acked(Request.SET_CONFIG, m.Config(4, 0, b"\x03"))
+    front.say(Request.SET_CONFIG, m.Config(0, 0, b"\x03"), ack=True)
+    assert front.hear() == m.U64(1)
 
 
 def test_a_ring_outside_memory_is_named(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
@@ -795,3 +1007,125 @@ def test_who_is_no_member_is_refused(bus: vbus.Bus, fronts: Callable[..., Front]
     assert front.is_closed()
     wait_until(lambda: bool(reasons(bus)))
     assert "is not a member" in reasons(bus)[0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "payload"),
+    [
+        (Request.GET_VRING_BASE, m.VringState(0, 0)),
+        (Request.SET_VRING_ENABLE, m.VringState(0, 0)),
+        (Request.SET_VRING_KICK, m.U64(0)),
+    ],
+)
+def test_the_queues_of_another_driver_are_out_of_reach(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, request_: Request, payload: m.Payload
+) -> None:
+    first = fronts(Echo()).greet()
+    first.set_up()
+    first.start()
+    bus.connect(VhostUser("d0", tmp_path / "other.sock"), "other")
+    second = Front(tmp_path / "other.sock")
+    try:
+        second.greet()
+        second.set_up()
+        second.say(request_, payload, *([second.kick] if request_ is Request.SET_VRING_KICK else []))
+        if request_ is Request.GET_VRING_BASE:
+            assert second.hear() == payload
+        # What was said has had its effect.
+        second.number(Request.GET_FEATURES)
+        first.submit(b"mine")
+        first.ring_kick()
+        assert first.answered() == b"mine"
+    finally:
+        second.close()
+
+
+def test_a_backend_channel_that_is_made_to_block_holds_up_nobody(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    lamp = Lamp()
+    front = fronts(lamp).greet(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        front.acked(Request.SET_BACKEND_REQ_FD, None, theirs.fileno())
+        front.set_up()
+        front.start()
+        # It is shared with whoever sent it.
+        theirs.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                theirs.send(bytes(4096))
+        theirs.setblocking(True)
+        bus.slot("d0").config_changed()
+        front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+
+
+def test_a_front_end_leaves_no_descriptors(bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path) -> None:
+    fronts(Echo()).sock.close()
+    made = bus.connectors["vm"]
+    gc.disable()
+    try:
+        counts = []
+        for _ in range(12):
+            front = Front(tmp_path / "d0.sock").greet()
+            front.set_up()
+            front.acked(Request.SET_VRING_ERR, m.U64(0), front.kick)
+            front.start()
+            front.close()
+            wait_until(lambda: made.describe()["peers"] == [])
+            counts.append(len(os.listdir("/proc/self/fd")))
+        assert counts[-1] - counts[1] < 5, counts
+    finally:
+        gc.enable()
+
+
+class Never(vbus.Device):
+    """Begins with what it is given, and is done with it when it is reset."""
+
+    device_id = 0x7E0C
+    queues = ("requests",)
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        self.begun.set()
+        await asyncio.Event().wait()
+
+
+def test_who_goes_while_a_queue_is_to_stop_is_parted_from(bus: vbus.Bus, fronts: Callable[..., Front]) -> None:
+    device = Never()
+    front = fronts(device).greet()
+    front.set_up()
+    front.start()
+    front.submit(b"x")
+    front.ring_kick()
+    assert device.begun.wait(DEADLINE)
+    front.say(Request.GET_VRING_BASE, m.VringState(0, 0))
+    wait_until(lambda: bus.slot("d0").queues[0].paused)
+    front.sock.close()
+    wait_until(lambda: reasons(bus) == ["it closed the connection"])
+    # Whoever comes next has the device.
+    device.begun.clear()
+    after = fronts().greet()
+    after.set_up()
+    after.start()
+    after.submit(b"y")
+    after.ring_kick()
+    assert device.begun.wait(DEADLINE)
+
+
+def test_config_space_of_another_driver_is_refused_by_name(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path
+) -> None:
+    first = fronts(Lamp()).greet()
+    first.set_up()
+    first.start()
+    bus.connect(VhostUser("d0", tmp_path / "other.sock"), "other")
+    second = Front(tmp_path / "other.sock")
+    try:
+        second.greet()
+        second.say(Request.SET_CONFIG, m.Config(0, 0, b"\0"))
+        departed = bus.connectors["other"].describe
+        wait_until(lambda: bool(departed()["departed"]))
+        assert "in use by vm: " in departed()["departed"][0]["reason"]
+    finally:
+        second.close()

@@ -94,6 +94,12 @@ def test_bytes_as_the_protocol_has_them() -> None:
     assert encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty()) == native("02000000 01000000 00000000")
 
 
+def test_an_answer_with_nothing_in_it_is_a_refusal_to_tell_config_space() -> None:
+    refused = encode(Request.GET_CONFIG, m.Empty(), reply=True)
+    assert decode(refused) == Message(Request.GET_CONFIG, m.Empty(), reply=True)
+    assert isinstance(decode(encode(Request.GET_CONFIG, m.Empty())), Malformed)
+
+
 def test_numbers_of_the_protocol() -> None:
     assert [bit.bit_length() - 1 for bit in ProtocolFeature] == list(range(20))
     assert (ProtocolFeature.CONFIG, ProtocolFeature.STATUS, ProtocolFeature.DEVICE_STATE) == (1 << 9, 1 << 16, 1 << 19)

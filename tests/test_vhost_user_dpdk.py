@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ def test_every_packet_comes_back(tmp_path: Path, pairs: int, in_order: int, pack
         port = f"net_virtio_user0,path={tmp_path / 'net0.sock'},queues={pairs},queue_size=256"
         port += f",packed_vq={packed},in_order={in_order}"
         eal = ["--no-huge", "-m", "256", "--no-pci", "--single-file-segments", "--iova-mode=va", "--no-telemetry"]
-        eal += ["-l", "0-1", "--file-prefix", f"vbus-{tmp_path.name}", "--vdev", port]
+        eal += ["-l", "0-1", "--file-prefix", f"vbus-{os.getpid()}", "--vdev", port]
         forward = ["--interactive", "--forward-mode=io", f"--rxq={pairs}", f"--txq={pairs}", "--total-num-mbufs=4096"]
         assert TESTPMD is not None
         peer = subprocess.Popen(

@@ -4,8 +4,8 @@ Offsets and sizes are bytes. Driver addresses are numbers of the driver's addres
 Everything that reads what the other side wrote raises `vbus.errors.Violation`, with a stable name.
 """
 
-from collections.abc import Sequence
-from typing import TypeAlias, final
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypedDict, final, overload
 
 from typing_extensions import disjoint_base
 
@@ -14,6 +14,8 @@ from vbus.errors import Violation
 _ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
 
 __all__ = [
+    "Batch",
+    "BenchRequest",
     "BlkEngine",
     "DeviceQueue",
     "Doorbell",
@@ -22,6 +24,7 @@ __all__ = [
     "EventReceiver",
     "EventSender",
     "LinkRing",
+    "Load",
     "LoopbackEngine",
     "Mapping",
     "Memory",
@@ -30,6 +33,7 @@ __all__ = [
     "Signal",
     "Task",
     "Worker",
+    "bench_calls",
 ]
 
 @final
@@ -199,8 +203,13 @@ class Scheduler:
     def add_events(self, receiver: EventReceiver, doorbells: Sequence[Doorbell], fault_key: int) -> None:
         """Drain `receiver` from now on; its fault marks `fault_key`."""
     def remove_events(self, receiver: EventReceiver) -> None: ...
-    def next(self, timeout: float | None = None) -> tuple[int, int] | None:
-        """(actor, key), whose turn begins; None when `timeout` seconds passed or the scheduler was closed."""
+    def next(
+        self, timeout: float | None = None, *, done: tuple[int, int, bool] | None = None
+    ) -> tuple[int, int] | None:
+        """(actor, key), whose turn begins; None when `timeout` seconds passed or the scheduler was closed.
+
+        `done`: the turn that is over (actor, key, again), as the method has it, for a thread that goes on.
+        """
     def urgent(self, actor: int, priority: int) -> bool:
         """Whether a key more urgent than `priority` waits for a thread, or for `actor` to end its turn."""
     def done(self, actor: int, key: int, *, again: bool = False) -> None:
@@ -244,6 +253,16 @@ class Request:
     @property
     def done(self) -> bool:
         """Already completed, or its queue was stopped."""
+
+@final
+class Batch(Sequence[Request]):
+    """Requests that a handler answers together; objects of Python only once somebody looks at one."""
+
+    @overload
+    def __getitem__(self, index: int, /) -> Request: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> list[Request]: ...
+    def __len__(self) -> int: ...
 
 @final
 class DeviceQueue:
@@ -329,6 +348,24 @@ class DeviceQueue:
         chain-too-large, readable-after-writable, zero-length-descriptor, address-outside-memory, region-read-only,
         indirect-*, ...): raised after the good requests before it were given (on the next call). region-lost: at once,
         also for a mapping of the log or of what is in flight.
+        """
+    def serve(
+        self,
+        handler: Callable[..., object],
+        queue: object,
+        limit: int,
+        *,
+        batch: bool,
+        charge: Callable[[int, int], object] | None = None,
+        urgent: tuple[Scheduler, int, int] | None = None,
+    ) -> bool:
+        """Let `handler(queue, request)` answer requests, each completed when it returns; with `batch`, let
+        `handler(queue, requests)` answer all, completed together. True when there were some.
+
+        At most `limit` are taken from the ring, and none while some wait that a turn before put off: it does so with
+        those behind one whose handler raised, which is raised here, and when something more urgent waits: `urgent` is a
+        scheduler, the actor whose turn this is, and the priority of its key. `charge` is told of requests and bytes
+        that were taken, before they are handled. Violation: as `take` and `complete`.
         """
     def complete(self, requests: Sequence[Request]) -> None:
         """Give requests back as used, published together, and signal when the driver wants it. Requests that
@@ -501,3 +538,50 @@ class LinkRing:
         """
     def receive(self) -> bytes | None:
         """The next message, copied out; None when there is none. Violation: link-index, link-message-size."""
+
+# Load generators and bare references, for `vbus bench` alone.
+
+class _LoadReport(TypedDict):
+    requests: int
+    bytes_sent: int
+    bytes_received: int
+    checksum: int
+    """Of what the device wrote; whatever the order of its answers."""
+    seconds: float
+    p50_us: float
+    p99_us: float
+    max_us: float
+
+@final
+class Load:
+    """A driver that keeps `depth` requests under way, each answer bringing the next, without Python in its loop.
+
+    `ring` is a driver's side with nothing outstanding; `arena` holds the buffers from `offset` on, and its first byte
+    has the driver address `address`. Without a `bell`, answers are polled for; with one, this side sleeps on it.
+    RuntimeError: a wrong answer, or none for 30 seconds. Violation: as `DriverQueue.reap`.
+    """
+
+    def __new__(cls, ring: DriverQueue, arena: Mapping, address: int, offset: int, depth: int) -> Load: ...
+    @staticmethod
+    def bytes_needed(depth: int, size: int) -> int:
+        """Bytes of the arena that the buffers of requests take, each of `size` bytes."""
+    def numbered(
+        self, total: int, readable: int, writable: int, written: int, bell: Doorbell | None = None
+    ) -> _LoadReport:
+        """`total` requests of `readable` bytes that begin with their number, with room for `writable` bytes of which
+        `written` must be written. ValueError: sizes that are no multiples of 8.
+        """
+    def random_reads(self, total: int, size: int, places: int, seed: int, bell: Doorbell | None = None) -> _LoadReport:
+        """`total` reads of a disk of `places` times `size` bytes, at places that follow from `seed`."""
+
+@final
+class BenchRequest:
+    """What `bench_calls` calls with: as small as an object is that native code makes for a call."""
+
+    @property
+    def number(self) -> int: ...
+
+def bench_calls(function: Callable[..., object], queue: object, count: int, batch: int = 0) -> float:
+    """Call `function(queue, BenchRequest)` `count` times, or `function(queue, list)` with `batch` of them each until
+    there were as many; gives the seconds that it took. ValueError: `count` is no multiple of `batch`.
+    """

@@ -1,6 +1,7 @@
 """Addresses: what a person types to say where a bus is.
 
-`process:PATH` (a bare path is that), `unix:PATH`, `tcp:HOST:PORT`, `tls:HOST:PORT`. IPv6 hosts are written in brackets.
+`process:PATH` (a bare path is that), `unix:PATH`, `vhost-user:PATH`, `tcp:HOST:PORT`, `tls:HOST:PORT`. IPv6 hosts are
+written in brackets.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from pathlib import Path
 
 from vbus.errors import UsageError
 
-KINDS = ("process", "unix", "tcp", "tls")
+KINDS = ("process", "unix", "vhost-user", "tcp", "tls")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A parsed address: `path` for process and unix, `host` and `port` for tcp and tls."""
+    """A parsed address: `path` for process, unix and vhost-user, `host` and `port` for tcp and tls."""
 
     kind: str
     path: Path = Path()
@@ -49,7 +50,9 @@ def parse(text: str) -> Address:
     if not colon or "/" in kind:
         kind, rest = "process", text
     if kind not in KINDS or not rest:
-        raise UsageError(f"address {text!r}: write process:PATH, unix:PATH, tcp:HOST:PORT or tls:HOST:PORT")
+        raise UsageError(
+            f"address {text!r}: write process:PATH, unix:PATH, vhost-user:PATH, tcp:HOST:PORT or tls:HOST:PORT"
+        )
     if kind not in ("tcp", "tls"):
         return Address(kind, path=Path(rest))
     host, _, port = rest.rpartition(":")

@@ -27,7 +27,7 @@ from vbus.bus.channel import check_region
 from vbus.bus.limits import DEVICE_LIMITS, MEMBER_LIMITS, parse_limit
 from vbus.bus.workers import MAX_WORKERS
 from vbus.connectors import CONNECTORS
-from vbus.errors import UsageError
+from vbus.errors import NoSuchNameError, UsageError
 from vbus.hints import did_you_mean
 from vbus.options import OptionErrors, Options, about
 from vbus.virtio import features
@@ -62,10 +62,16 @@ class DeviceSpec:
     queue_priorities: dict[str, int] = field(default_factory=dict)
     limits: dict[str, str] = field(default_factory=dict)
 
+    def make(self) -> Device:
+        """The device, on no bus yet. UsageError in one line, also for what its own code raises."""
+        with self._in_one_line():
+            device: Device = self.cls(**self.options)
+        return device
+
     def plug(self, bus: Bus) -> Device:
         """Make the device and plug it. UsageError in one line, also for what the device's own code raises."""
-        try:
-            device: Device = self.cls(**self.options)
+        device = self.make()
+        with self._in_one_line():
             bus.plug(
                 device,
                 self.name,
@@ -77,7 +83,12 @@ class DeviceSpec:
             )
             for name, text in self.limits.items():
                 bus.set(device.name, f"limit.{name}", text)
-            return device
+        return device
+
+    @contextlib.contextmanager
+    def _in_one_line(self) -> Iterator[None]:
+        try:
+            yield
         except UsageError:
             raise
         except TimeoutError:
@@ -88,11 +99,15 @@ class DeviceSpec:
 
 @dataclass
 class ConnectorSpec:
-    """A connector that is to be bound."""
+    """A connector that is to be bound; without a name, it gets that of its type."""
 
-    name: str
+    name: str | None
     cls: type[Connector]
     options: dict[str, Any] = field(default_factory=dict)
+
+    def bind(self, bus: Bus) -> Connector:
+        """Make the connector and bind it. UsageError, OSError."""
+        return bus.connect(self.cls(**self.options), self.name)
 
 
 @dataclass
@@ -199,6 +214,14 @@ def device_spec(
     return DeviceSpec(name, loading.default_name(kind, cls), cls, options, priority, uuid, masked)
 
 
+def connector_spec(kind: str, values: Mapping[str, Any], directory: Path, *, name: str | None = None) -> ConnectorSpec:
+    """Check a connector that the control API asks for. UsageError; OptionErrors for `values`."""
+    cls = CONNECTORS.get(kind)
+    if cls is None:
+        raise NoSuchNameError(f"no connector type {kind!r}: {did_you_mean(kind, CONNECTORS)}")
+    return ConnectorSpec(name, cls, Options.of(cls).check(values, directory, strict=False))
+
+
 def default_connector() -> ConnectorSpec:
     """What a bus listens with when nothing else was said."""
     return ConnectorSpec(DEFAULT_CONNECTOR, CONNECTORS["process"])
@@ -237,7 +260,7 @@ def make(spec: BusSpec) -> Bus:
         for name, options in spec.channels.items():
             _attempt(spec, lines, f"channel.{name}", options, lambda n=name, o=options: bus.open_channel(n, **o))
         for connector in spec.connectors:
-            _attempt(spec, lines, f"connector.{connector.name}", connector.options, lambda c=connector: _bind(bus, c))
+            _attempt(spec, lines, f"connector.{connector.name}", connector.options, lambda c=connector: c.bind(bus))
         for device in spec.devices:
             _attempt(spec, lines, f"device.{device.name}", device.options, lambda d=device: d.plug(bus))
         if lines:
@@ -255,10 +278,6 @@ def check_carried(bus: Bus, name: str | None) -> None:
         raise UsageError(
             f"no connector of bus {bus.name} would carry the device: it needs a connector without a list of 'devices'"
         )
-
-
-def _bind(bus: Bus, spec: ConnectorSpec) -> None:
-    bus.connect(spec.cls(**spec.options), spec.name)
 
 
 def _attempt(spec: BusSpec, lines: list[str], key: str, options: Mapping[str, Any], action: Any) -> None:

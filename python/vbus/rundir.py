@@ -55,7 +55,13 @@ def socket_path(bus: str, connector: str) -> Path:
     """Where a connector listens that was given no path. UsageError when there can be no such directory."""
     # Members of a bus of root are other users: they must be able to get as far as the socket.
     public = 0o755 if os.geteuid() == 0 else 0o700
-    return _make(_make_root() / SOCKETS, public) / f"{bus}-{connector}.sock"
+    _make(_make_root() / SOCKETS, public)
+    return socket_place(bus, connector)
+
+
+def socket_place(bus: str, connector: str) -> Path:
+    """The path that `socket_path` gives, whose directory need not be there yet."""
+    return root() / SOCKETS / f"{bus}-{connector}.sock"
 
 
 def check_socket_path(path: Path) -> Path:

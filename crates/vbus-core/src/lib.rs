@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod area;
+mod bench;
 mod doorbell;
 mod engine;
 mod event;
@@ -10,12 +11,15 @@ mod link;
 mod memory;
 mod ring;
 mod scheduler;
+mod serve;
 mod signal;
 mod violation;
 
 /// The native core of vbus; `_core.pyi` beside it is its documentation.
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::bench::{bench_calls, BenchRequest, Load};
     #[pymodule_export]
     use crate::doorbell::Doorbell;
     #[pymodule_export]
@@ -30,6 +34,8 @@ mod _core {
     use crate::ring::{DeviceQueue, DriverQueue, Request};
     #[pymodule_export]
     use crate::scheduler::Scheduler;
+    #[pymodule_export]
+    use crate::serve::Batch;
     #[pymodule_export]
     use crate::signal::Signal;
 }

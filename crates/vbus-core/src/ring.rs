@@ -16,14 +16,47 @@ use vbus_ring::signal::Notify;
 use vbus_ring::violation::{Rule, Violation};
 
 use crate::memory::{new_bytes, views, with_bytes, with_bytes_mut, Mapping, Memory};
+use crate::scheduler::Scheduler;
+use crate::serve::{serve, Urgent};
 use crate::signal::Signal;
 use crate::violation::to_error;
+
+/// Notify, if there is somebody to be notified.
+pub fn ring(py: Python<'_>, signal: Option<Arc<dyn Notify>>) {
+    if let Some(signal) = signal {
+        // Without the interpreter's lock: ringing is a system call, and a hostile driver can make it take a moment.
+        py.detach(|| signal.notify());
+    }
+}
 
 /// (readable, writable) memoryviews.
 type Views<'py> = (Vec<Bound<'py, PyMemoryView>>, Vec<Bound<'py, PyMemoryView>>);
 
 fn value_error(error: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(error.to_string())
+}
+
+/// Put requests into the used ring; what to notify, if anything.
+pub fn put<'a>(
+    queue: &Queue,
+    requests: impl Iterator<Item = &'a Request> + Clone,
+) -> Result<Option<Arc<dyn Notify>>, Violation> {
+    let mut current = queue.lock();
+    let Some(running) = current.as_mut() else {
+        return Ok(None);
+    };
+    let fresh = |request: &&Request| !request.stopped() && !request.completed.load(Ordering::Relaxed);
+    let requests = requests.filter(fresh);
+    // Never above the chain's total, which has 32 bits.
+    let chains = requests.clone().map(|request| (&request.chain, request.written() as u32));
+    let result = running.ring.complete_chains(chains);
+    for request in requests {
+        request.completed.store(true, Ordering::Relaxed);
+        if result.is_ok() {
+            queue.count(1, request.readable_total(), request.written());
+        }
+    }
+    Ok(result?.then(|| running.signal.clone()))
 }
 
 /// A chain of descriptors, read once, checked and translated; its memory stays mapped while this lives.
@@ -40,8 +73,8 @@ pub struct Request {
 impl Request {
     /// A chain that was taken in this run of its queue.
     pub fn new(chain: Chain, queue: Arc<Queue>, run: u64) -> Self {
-        let (read, written) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { chain, queue, run, read, written, completed: AtomicBool::new(false) }
+        let (read, written, completed) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+        Self { chain, queue, run, read, written, completed }
     }
 
     fn stopped(&self) -> bool {
@@ -229,7 +262,7 @@ impl DeviceQueue {
             }
         };
         let ring = ring.map_err(|violation| to_error(py, &violation))?;
-        self.shared.replace(Some(Running { ring, signal: signal.0.clone() }));
+        self.shared.replace(Some(Running::new(ring, signal.0.clone())));
         Ok(())
     }
 
@@ -239,23 +272,32 @@ impl DeviceQueue {
 
     fn take(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<Request>> {
         let mut chains = Vec::new();
-        let (result, run) = match self.shared.lock().as_mut() {
-            None => return Ok(Vec::new()),
-            Some(running) => (running.ring.take(limit, &mut chains), self.shared.run()),
-        };
-        result.map_err(|violation| to_error(py, &violation))?;
+        let run = self.shared.take(limit, &mut chains).map_err(|violation| to_error(py, &violation))?;
         Ok(chains.into_iter().map(|chain| Request::new(chain, self.shared.clone(), run)).collect())
+    }
+
+    #[pyo3(signature = (handler, queue, limit, *, batch, charge = None, urgent = None))]
+    #[allow(clippy::too_many_arguments)]
+    fn serve(
+        &self,
+        py: Python<'_>,
+        handler: &Bound<'_, PyAny>,
+        queue: &Bound<'_, PyAny>,
+        limit: usize,
+        batch: bool,
+        charge: Option<&Bound<'_, PyAny>>,
+        urgent: Option<(PyRef<'_, Scheduler>, u64, u32)>,
+    ) -> PyResult<bool> {
+        let urgent = urgent.map(|(scheduler, actor, priority)| Urgent::new(scheduler.0.clone(), actor, priority));
+        serve(py, &self.shared, handler, queue, limit, batch, charge, urgent)
     }
 
     fn complete(&self, py: Python<'_>, requests: Vec<Bound<'_, Request>>) -> PyResult<()> {
         if requests.iter().any(|request| !Arc::ptr_eq(&request.get().queue, &self.shared)) {
             return Err(PyValueError::new_err("a request of another queue"));
         }
-        let signal = self.put(&requests).map_err(|violation| to_error(py, &violation))?;
-        if let Some(signal) = signal {
-            // Without the interpreter's lock: ringing is a system call, and a hostile driver can make it take a moment.
-            py.detach(|| signal.notify());
-        }
+        let notify = put(&self.shared, requests.iter().map(|request| request.get()));
+        ring(py, notify.map_err(|violation| to_error(py, &violation))?);
         Ok(())
     }
 
@@ -315,35 +357,15 @@ impl DeviceQueue {
     }
 }
 
-impl DeviceQueue {
-    /// Put requests into the used ring; what to notify, if anything.
-    fn put(&self, requests: &[Bound<'_, Request>]) -> Result<Option<Arc<dyn Notify>>, Violation> {
-        let mut current = self.shared.lock();
-        let Some(running) = current.as_mut() else {
-            return Ok(None);
-        };
-        let fresh = |request: &&Request| !request.stopped() && !request.completed.swap(true, Ordering::Relaxed);
-        let requests: Vec<&Request> = requests.iter().map(|request| request.get()).filter(fresh).collect();
-        let notify = running.ring.complete_chains(requests.iter().map(|request| {
-            // Never above the chain's total, which has 32 bits.
-            (&request.chain, request.written() as u32)
-        }))?;
-        for request in &requests {
-            self.shared.count(1, request.readable_total(), request.written());
-        }
-        Ok(notify.then(|| running.signal.clone()))
-    }
-}
-
 /// The driver side of a ring, in memory of its own.
 #[pyclass(frozen, module = "vbus._core")]
 pub struct DriverQueue {
     ring: Mutex<DriverRing>,
-    signal: Option<Arc<dyn Notify>>,
+    pub signal: Option<Arc<dyn Notify>>,
 }
 
 impl DriverQueue {
-    fn lock(&self) -> MutexGuard<'_, DriverRing> {
+    pub fn lock(&self) -> MutexGuard<'_, DriverRing> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

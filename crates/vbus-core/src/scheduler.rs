@@ -80,15 +80,24 @@ impl Scheduler {
         self.0.remove_events(&receiver.0);
     }
 
-    #[pyo3(signature = (timeout = None))]
-    fn next(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<(u64, u64)>> {
+    #[pyo3(signature = (timeout = None, *, done = None))]
+    fn next(
+        &self,
+        py: Python<'_>,
+        timeout: Option<f64>,
+        done: Option<(u64, u64, bool)>,
+    ) -> PyResult<Option<(u64, u64)>> {
         let timeout = match timeout {
             None => None,
             Some(seconds) if seconds.is_nan() => return Err(PyValueError::new_err("timeout is not a number")),
             // Longer than any clock goes: without a timeout.
             Some(seconds) => Duration::try_from_secs_f64(seconds.max(0.0)).ok(),
         };
-        Ok(py.detach(|| self.0.next(timeout)))
+        py.detach(|| match done {
+            None => Ok(self.0.next(timeout)),
+            Some((actor, key, again)) => self.0.go_on(actor, key, again, timeout),
+        })
+        .map_err(raise)
     }
 
     fn urgent(&self, actor: u64, priority: u32) -> bool {

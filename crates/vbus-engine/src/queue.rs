@@ -1,10 +1,12 @@
 //! The device's side of a ring, shared by whoever starts, pauses and stops it and whoever serves it.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vbus_ring::ring::DeviceRing;
+use vbus_ring::ring::{Chain, DeviceRing};
 use vbus_ring::signal::Notify;
+use vbus_ring::violation::Violation;
 
 /// A ring that runs, and how its driver is notified.
 pub struct Running {
@@ -12,6 +14,15 @@ pub struct Running {
     pub ring: DeviceRing,
     /// To be called without the lock.
     pub signal: Arc<dyn Notify>,
+    /// Taken by a turn of the device model that made room before it came to them.
+    put_off: VecDeque<Chain>,
+}
+
+impl Running {
+    /// A ring from which nothing was taken.
+    pub fn new(ring: DeviceRing, signal: Arc<dyn Notify>) -> Self {
+        Self { ring, signal, put_off: VecDeque::new() }
+    }
 }
 
 /// A device's queue.
@@ -70,6 +81,41 @@ impl Queue {
         self.run.load(Ordering::Relaxed)
     }
 
+    /// Take up to `limit` chains, and which run they are of.
+    pub fn take(&self, limit: usize, chains: &mut Vec<Chain>) -> Result<u64, Violation> {
+        // The run is read under the lock: who stops the queue meanwhile ends the run that these are of.
+        let mut current = self.lock();
+        if let Some(running) = current.as_mut() {
+            running.ring.take(limit, chains)?;
+        }
+        Ok(self.run())
+    }
+
+    /// Those that wait for a turn, in their order; when there are none, up to `limit` from the ring. How many those are,
+    /// and which run they are of.
+    pub fn begin(&self, limit: usize, chains: &mut Vec<Chain>) -> Result<(usize, u64), Violation> {
+        let mut taken = 0;
+        let mut current = self.lock();
+        if let Some(running) = current.as_mut() {
+            chains.extend(running.put_off.drain(..));
+            if chains.is_empty() {
+                running.ring.take(limit, chains)?;
+                taken = chains.len();
+            }
+        }
+        Ok((taken, self.run()))
+    }
+
+    /// Chains of this run wait for another turn, before all others.
+    pub fn put_off(&self, run: u64, chains: impl Iterator<Item = Chain>) {
+        let mut current = self.lock();
+        if self.run() == run {
+            if let Some(running) = current.as_mut() {
+                running.put_off.extend(chains);
+            }
+        }
+    }
+
     /// Whether an engine has nothing to take off the ring for now.
     #[inline]
     pub fn held(&self) -> bool {
@@ -106,11 +152,12 @@ impl Queue {
         self.draining.store(draining, Ordering::Release);
     }
 
-    /// Requests were completed.
+    /// Requests were completed. With the lock held: nobody else counts.
     #[inline]
     pub fn count(&self, completed: u64, readable: u64, written: u64) {
-        self.completed.fetch_add(completed, Ordering::Relaxed);
-        self.bytes_readable.fetch_add(readable, Ordering::Relaxed);
-        self.bytes_written.fetch_add(written, Ordering::Relaxed);
+        let add = |counter: &AtomicU64, more| counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+        add(&self.completed, completed);
+        add(&self.bytes_readable, readable);
+        add(&self.bytes_written, written);
     }
 }

@@ -79,7 +79,7 @@ impl Arena {
         let ring = DeviceRing::new(self.memory.clone(), 32768, setup).unwrap();
         let call = Arc::new(Doorbell::create().unwrap());
         let signal = Arc::new(DirectSignal::new(call.clone(), None).unwrap());
-        queue.replace(Some(Running { ring, signal }));
+        queue.replace(Some(Running::new(ring, signal)));
         queue.set_native(true);
         (driver, call)
     }

@@ -335,10 +335,26 @@ impl Scheduler {
 
     /// The next turn: (actor, key). None when `timeout` passed or the scheduler was closed.
     pub fn next(&self, timeout: Option<Duration>) -> Option<(u64, u64)> {
+        self.wait(lock(&self.state), timeout)
+    }
+
+    /// `done`, then `next`, by a thread that goes on: it wakes no other for what it takes itself.
+    pub fn go_on(
+        &self,
+        actor: u64,
+        key: u64,
+        again: bool,
+        timeout: Option<Duration>,
+    ) -> Result<Option<(u64, u64)>, ScheduleError> {
+        let mut state = lock(&self.state);
+        self.end(&mut state, actor, key, again)?;
+        Ok(self.wait(state, timeout))
+    }
+
+    fn wait<'a>(&'a self, mut state: MutexGuard<'a, State>, timeout: Option<Duration>) -> Option<(u64, u64)> {
         // A timeout beyond the clock's range is none.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut events: Events = [libc::epoll_event { events: 0, u64: 0 }; BATCH];
-        let mut state = lock(&self.state);
         let turn = loop {
             if state.closed {
                 break None;
@@ -499,6 +515,14 @@ impl Scheduler {
     /// The turn is over; `again`: the key goes to the end of its priority.
     pub fn done(&self, actor: u64, key: u64, again: bool) -> Result<(), ScheduleError> {
         let mut state = lock(&self.state);
+        self.end(&mut state, actor, key, again)?;
+        if !state.ready.is_empty() {
+            self.rouse(&mut state);
+        }
+        Ok(())
+    }
+
+    fn end(&self, state: &mut State, actor: u64, key: u64, again: bool) -> Result<(), ScheduleError> {
         // An actor that was dropped during its turn.
         let Some(owner) = state.actors.get_mut(&actor) else { return Ok(()) };
         if owner.running != Some(key) {
@@ -511,13 +535,10 @@ impl Scheduler {
                 state.queue(key);
             } else {
                 let fired = std::mem::take(&mut entry.fired);
-                self.rearm(&mut state, fired);
+                self.rearm(state, fired);
             }
         }
         state.list(actor);
-        if !state.ready.is_empty() {
-            self.rouse(&mut state);
-        }
         Ok(())
     }
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from vbus import _core
 from vbus.bench import children
-from vbus.bench.work import DEVICE_ID, Usage, usage
+from vbus.bench.work import DEVICE_ID, Usage, usage, used_between
 from vbus.bus import Bus, Device, Queue, Request
 from vbus.connectors import Process
 
@@ -30,6 +31,41 @@ class Echo(Device):
         request.write(request.read())
 
 
+class Each(Device):
+    """Does nothing with a request."""
+
+    device_id = DEVICE_ID
+    queues = ("requests",)
+
+    def handle(self, queue: Queue, request: Request) -> None:
+        """Do nothing."""
+
+
+class Together(Device):
+    """Does nothing with several requests."""
+
+    device_id = DEVICE_ID
+    queues = ("requests",)
+
+    def handle_batch(self, queue: Queue, requests: Sequence[Request]) -> None:
+        """Do nothing."""
+
+
+class LookedAt(Device):
+    """Looks at each of several requests, and does nothing with it."""
+
+    device_id = DEVICE_ID
+    queues = ("requests",)
+
+    def handle_batch(self, queue: Queue, requests: Sequence[Request]) -> None:
+        """Come by each."""
+        for _ in requests:
+            pass
+
+
+MODELS: Mapping[str, type[Device]] = {model.__name__: model for model in (Echo, Each, Together, LookedAt)}
+
+
 class BusSide:
     """What the measurement can ask of this side."""
 
@@ -38,13 +74,18 @@ class BusSide:
         self._bus: Bus | None = None
 
     def serve(
-        self, socket: str, signal: Literal["direct", "tunnelled"], event_idx: bool, devices: Mapping[str, int]
+        self,
+        socket: str,
+        signal: Literal["direct", "tunnelled"],
+        event_idx: bool,
+        devices: Mapping[str, int],
+        model: str = "Echo",
     ) -> str:
-        """Serve devices, given by name with their priority, at a socket; the address to attach to."""
+        """Serve devices of a model, given by name with their priority, at a socket; the address to attach to."""
         bus = Bus("bench")
         self._closing.callback(bus.stop)
         for name, priority in devices.items():
-            bus.plug(Echo(), name, priority=priority, mask=() if event_idx else ["RING_EVENT_IDX"])
+            bus.plug(MODELS[model](), name, priority=priority, mask=() if event_idx else ["RING_EVENT_IDX"])
         connector = bus.connect(Process(socket, signal=signal))
         bus.start()
         self._bus = bus
@@ -59,6 +100,14 @@ class BusSide:
         """The same at the end of a window: what is used by looking does not belong to it."""
         used: Usage = usage()
         return {"rows": self._settled(), "usage": used}
+
+    def calls(self, model: str, count: int, batch: int) -> dict[str, Any]:
+        """Call the handler of a model `count` times, or with `batch` requests at once, from native code alone."""
+        device = MODELS[model]()
+        handler = device.handle_batch if batch else device.handle
+        before = usage()
+        seconds = _core.bench_calls(handler, device.queue("requests"), count, batch)
+        return {"requests": count, "seconds": seconds, "usage": used_between(before, usage())}
 
     def _settled(self) -> dict[str, Any]:
         """Counters once they stand still: the driver hears its last doorbell a little before that is counted."""
@@ -82,7 +131,7 @@ def main() -> None:
     """Serve until standard input ends."""
     side = BusSide()
     try:
-        children.serve({"serve": side.serve, "begin": side.begin, "end": side.end})
+        children.serve({"serve": side.serve, "begin": side.begin, "end": side.end, "calls": side.calls})
     finally:
         side.close()
 

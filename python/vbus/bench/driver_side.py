@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vbus import _core
 from vbus.bench import children
 from vbus.bench.measure import percentile
 from vbus.bench.work import DEVICE_ID, URGENT, Usage, usage, used_between
@@ -271,6 +272,12 @@ class DriverSide:
         work = {name: flow.work() for name, flow in flows.items()}
         return measured | {"bulk": work, "bulk_requests": moved}
 
+    def load(self, name: str, total: int, depth: int, readable: int, writable: int, written: int) -> dict[str, Any]:
+        """`total` requests of one device, `depth` of them outstanding, without Python, which polls for answers."""
+        with self._queue(name).lent(_core.Load.bytes_needed(depth, readable + writable)) as (ring, arena, place):
+            native = _core.Load(ring, arena.mapping, arena.address, place, depth)
+            return dict(native.numbered(total, readable, writable, written))
+
     def close(self) -> None:
         """Part from the bus."""
         self._drivers = {}
@@ -319,7 +326,8 @@ def main() -> None:
     """Drive until standard input ends."""
     side = DriverSide()
     try:
-        children.serve({"attach": side.attach, "saturate": side.saturate, "pace": side.pace, "urgent": side.urgent})
+        commands = {name: getattr(side, name) for name in ("attach", "saturate", "pace", "urgent", "load")}
+        children.serve(commands)
     finally:
         side.close()
 

@@ -59,6 +59,14 @@ def run_alternately(variants: Sequence[V], rounds: int, run: Callable[[int, V], 
     return samples
 
 
+def flat(work: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Work without mappings in it: their items by their names, one after the other."""
+    items: dict[str, Any] = {}
+    for key, value in work.items():
+        items |= flat(value, f"{before}{key} ") if isinstance(value, Mapping) else {f"{before}{key}": value}
+    return items
+
+
 def check_same_work(what: str, works: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """UnequalWorkError unless all of (whose, work) are one work, with no wrong answer in it."""
     first_whose, first = works[0]
@@ -77,9 +85,11 @@ def summarise(rounds: Sequence[Mapping[str, float]]) -> dict[str, Summary]:
 
 
 def ratios(rounds: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]]) -> dict[str, Summary | None]:
-    """Of every value its ratio to that of `base` in the same round, summed up; None where base has a zero."""
+    """Of every value that both have, its ratio to that of `base` in the same round, summed up; None where base has a
+    zero.
+    """
     found: dict[str, Summary | None] = {}
-    for key in rounds[0]:
+    for key in (key for key in rounds[0] if key in base[0]):
         pairs = [(values[key], others[key]) for values, others in zip(rounds, base, strict=True)]
         found[key] = Summary.of([value / other for value, other in pairs]) if all(o for _, o in pairs) else None
     return found

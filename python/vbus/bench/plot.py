@@ -1,7 +1,6 @@
-"""The figures of `bench.signal` as one SVG picture, drawn by hand: a few panels of lines and bars need no library.
+"""Figures as one SVG picture, drawn by hand: a few panels of lines and bars need no library.
 
-Colour tells how signals travel, solid or dashed whether EVENT_IDX is on. Points and bars are medians; thin vertical
-lines go from the smallest value of all rounds to the largest.
+Points and bars are medians; thin lines go from the smallest value of all rounds to the largest.
 """
 
 from __future__ import annotations
@@ -9,17 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
+
+from vbus.bench.tables import named
+
+if TYPE_CHECKING:
+    from vbus.bench.measurement import Figure
 
 Row = dict[str, Any]
 
-COLOURS = {"direct": "#c2410c", "tunnelled": "#1d4ed8"}
+COLOURS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0e7490")
 GREY, LIGHT = "#475569", "#e2e8f0"
-WIDTH, HEIGHT = 1120, 770
-PANEL_WIDTH, PANEL_HEIGHT = 270, 220
-LEFT, TOP, ACROSS, DOWN = 80, 160, 365, 325
-"""Where the first panel's frame begins, and how far the next is."""
+WIDTH = 1120
+MARGIN = 30
+BAR, BETWEEN = 18, 8
+LABELS, ROOM = 380, 560
+"""Pixels across for the names of bars, and for the longest bar."""
 
 
 @dataclass(frozen=True)
@@ -86,136 +91,84 @@ class Drawing:
         places = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{max(bottom - y, 0):.1f}"}
         ElementTree.SubElement(self._group, "rect", places | {"fill": colour} | _attributes(style))
 
+    def across(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+        """A bar from x to the right."""
+        places = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}"}
+        ElementTree.SubElement(self._group, "rect", places | {"fill": colour})
+
 
 def _attributes(style: dict[str, str]) -> dict[str, str]:
     return {key.replace("_", "-"): value for key, value in style.items()}
 
 
-def draw(result: Row) -> str:
-    """The picture of what `bench.signal.run` gave, as text of an SVG file."""
+def page(result: Row, title: str, about: str, height: float) -> ElementTree.Element:
+    """An empty picture below its headline, what it is about, and where it was measured."""
     svg = ElementTree.Element(
         "svg",
         {
             "xmlns": "http://www.w3.org/2000/svg",
-            "viewBox": f"0 0 {WIDTH} {HEIGHT}",
+            "viewBox": f"0 0 {WIDTH} {height:g}",
             "width": str(WIDTH),
-            "height": str(HEIGHT),
+            "height": f"{height:g}",
             "font-family": "sans-serif",
             "font-size": "12",
             "fill": "#0f172a",
         },
     )
     ElementTree.SubElement(svg, "rect", {"width": "100%", "height": "100%", "fill": "white"})
-    options, machine = result["options"], result["machine"]
-    page = Drawing(svg)
-    page.text(LEFT - 50, 34, "Signals: tunnelled against direct", font_size="20", font_weight="bold")
-    page.text(
-        LEFT - 50,
-        56,
-        f"{options['depth']} requests of {options['size']} bytes outstanding a device; medians ({options['rounds']} "
-        "a variant), thin lines from smallest to largest. Consumers sleep when idle.",
-        fill=GREY,
-    )
-    page.text(
-        LEFT - 50,
+    machine = result["machine"]
+    top = Drawing(svg)
+    top.text(MARGIN, 34, title, font_size="20", font_weight="bold")
+    top.text(MARGIN, 56, about, fill=GREY)
+    top.text(
+        MARGIN,
         74,
         f"{machine['cpu']}, {machine['cpus']} CPUs; {machine['kernel']}; {machine['python']}; vbus {machine['vbus']}",
         fill=GREY,
     )
-    _legend(page)
-    saturated = [row for row in result["rows"] if row["load"] == "saturated"]
-    paced = [row for row in result["rows"] if row["load"] == "paced"]
-    rate = f"{options['paced_rate']:g} requests/s"
-    at = [(LEFT + ACROSS * column, TOP + DOWN * line) for line in range(2) for column in range(3)]
-    each = "a request"
-    _lines(Drawing(svg, *at[0]), "Under load: doorbells to the device", each, saturated, "doorbells_to_device")
-    _lines(Drawing(svg, *at[1]), "Under load: doorbells to the driver", each, saturated, "doorbells_to_driver")
-    _lines(Drawing(svg, *at[2]), "Under load: CPU time of both sides", "µs a request", saturated, "cpu_us")
-    _lines(Drawing(svg, *at[3]), f"{rate}: doorbells to the device", each, paced, "doorbells_to_device")
-    _lines(Drawing(svg, *at[4]), f"{rate}: doorbells to the driver", each, paced, "doorbells_to_driver")
-    _urgent(Drawing(svg, *at[5]), [row for row in result["rows"] if row["load"] == "urgent"])
+    return svg
+
+
+def to_text(svg: ElementTree.Element) -> str:
+    """The text of an SVG file."""
     return ElementTree.tostring(svg, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _dashes(event_idx: bool) -> dict[str, str]:
-    return {} if event_idx else {"stroke_dasharray": "6 4"}
+def bars(result: Row, title: str, figures: Sequence[Figure]) -> str:
+    """A picture with a panel a figure, and a bar a variant of a case in it: text of an SVG file."""
+    plotted = [
+        (figure, rows)
+        for figure in figures
+        if figure.plotted and (rows := [row for row in result["rows"] if figure.key in row["median"]])
+    ]
+    tops = [110.0]
+    for _, rows in plotted:
+        tops.append(tops[-1] + 60 + len(rows) * (BAR + BETWEEN))
+    about = f"Medians of {result['options']['rounds']} rounds; thin lines from the smallest to the largest."
+    svg = page(result, title, about, tops[-1])
+    for top, (figure, rows) in zip(tops, plotted, strict=False):
+        _panel(Drawing(svg, MARGIN, top), figure, rows)
+    return to_text(svg)
 
 
-def _legend(page: Drawing) -> None:
-    x = LEFT - 50.0
-    for signal, colour in COLOURS.items():
-        for event_idx in (False, True):
-            page.path([(x, 98), (x + 36, 98)], colour, **_dashes(event_idx))
-            page.dot(x + 18, 98, colour, filled=event_idx)
-            page.text(x + 44, 102, f"{signal}, EVENT_IDX {'on' if event_idx else 'off'}")
-            x += 220
-
-
-def _frame(panel: Drawing, title: str, unit: str, scale: Scale) -> None:
-    panel.text(-45, -32, title, font_size="14", font_weight="bold")
-    panel.text(-45, -15, unit, fill=GREY)
+def _panel(panel: Drawing, figure: Figure, rows: Sequence[Row]) -> None:
+    panel.text(0, 0, f"{figure.heading.lower()}, {figure.unit}", font_size="14", font_weight="bold")
+    scale = linear(max(row["spread"][figure.key][1] for row in rows), ROOM)
+    height = len(rows) * (BAR + BETWEEN)
     for tick in scale.ticks:
-        y = scale.to_pixel(tick)
-        panel.line(0, y, PANEL_WIDTH, y, LIGHT)
-        panel.text(-6, y + 4, f"{tick:g}", anchor="end", fill=GREY)
-    panel.line(0, PANEL_HEIGHT, PANEL_WIDTH, PANEL_HEIGHT, GREY)
-
-
-def _lines(panel: Drawing, title: str, unit: str, rows: Sequence[Row], key: str) -> None:
-    """One value against the number of devices, a line a variant."""
-    scale = linear(max((row["spread"][key][1] for row in rows), default=1), PANEL_HEIGHT)
-    _frame(panel, title, unit, scale)
-    counts = sorted({row["devices"] for row in rows})
-    places = {count: PANEL_WIDTH * (number + 0.5) / len(counts) for number, count in enumerate(counts)}
-    for count, x in places.items():
-        panel.text(x, PANEL_HEIGHT + 18, str(count), anchor="middle")
-    panel.text(PANEL_WIDTH / 2, PANEL_HEIGHT + 36, "devices", anchor="middle", fill=GREY)
-    variants = [(signal, event_idx) for signal in COLOURS for event_idx in (False, True)]
-    for number, (signal, event_idx) in enumerate(variants):
-        line = [row for row in rows if (row["signal"], row["event_idx"]) == (signal, event_idx)]
-        # A little apart, so that no line hides another's spread.
-        points = [(places[row["devices"]] + 5 * (number - 1.5), scale.to_pixel(row["median"][key])) for row in line]
-        panel.path(points, COLOURS[signal], **_dashes(event_idx))
-        for (x, y), row in zip(points, line, strict=True):
-            low, high = row["spread"][key]
-            panel.line(x, scale.to_pixel(low), x, scale.to_pixel(high), COLOURS[signal])
-            panel.dot(x, y, COLOURS[signal], filled=event_idx)
-
-
-def _urgent(panel: Drawing, rows: Sequence[Row]) -> None:
-    """Latency of one device among others: two bars a variant, the pale one up to the 99th percentile."""
-    values = [row["spread"][key][end] for row in rows for key in ("p50_us", "p99_us") for end in (0, 1)]
-    scale = logarithmic(min(values, default=10), max(values, default=1000), PANEL_HEIGHT)
-    _frame(panel, "Latency of one request, asked at times", "µs; full colour: p50, pale: p99", scale)
-    cases = list(dict.fromkeys((row["devices"], row["priority"]) for row in rows))
-    room = PANEL_WIDTH / max(len(cases), 1)
-    width = room * 0.3
-    for number, (devices, priority) in enumerate(cases):
-        middle = room * (number + 0.5)
-        beside = f"beside {devices} busy" if devices else "idle bus"
-        panel.text(middle, PANEL_HEIGHT + 18, beside, anchor="middle", font_size="11")
-        panel.text(middle, PANEL_HEIGHT + 33, f"priority {priority}", anchor="middle", fill=GREY, font_size="11")
-        for place, signal in enumerate(COLOURS):
-            for row in rows:
-                if (row["devices"], row["priority"], row["signal"]) == (devices, priority, signal):
-                    _latency(panel, middle + (place - 1) * (width + 4) + 2, width, row, scale)
-
-
-def _latency(panel: Drawing, x: float, width: float, row: Row, scale: Scale) -> None:
-    colour = COLOURS[row["signal"]]
-    for key, opacity in (("p99_us", "0.35"), ("p50_us", "1")):
-        y = scale.to_pixel(row["median"][key])
-        panel.bar(x, y, width, PANEL_HEIGHT, colour, opacity=opacity)
-    low, high = row["spread"]["p99_us"]
-    panel.line(x + width / 2, scale.to_pixel(low), x + width / 2, scale.to_pixel(high), colour)
-    panel.text(
-        x + width / 2, scale.to_pixel(high) - 4, f"{row['median']['p99_us']:.0f}", anchor="middle", font_size="10"
-    )
-    panel.text(
-        x + width / 2,
-        scale.to_pixel(row["median"]["p50_us"]) + 13,
-        f"{row['median']['p50_us']:.0f}",
-        anchor="middle",
-        font_size="10",
-        fill="white",
-    )
+        x = LABELS + ROOM - scale.to_pixel(tick)
+        panel.line(x, 12, x, 12 + height, LIGHT)
+        panel.text(x, 26 + height, f"{tick:g}", anchor="middle", fill=GREY)
+    variants = list(dict.fromkeys(named(row["variant"]) for row in rows))
+    for number, row in enumerate(rows):
+        y = 12 + number * (BAR + BETWEEN)
+        colour = COLOURS[variants.index(named(row["variant"])) % len(COLOURS)]
+        low, middle, high = (
+            ROOM - scale.to_pixel(value)
+            for value in (row["spread"][figure.key][0], row["median"][figure.key], row["spread"][figure.key][1])
+        )
+        name = ": ".join(filter(None, (named(row["case"]), named(row["variant"]))))
+        panel.text(LABELS - 8, y + BAR - 4, name, anchor="end")
+        panel.across(LABELS, y, middle, BAR, colour)
+        panel.line(LABELS + low, y + BAR / 2, LABELS + high, y + BAR / 2, "#0f172a")
+        panel.text(LABELS + high + 6, y + BAR - 4, f"{row['median'][figure.key]:.{figure.digits}f}")

@@ -4,7 +4,7 @@
 `Attachment` are what a connector author fulfils. Nothing here knows any device or any connector.
 """
 
-from vbus.bus.bus import Bus, check_name
+from vbus.bus.bus import Bus, check_name, identity
 from vbus.bus.channel import Channel, ChannelExistsError, ChannelTakenError, NoSuchChannelError
 from vbus.bus.connector import Connector
 from vbus.bus.device import Device, attribute, attributes_of
@@ -40,6 +40,7 @@ __all__ = [
     "attribute",
     "attributes_of",
     "check_name",
+    "identity",
     "peer_credentials",
     "reserve_all",
     "shared_pool",

@@ -50,6 +50,11 @@ def check_name(what: str, name: str) -> str:
     return name
 
 
+def identity(name: str, bus: UUID | None = None) -> UUID:
+    """The UUID that follows from a name: of a bus, or of a device on a bus of that UUID."""
+    return uuid5(NAMESPACE_OID, f"vbus:{name}") if bus is None else uuid5(bus, name)
+
+
 class Bus:
     """An instance that holds devices, with members that may use them.
 
@@ -70,7 +75,7 @@ class Bus:
         affinity: Sequence[int] = (),
     ) -> None:
         self.name = check_name("bus", name)
-        self.uuid = _uuid(uuid) if uuid is not None else uuid5(NAMESPACE_OID, f"vbus:{name}")
+        self.uuid = _uuid(uuid) if uuid is not None else identity(name)
         self.members = Members(members)
         if not 16 <= max_sources <= 1 << 16 or max_sources & (max_sources - 1):
             raise UsageError(f"max_sources {max_sources} is not a power of two from 16 to {1 << 16}")
@@ -124,7 +129,7 @@ class Bus:
                 masked = (device.features | features.TRANSPORT).mask(mask)
             except ValueError as error:
                 raise UsageError(f"device {name}: features.mask: {error}") from None
-            identity = _uuid(uuid) if uuid is not None else uuid5(self.uuid, name)
+            own = _uuid(uuid) if uuid is not None else identity(name, self.uuid)
             number = self._free_number()
             self._start_pool()
             slot = Slot(
@@ -132,7 +137,7 @@ class Bus:
                 device,
                 number,
                 name,
-                identity,
+                own,
                 type_name=kind,
                 priority=priority,
                 queue_priorities=queue_priorities or {},
@@ -279,7 +284,11 @@ class Bus:
             connector.bind(self, name)
             self.connectors[name] = connector
         if self._running:
-            connector.start()
+            try:
+                connector.start()
+            except BaseException:
+                self.disconnect(name)
+                raise
         return connector
 
     def disconnect(self, name: str) -> None:

@@ -63,4 +63,4 @@ class Connector(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The connector's row in a listing, less bus, name and type."""
-        return {"address": self.address, "devices": self.device_names, "peers": [], "departed": []}
+        return {"address": self.address, "devices": self.device_names, "peers": [], "departed": [], "connects": False}

@@ -176,6 +176,14 @@ class Device:
     def queues_changed(self) -> None:
         """Which queues are served (`Queue.served`) changed, where queues come and go one by one."""
 
+    def queue_stopping(self, queue: Queue) -> bool:
+        """The driver takes a pull queue away, and waits. It may give it back later, without a reset.
+
+        Complete what is filled, and forget what else was taken: it comes again. True says that this is done; False that
+        something is being used, which is asked for again, until it is completed or five seconds are over.
+        """
+        return False
+
     def reset(self) -> None:
         """The driver reset the device. Its queues are stopped already."""
 
@@ -184,6 +192,19 @@ class Device:
 
     def config_written(self, fields: frozenset[str]) -> None:
         """The driver wrote these fields of config space."""
+
+    def save_state(self) -> bytes:
+        """What the device holds that its driver could not restore, for `load_state` of one that goes on in its place.
+
+        Called while no queue runs. A class that overrides both has state, which moves with a guest.
+        """
+        return b""
+
+    def load_state(self, data: bytes) -> None:
+        """Go on from what `save_state` of another device gave. It came through hands that nobody knows.
+
+        Violation, with a name of the device's own, for what makes no sense; best before anything was changed.
+        """
 
     async def run(self) -> None:
         """A task beside the handlers, from plug to unplug; a device that overrides it is an `async` device."""
@@ -287,6 +308,12 @@ def is_async(device: Device) -> bool:
         or inspect.iscoroutinefunction(cls.handle_batch)
         or cls.run is not Device.run
     )
+
+
+def has_state(device: Device) -> bool:
+    """Whether the class says what its state is."""
+    cls = type(device)
+    return cls.save_state is not Device.save_state and cls.load_state is not Device.load_state
 
 
 def handles_batches(device: Device) -> bool:

@@ -97,28 +97,30 @@ class Pool:
 
     def _work(self, stopping: threading.Event) -> None:
         me = threading.current_thread()
+        done: tuple[int, int, bool] | None = None
         try:
             while not stopping.is_set() and len(self._threads) <= THREADS + self._stuck_count():
-                turn = self.scheduler.next()
+                turn = self.scheduler.next(done=done)
                 if turn is None:
                     return
-                actor, key = turn
-                again = False
-                self._turns[me] = time.monotonic()
-                try:
-                    callback = self.callbacks.get(key)
-                    if callback is not None:
-                        again = callback()
-                except Exception:
-                    log.exception("a turn failed")
-                finally:
-                    # An idle thread must not keep what it last served alive.
-                    callback = None
-                    self._turns.pop(me, None)
-                    self.scheduler.done(actor, key, again=again)
+                done = *turn, self._take_turn(me, turn[1])
+            if done is not None:
+                self.scheduler.done(done[0], done[1], again=done[2])
         finally:
             with self._lock:
                 self._threads.discard(me)
+
+    def _take_turn(self, me: threading.Thread, key: int) -> bool:
+        """Call back; whether the key wants another turn."""
+        self._turns[me] = time.monotonic()
+        try:
+            callback = self.callbacks.get(key)
+            return callback() if callback is not None else False
+        except Exception:
+            log.exception("a turn failed")
+            return False
+        finally:
+            self._turns.pop(me, None)
 
     def _stuck_count(self) -> int:
         return sum(self._stuck(thread) for thread in list(self._turns))

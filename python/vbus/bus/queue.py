@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vbus import _core
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from vbus.bus.slot import Slot
 
 Request = _core.Request
+Sequence.register(_core.Batch)
 
 MAX_QUEUE_SIZE = 32768
 
@@ -96,6 +98,26 @@ class Queue:
         if gate is not None and not self.pull:
             gate.charge(len(requests), sum(request.readable + request.writable for request in requests))
         return requests
+
+    def serve(self, handler: Callable[..., object], batch: bool, limit: int) -> bool:
+        """Let `handler` answer requests in a turn of the device, `limit` at most; True when there were some.
+
+        Those that were taken before come first. A violation, of the driver or of the handler, is raised, and so is
+        whatever else the handler raises: it ends the turn.
+        """
+        slot = self._slot
+        if slot is None:
+            return False
+        priority = slot.queue_priorities[self.index]
+        # Who holds a key of the highest priority makes room for nobody.
+        urgent = (slot.actor.pool.scheduler, slot.actor.id, priority) if priority and not batch else None
+        if slot.gate.is_open:
+            return self.core.serve(handler, self, limit, batch=batch, urgent=urgent)
+        limit = slot.admit(self, limit) if limit else 0
+        try:
+            return self.core.serve(handler, self, limit, batch=batch, charge=slot.gate.charge, urgent=urgent)
+        finally:
+            slot.completed()
 
     async def get(self) -> Request:
         """The next buffer of a pull queue, as soon as there is one."""

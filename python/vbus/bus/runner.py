@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -36,8 +35,7 @@ class SyncRunner:
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
-        self._taken: dict[int, deque[Request]] = {queue.index: deque() for queue in slot.queues}
-        """Requests that are off the ring and wait for a turn, because something more urgent came between."""
+        self._batch = handles_batches(slot.device)
 
     def turn(self, queue: Queue, *, finish: bool = False) -> bool:
         """Handle what the queue holds, within the budget; True when there may be more.
@@ -49,46 +47,31 @@ class SyncRunner:
             queue.wake()
             self.hook(device.available, queue, of=queue)
             return False
-        taken = self._taken[queue.index]
-        if not taken and not finish:
-            taken.extend(queue.take_batch(BUDGET))
-        if not taken:
-            return False
-        if handles_batches(device):
-            requests = list(taken)
-            taken.clear()
-        else:
-            requests = []
-        return self._serve(queue, requests, taken)
+        try:
+            return queue.serve(
+                device.handle_batch if self._batch else device.handle, self._batch, 0 if finish else BUDGET
+            )
+        except Violation as violation:
+            self.slot.violated(violation, queue)
+        except Exception as error:
+            self.slot.failed(error, queue)
+        return False
 
     def serve(self, queue: Queue, requests: Sequence[Request]) -> None:
         """Handle requests that somebody else took off the ring."""
-        if handles_batches(self.slot.device):
-            self._serve(queue, requests, deque())
-        else:
-            self._serve(queue, [], deque(requests))
-
-    def _serve(self, queue: Queue, requests: Sequence[Request], taken: deque[Request]) -> bool:
-        """Handle requests as one batch, or what was taken one by one."""
         device: Device = self.slot.device
         try:
-            if requests:
+            if self._batch:
                 device.handle_batch(queue, requests)
                 queue.complete(*requests)
             else:
-                while taken:
-                    request = taken.popleft()
+                for request in requests:
                     device.handle(queue, request)
                     queue.complete(request)
-                    if taken and self.slot.is_something_more_urgent(queue):
-                        break
         except Violation as violation:
             self.slot.violated(violation, queue)
-            return False
         except Exception as error:
             self.slot.failed(error, queue)
-            return False
-        return True
 
     def hook(self, hook: Callable[..., Any], *args: Any, of: Queue | None = None) -> None:
         """Call one of the device's hooks; what it raises is the device's failure, on the queue that it is about."""
@@ -109,10 +92,7 @@ class SyncRunner:
         self.slot.adopt(self.slot.device.engines())
 
     def cancel(self, queue: Queue | None = None) -> None:
-        """Forget what was taken and not begun, of one queue or of all: its ring is stopped."""
-        for index, taken in self._taken.items():
-            if queue is None or queue.index == index:
-                taken.clear()
+        """Nothing is under way: a ring that stops forgets what was taken and not begun."""
 
     def stop(self) -> None:
         """Nothing of a plain device outlives its turns."""

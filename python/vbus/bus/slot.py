@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from vbus import _core
-from vbus.bus.device import Device, is_async
+from vbus.bus.device import Device, has_state, is_async
 from vbus.bus.limits import DEVICE_LIMITS, Account, Gate
 from vbus.bus.pool import Actor
 from vbus.bus.queue import Queue
@@ -74,7 +74,8 @@ class Ring:
 
     `desc`, `driver`, `device`: descriptor table, available and used ring, or what a packed ring has instead. `resume`:
     where to go on in a ring that was in use before, as the core's `next` says it. `inflight`: the mapping, and the
-    offset in it, where requests under way are kept for a successor of this process; not of a packed ring.
+    offset in it, where requests under way are kept for a successor of this process; not of a packed ring. `paused`:
+    nothing is taken off it until `pause_queue` says so.
     """
 
     size: int = 0
@@ -83,6 +84,7 @@ class Ring:
     device: int = 0
     resume: int | None = None
     inflight: tuple[_core.Mapping, int] | None = None
+    paused: bool = False
 
 
 class Attachment(ABC):
@@ -501,6 +503,41 @@ class Slot:
         if owner is not None and self.status & Status.DRIVER_OK:
             owner.config_changed(self)
 
+    # What a driver cannot restore, for another device that goes on in place of this one.
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the device says what its state is."""
+        return has_state(self.device)
+
+    def save_state(self, attachment: Attachment, done: Callable[[bytes | None], None]) -> None:
+        """Ask the device for its state, in a turn of it; `done` gets None when it failed, or is another driver's."""
+
+        def save() -> None:
+            said: list[bytes] = []
+            if self.owner in (None, attachment):
+                self.runner.hook(lambda: said.append(bytes(self.device.save_state())))
+            done(said[0] if said else None)
+
+        self.actor.post(save)
+
+    def load_state(self, attachment: Attachment, data: bytes, done: Callable[[bool], None]) -> None:
+        """Give the device a state, in a turn of it; `done` tells whether it took it."""
+
+        def load() -> None:
+            taken: list[bool] = []
+
+            def take() -> None:
+                self.device.load_state(data)
+                taken.append(True)
+
+            if self.owner in (None, attachment):
+                # What it raises is a violation or a failure of this device, as in any hook.
+                self.runner.hook(take)
+            done(bool(taken))
+
+        self.actor.post(load)
+
     # Status (section 2.1).
 
     def _check_owner(self, attachment: Attachment) -> None:
@@ -570,6 +607,7 @@ class Slot:
             self.mark(self.queues[index])
 
     def _start_ring(self, owner: Attachment, queue: Queue, ring: Ring) -> None:
+        queue.paused = ring.paused
         try:
             queue.core.start(
                 owner.memory,
@@ -637,12 +675,19 @@ class Slot:
 
         self.actor.post(start)
 
-    def pause_queue(self, queue: Queue, paused: bool) -> None:
-        """Take nothing more off the ring, or go on and look at it. What was taken is handled."""
+    def pause_queue(self, attachment: Attachment, queue: Queue, paused: bool) -> None:
+        """Take nothing more off the ring, or go on and look at it. What was taken is handled.
+
+        Nothing, from who does not drive the device.
+        """
+        if self.owner is not attachment:
+            return
         if paused:
             queue.paused = True
 
         def change() -> None:
+            if self.owner is not attachment:
+                return
             with self._engines_hold():
                 queue.paused = paused
                 self._tell_queues()
@@ -654,20 +699,29 @@ class Slot:
         if self.status & Status.DRIVER_OK:
             self.runner.hook(self.device.queues_changed)
 
-    def stop_queue(self, index: int, done: Callable[[int | None], None]) -> None:
+    def stop_queue(self, attachment: Attachment, index: int, done: Callable[[int | None], None]) -> None:
         """Stop one queue; `done` gets where its ring may be gone on with, as soon as nothing is in flight any more.
 
-        None when it did not run. Buffers that a device keeps of a pull queue for longer than five seconds are given
-        back to the ring: they come again when it is started there. (If the device has given others back before them,
-        that cannot be told, and its driver does not see them again before it resets the queue.)
+        None when it did not run for this driver. Buffers of a pull queue that the device lets go of (`queue_stopping`),
+        or keeps for longer than five seconds, are given back to the ring: they come again when it is started there. (If
+        the device has given others back before them, that cannot be told, and its driver does not see them again before
+        it resets the queue.)
         """
         queue = self.queue_at(index)
-        queue.paused = True
+        if self.owner is attachment:
+            queue.paused = True
         deadline = time.monotonic() + PULLED_SECONDS
 
         def look() -> bool:
+            if self.owner is not attachment:
+                # It never was its driver's, or is no more: the ring that runs now is another's.
+                self.actor.drop_key(key)
+                done(None)
+                return False
+            # Anew each time: its driver may have let it go on just before, and that takes effect in a turn, too.
+            queue.paused = True
+            kept = queue.pull and queue.core.running and self._lets_go(queue, late=time.monotonic() > deadline)
             held = queue.core.in_flight
-            kept = queue.pull and time.monotonic() > deadline
             if held and queue.core.running and not kept:
                 self.mark(queue)
                 self.actor.mark_later(key, STOP_LOOK)
@@ -684,6 +738,12 @@ class Slot:
 
         key = self.actor.key(look, 0)
         self.actor.mark(key)
+
+    def _lets_go(self, queue: Queue, *, late: bool) -> bool:
+        """Ask the device for what it has taken of a pull queue that stops: whether nothing of that is used any more."""
+        answers: list[bool] = []
+        self.runner.hook(lambda: answers.append(self.device.queue_stopping(queue)), of=queue)
+        return late or answers == [True]
 
     def reset_queue(self, attachment: Attachment, index: int, done: Callable[[], None]) -> None:
         """Reset one queue (section 2.6.1): its driver gets nothing back of what is in flight, and may set it up anew.

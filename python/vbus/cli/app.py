@@ -23,15 +23,22 @@ VERBS = {
     "plug": "change",
     "unplug": "change",
     "set": "change",
+    "qemu-args": "machines",
+    "libvirt-xml": "machines",
     "channel": "channel",
     "driver": "driver",
+    "guest": "guest",
     "doctor": "doctor",
     "demo": "demo",
     "bench": "bench",
     "completion": "completion",
 }
-"""Each verb, and the module that has a command of this name."""
+"""Each verb, and the module that has a command of this name, with underscores for dashes."""
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+
+def _name(verb: str) -> str:
+    return f"{verb.replace('-', '_')}_command"
 
 
 @dataclass
@@ -39,6 +46,8 @@ class Settings:
     """What the options before the verb say."""
 
     debug: bool = False
+    command: list[str] | None = None
+    """What stood behind `--`, for a verb that runs it."""
 
 
 class Verbs(click.Group):
@@ -52,7 +61,7 @@ class Verbs(click.Group):
         """The command of this verb."""
         if cmd_name not in VERBS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"vbus.cli.{VERBS[cmd_name]}"), f"{cmd_name}_command")
+        command: click.Command = getattr(importlib.import_module(f"vbus.cli.{VERBS[cmd_name]}"), _name(cmd_name))
         return command
 
     def resolve_command(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vbus.cli import output
 from vbus.errors import UsageError
+from vbus.hints import did_you_mean
+
+if TYPE_CHECKING:
+    from vbus.bench.measurement import AnyMeasurement
+    from vbus.bench.tables import Table
 
 Row = dict[str, Any]
 QUIET_SECONDS = 2.0
@@ -22,60 +29,173 @@ LINE_SECONDS = 10.0
 """Between lines of progress where they cannot be written over each other."""
 
 
-@click.group("bench", short_help="Measure vbus on this machine.")
+@dataclass(frozen=True)
+class About:
+    """A measurement, for whoever asks for help: it is loaded only when it is run."""
+
+    short: str
+    long: str
+    has_peer: bool = False
+
+
+ABOUT = {
+    "python": About(
+        "Devices in Python, against bare calls of Python from native code.",
+        """Measure a device in Python that does nothing, against bare calls of the same handler from native code.
+
+        One request at a time (`handle`), and 64 at once (`handle_batch`), which the device looks at or not.
+        """,
+    ),
+    "signal": About(
+        "Doorbells, CPU time and latency: tunnelled against direct signals.",
+        """Measure doorbells and CPU time a request, and latency: tunnelled signals against direct ones.
+
+        With 1, 4 and 16 devices under load, and with requests that come now and then; EVENT_IDX off and on; and an
+        urgent request on an idle bus and beside bulk load. It takes about five minutes. Where tunnelled signals cost
+        throughput or latency, a comparison "does not count".
+        """,
+    ),
+}
+"""In the order in which `all` measures them."""
+QUIETLY = "The machine should do nothing else meanwhile."
+
+
+class Measurements(click.Group):
+    """A verb for each measurement, and those for all of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The measurements first."""
+        return [*ABOUT, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command that measures this."""
+        if cmd_name in ABOUT:
+            return _command([cmd_name], cmd_name, ABOUT[cmd_name])
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, but what cannot be measured is answered with the nearest."""
+        known = self.list_commands(ctx)
+        if not args[0].startswith("-") and args[0] not in known and not ctx.resilient_parsing:
+            raise click.UsageError(f"there is no measurement {args[0]!r}: {did_you_mean(args[0], known)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group("bench", cls=Measurements, short_help="Measure vbus on this machine.")
 def bench_command() -> None:
-    """Measure vbus on this machine."""
+    """Measure vbus on this machine: one thing at a time, both sides in one run, medians of alternating rounds."""
 
 
-@bench_command.command("signal", short_help="Doorbells, CPU time and latency: tunnelled against direct signals.")
-@click.option("--quick", is_flag=True, help="A few requests in one round: whether it works, no figures to believe.")
-@click.option("--rounds", type=click.IntRange(min=1), help="How often everything is measured.  [default: 5]")
-@click.option(
-    "--output",
-    "folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Write signal.json and signal.svg there.",
+def _command(names: Sequence[str], name: str, about: About) -> click.Command:
+    """The command that measures these."""
+
+    def run(plot: Path | None = None, peer: bool = False, **options: Any) -> None:
+        _measure(names, plot=plot, peer=peer, **options)
+
+    path = click.Path(dir_okay=False, path_type=Path)
+    params: list[click.Parameter] = [
+        click.Option(["--quick"], is_flag=True, help="A little, once: whether it works, no figures to believe."),
+        click.Option(["--rounds"], type=click.IntRange(min=1), help="How often everything is measured.  [default: 5]"),
+        click.Option(
+            ["--json", "json_file"],
+            is_flag=False,
+            flag_value="-",
+            metavar="[FILE]",
+            help="Write an array of objects to FILE, or print it in place of tables.",
+        ),
+        click.Option(["--plot"], type=path, metavar="FILE", help="Write a picture (SVG)."),
+        click.Option(
+            ["--output", "folder"],
+            type=click.Path(file_okay=False, path_type=Path),
+            metavar="DIR",
+            help="Write NAME.json and NAME.svg there.",
+        ),
+    ]
+    if len(names) > 1:
+        params = [param for param in params if param.name != "plot"]
+    if about.has_peer:
+        params.append(click.Option(["--peer"], is_flag=True, help="Other people's programs beside it, in one run."))
+    words = f"{inspect.cleandoc(about.long)}\n\n{QUIETLY}"
+    return click.Command(name, params=params, callback=run, help=words, short_help=about.short)
+
+
+bench_command.add_command(
+    _command(list(ABOUT), "all", About("All of them, one after the other.", "Measure everything, one after the other."))
 )
-@output.json_option
-def signal_command(quick: bool, rounds: int | None, folder: Path | None, as_json: bool) -> None:
-    """Measure doorbells and CPU time a request, and latency: tunnelled signals against direct ones.
 
-    With 1, 4 and 16 devices under load, and with requests that come now and then; EVENT_IDX off and on; and an urgent
-    request on an idle bus and beside bulk load. It takes about five minutes; the machine should do nothing else. Where
-    tunnelled signals cost throughput or latency, a comparison "does not count". --json and signal.json have every
-    round's values.
-    """
-    from dataclasses import replace
 
-    from vbus.bench import plot, signal
+@bench_command.command("report", short_help="The page of benchmarks, from what was written with --output.")
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, exists=True, path_type=Path))
+@click.option(
+    "--output", "target", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write it there."
+)
+def report_command(folder: Path, target: Path | None) -> None:
+    """Print the page of benchmarks: Markdown, with words, tables and pictures, from what is in DIR."""
+    from vbus.bench import report
 
+    page = report.page(folder)
+    if target is None:
+        click.echo(page, nl=False)
+    else:
+        target.write_text(page)
+
+
+def _measure(
+    names: Sequence[str],
+    *,
+    quick: bool,
+    rounds: int | None,
+    json_file: str | None,
+    plot: Path | None,
+    folder: Path | None,
+    peer: bool,
+) -> None:
+    from vbus.bench import harness
+
+    for target in (Path(json_file) if json_file not in (None, "-") else None, plot):
+        if target is not None and not os.access(target.parent, os.W_OK | os.X_OK):
+            raise UsageError(f"{target}: its folder is not there, or not writable")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"{folder}: not writable")
-    plan = signal.quick_plan(rounds or 1) if quick else replace(signal.Plan(), rounds=rounds or signal.Plan.rounds)
-    progress = Progress()
-    try:
-        result = signal.run(plan, progress.say)
-    finally:
-        progress.end()
-    if folder is not None:
-        (folder / "signal.json").write_text(json.dumps([result], indent=2, ensure_ascii=False) + "\n")
-        (folder / "signal.svg").write_text(plot.draw(result))
-    if as_json:
-        output.print_json([result])
-    else:
-        _print_result(result)
-    if result["load_average"]["before"] > result["machine"]["cpus"] / 2:
-        busy = result["load_average"]["before"]
+    results = []
+    for name in names:
+        measurement = harness.load(name)
+        plan = harness.plan_of(measurement, quick=quick, rounds=rounds, peer=peer)
+        progress = Progress(f"{name} " if len(names) > 1 else "")
+        try:
+            result = harness.run(measurement, plan, progress.say)
+        finally:
+            progress.end()
+        results.append(result)
+        if folder is not None:
+            (folder / f"{name}.json").write_text(_json([result]))
+            (folder / f"{name}.svg").write_text(measurement.draw(result))
+        if plot is not None:
+            plot.write_text(measurement.draw(result))
+        if json_file is None:
+            _print_result(measurement, result)
+    if json_file == "-":
+        output.print_json(results)
+    elif json_file is not None:
+        Path(json_file).write_text(_json(results))
+    busy = max(result["load_average"]["before"] for result in results[:1])
+    if busy > results[0]["machine"]["cpus"] / 2:
         click.echo(f"the machine was busy before (load average {busy:g}): expect more spread", err=True)
+
+
+def _json(results: list[Row]) -> str:
+    return json.dumps(results, indent=2, ensure_ascii=False) + "\n"
 
 
 class Progress:
     """Says on standard error how far a long measurement is."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: str = "") -> None:
+        self._before = before
         self._stream = sys.stderr
         self._over = self._stream.isatty()
         self._next = time.monotonic() + QUIET_SECONDS
@@ -85,7 +205,7 @@ class Progress:
         """What is about to be measured, and how many before it of how many."""
         if time.monotonic() < self._next:
             return
-        text = f"{number}/{count} {what}"
+        text = f"{self._before}{number}/{count} {what}"
         if self._over:
             self._stream.write(f"\r\x1b[K{text}")
             self._stream.flush()
@@ -101,100 +221,19 @@ class Progress:
             self._stream.flush()
 
 
-# Tables.
-
-
-def _print_result(result: Row) -> None:
-    options, machine = result["options"], result["machine"]
+def _print_result(measurement: AnyMeasurement, result: Row) -> None:
+    machine = result["machine"]
+    click.echo(output.paint(measurement.title, bold=True))
     click.echo(f"{machine['cpu']}, {machine['cpus']} CPUs; {machine['kernel']}; {machine['python']}")
-    click.echo(
-        f"medians of {options['rounds']} rounds; doorbells (BELLS) and CPU microseconds a request; latency in us\n"
-    )
-    _print_aligned(
-        (
-            *("LOAD", "DEVICES", "SIGNAL", "EVENT_IDX", "REQUESTS", "REQUESTS/S"),
-            *("BELLS TO DEVICE", "TO DRIVER", "CPU OF BUS", "OF DRIVER", "P50", "P99"),
-        ),
-        [
-            [
-                *(row["load"], row["devices"], row["signal"], _on(row["event_idx"]), row["requests"]),
-                f"{row['median']['requests_per_second']:.0f}",
-                f"{row['median']['doorbells_to_device']:.3f}",
-                f"{row['median']['doorbells_to_driver']:.3f}",
-                f"{row['median']['cpu_us_bus']:.1f}",
-                f"{row['median']['cpu_us_driver']:.1f}",
-                f"{row['median']['p50_us']:.0f}",
-                f"{row['median']['p99_us']:.0f}",
-            ]
-            for row in result["rows"]
-            if row["load"] != "urgent"
-        ],
-    )
-    click.echo("\none device is asked now and then, beside others under load")
-    _print_aligned(
-        (
-            "PRIORITY",
-            "BESIDE",
-            "THEIR PRIORITY",
-            "SIGNAL",
-            "REQUESTS",
-            "P50",
-            "P99",
-            "P99 FROM",
-            "TO",
-            "THEIR REQUESTS/S",
-        ),
-        [
-            [
-                *(row["priority"], row["devices"], 7 if row["devices"] else "-", row["signal"], row["requests"]),
-                *(f"{row['median'][key]:.0f}" for key in ("p50_us", "p99_us")),
-                *(f"{value:.0f}" for value in row["spread"]["p99_us"]),
-                f"{row['median']['bulk_requests_per_second']:.0f}",
-            ]
-            for row in result["rows"]
-            if row["load"] == "urgent"
-        ],
-    )
-    click.echo("\ntunnelled / direct: median ratio, and the smallest and largest of the rounds")
-    _print_aligned(
-        ("LOAD", "DEVICES", "EVENT_IDX", "BELLS TO DEVICE", "TO DRIVER", "BOTH", "CPU", "REQUESTS/S", "P99", "VERDICT"),
-        [
-            [
-                _load(row),
-                row["devices"],
-                _on(row["event_idx"]),
-                *(_ratio(row, key) for key in ("doorbells_to_device", "doorbells_to_driver", "doorbells")),
-                *(_ratio(row, key) for key in ("cpu_us", "requests_per_second", "p99_us")),
-                "counts" if row["counts"] else f"does not count: {', '.join(row['why'])}",
-            ]
-            for row in result["comparisons"]
-        ],
-    )
+    for peer in result["peers"]:
+        click.echo(f"beside {peer['program']} {peer['version']}")
+    for table in measurement.tables(result):
+        _print_table(table)
+    click.echo()
 
 
-def _load(row: Row) -> str:
-    return f"urgent, priority {row['priority']}" if row["load"] == "urgent" else str(row["load"])
-
-
-def _on(event_idx: bool) -> str:
-    return "on" if event_idx else "off"
-
-
-def _ratio(row: Row, key: str) -> str:
-    ratio = row["ratios"].get(key)
-    if ratio is None:
-        return "-"
-    low, high = row["spread"][key]
-    return f"{ratio:.2f} ({low:.2f}-{high:.2f})"
-
-
-def _print_aligned(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table whose cells that begin with a digit are aligned on the right, fractions too."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    columns = []
-    for heading, *column in zip(headings, *cells, strict=True):
-        width = max(map(len, (heading, *column)))
-        right = all(cell[:1].isdigit() or cell == "-" for cell in column)
-        columns.append([text.rjust(width) if right else text for text in (heading, *column)])
-    first, *others = zip(*columns, strict=True)
-    output.print_table(first, others)
+def _print_table(table: Table) -> None:
+    if table.rows:
+        headings, rows = table.aligned()
+        click.echo(f"\n{table.title}")
+        output.print_table(headings, rows)

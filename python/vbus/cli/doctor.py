@@ -9,11 +9,13 @@ import fcntl
 import importlib.util
 import os
 import platform
+import re
 import resource
 import select
 import shutil
 import socket
 import struct
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from vbus.cli import output
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 ENOUGH_FILES = 1024
+OLDEST_QEMU = 9
+"""Before, its vhost-user front-ends fail on some machines."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,20 @@ def _tool(name: str) -> Callable[[], str]:
     return look
 
 
+def _qemu() -> str:
+    program = _tool(f"qemu-system-{platform.machine().removesuffix('le')}")()
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version ((\d+)[\d.]*)", said)
+    if found is None or int(found[2]) < OLDEST_QEMU:
+        raise RuntimeError(f"{found[1] if found else 'its version'} is older than {OLDEST_QEMU}")
+    return f"QEMU {found[1]}"
+
+
+def _tap() -> str:
+    os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
+    return "/dev/net/tun"
+
+
 CHECKS = (
     Check("system", _system, "run on Linux"),
     Check("native module", _native, "build it: maturin develop --release, or install the wheel"),
@@ -159,6 +177,8 @@ CHECKS = (
     Check("open files", _files, f"allow more: ulimit -n {ENOUGH_FILES}", required=False),
     Check("TCP membership", _table, "mount /proc; without it nobody is let in over TCP", required=False),
     Check("terminals", _pty, "mount /dev/pts, or give consoles another backend", required=False),
+    Check("taps", _tap, "modprobe tun; networks have other backends, too", required=False),
+    Check("guests", _qemu, f"install QEMU {OLDEST_QEMU} or newer, to give devices to guests", required=False),
     Check("mkfs.ext4", _tool("mkfs.ext4"), "apt-get install e2fsprogs; the demo does without", required=False),
     Check("e2fsck", _tool("e2fsck"), "apt-get install e2fsprogs; the demo does without", required=False),
 )

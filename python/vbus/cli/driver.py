@@ -8,10 +8,8 @@ import os
 import select
 import signal
 import sys
-import termios
 import threading
 import time
-import tty
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from vbus.cli import attaching, output
+from vbus.cli.terminal import LEAVE, raw_terminal
 from vbus.errors import DriverError, Error, UsageError
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 PIECE = 8 << 20
 """Bytes that are in memory at a time."""
-LEAVE = b"\x1d"
-"""Control-], which leaves a console from a terminal, as it leaves telnet and virsh."""
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -53,6 +50,7 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option("--tap", metavar="NAME", help="Make the device an interface of this network namespace.")
 @click.option("--address", "own", metavar="ADDRESS/PREFIX", help="The interface's address, such as 10.0.0.2/24.")
 @click.option("--gateway", metavar="ADDRESS", help="The interface's default route.")
+@click.option("--device-id", metavar="TYPE", help="For vhost-user: the class of the device there, or its number.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Seconds for an answer.")
 @attaching.tls_options
 @output.json_option
@@ -67,11 +65,15 @@ def driver_command(
     tap: str | None,
     own: str | None,
     gateway: str | None,
+    device_id: str | None,
     timeout: float,
     tls: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Attach to the bus at ADDRESS (PATH, process:PATH, unix:PATH, tcp:HOST:PORT, tls:HOST:PORT) and drive DEVICE.
+
+    At vhost-user:PATH is one device, of any back-end, which does not say of which class it is: write --device-id TYPE,
+    or TYPE (blk, net, rng, ...) for DEVICE, unless the other options tell.
 
     Without DEVICE: list what the bus offers. An entropy device (rng): --read. A disk (blk): --read and --write with
     --offset, --copy-to; else what it is like. A console: joined with stdin and stdout, until the device is gone or
@@ -81,15 +83,16 @@ def driver_command(
     wants = {"--read": length, "--write": source, "--copy-to": target, "--offset": offset, "--quit": quit_after}
     wants |= {"--tap": tap, "--address": own, "--gateway": gateway}
     given = [name for name, value in wants.items() if value is not None]
+    if device is None and given:
+        raise UsageError(f"{given[0]} needs a device: vbus driver ADDRESS lists them")
+    options = {"timeout": timeout, **tls, **_front_end(address, device, device_id, given)}
     if device is None:
-        if given:
-            raise UsageError(f"{given[0]} needs a device: vbus driver ADDRESS lists them")
-        _list(address, timeout, tls, as_json)
+        _list(address, options, as_json)
         return
     from vbus.proxy import attach, drivers
     from vbus.virtio import DeviceID
 
-    with attach(address, timeout=timeout, **tls) as remote:
+    with attach(address, **options) as remote:
         found = remote.device(device)
         match found.device_id:
             case DeviceID.ENTROPY if length is not None:
@@ -109,6 +112,36 @@ def driver_command(
             case _:
                 _only(given, found)
                 _print_facts(remote, found, as_json)
+
+
+OF_CLASS = {
+    "blk": ("--write", "--copy-to", "--offset"),
+    "net": ("--tap", "--address", "--gateway"),
+    "console": ("--quit",),
+}
+"""Options that only one class of device has."""
+
+
+def _front_end(address: str, device: str | None, device_id: str | None, given: list[str]) -> dict[str, Any]:
+    """What `attach` must be told of a device behind vhost-user, whose protocol does not tell its class. UsageError."""
+    if not address.startswith("vhost-user:"):
+        if device_id is not None:
+            raise UsageError("--device-id is for vhost-user:PATH: the devices of a bus say what they are")
+        return {}
+    from vbus.hints import did_you_mean
+    from vbus.virtio import DeviceID, device_type_name
+
+    classes = {device_type_name(known): int(known) for known in DeviceID}
+    if device_id is not None and device_id.isdecimal():
+        return {"device_id": int(device_id), "name": device}
+    kind = device_id if device_id is not None else device if device in classes else None
+    if kind is None:
+        kind = next((name for name, options in OF_CLASS.items() if any(option in given for option in options)), None)
+    if kind is None:
+        raise UsageError(f"{address}: say of which class the device there is, as --device-id blk")
+    if kind not in classes:
+        raise UsageError(f"--device-id {kind!r}: {did_you_mean(kind, classes)}, or write its number")
+    return {"device_id": classes[kind], "name": device}
 
 
 def _only(given: list[str], device: RemoteDevice, *allowed: str) -> None:
@@ -145,11 +178,11 @@ def _row(remote: Remote, device: RemoteDevice) -> dict[str, Any]:
     }
 
 
-def _list(address: str, timeout: float, tls: dict[str, Any], as_json: bool) -> None:
+def _list(address: str, options: dict[str, Any], as_json: bool) -> None:
     from vbus.proxy import attach
 
     rows: list[dict[str, Any]] = []
-    with attach(address, timeout=timeout, **tls) as remote:
+    with attach(address, **options) as remote:
         for device in remote:
             try:
                 rows.append(_row(remote, device))
@@ -309,7 +342,7 @@ def _join(remote: Remote, console: Console, length: int | None, quit_after: floa
             os.close(ending)
 
     receiver = threading.Thread(target=receive, name="console", daemon=True)
-    with _raw_terminal() as terminal:
+    with raw_terminal() as terminal:
         if terminal:
             click.echo(f"joined with {console.device.name}; Control-] leaves\r", err=True)
         receiver.start()
@@ -346,23 +379,6 @@ def _send(console: Console, ended: int, terminal: bool, quit_after: float | None
 
 def _readable(fd: int) -> bool:
     return bool(select.select([fd], [], [], 0)[0])
-
-
-@contextlib.contextmanager
-def _raw_terminal() -> Iterator[bool]:
-    """Give every key to the other side while stdin is a terminal; whether it is one."""
-    if not sys.stdin.isatty():
-        yield False
-        return
-    stdin = sys.stdin.fileno()
-    before = termios.tcgetattr(stdin)
-    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        tty.setraw(stdin)
-        yield True
-    finally:
-        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGTERM, old)
 
 
 # Network devices.

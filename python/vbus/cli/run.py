@@ -1,13 +1,8 @@
-"""The verb `run`: serve the buses of files, or a bus with one device, until SIGINT or SIGTERM.
-
-Everything is read and checked first, then made, then served; what fails before the last step leaves nothing behind.
-"""
+"""The verb `run`: serve the buses of files, or a bus with one device, until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -20,7 +15,7 @@ from uuid import UUID
 import click
 from click.shell_completion import CompletionItem
 
-from vbus.cli import words
+from vbus.cli import serving, words
 from vbus.cli.notify import notify
 from vbus.errors import UsageError
 
@@ -28,8 +23,6 @@ if TYPE_CHECKING:
     from vbus.bus import Bus
     from vbus.config import BusSpec, ConnectorSpec
     from vbus.options import Options
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -83,7 +76,7 @@ def run_command(
     """
     if wants_help:
         click.echo(ctx.get_help())
-        if what and not _is_file(what[0]):
+        if what and not serving.is_file(what[0]):
             click.echo(f"\n{_class_help(what[0])}")
         return
     if not what:
@@ -92,8 +85,8 @@ def run_command(
         level=logging.INFO if verbose else logging.WARNING, format="vbus: %(levelname)s: %(name)s: %(message)s"
     )
     try:
-        with _interruptible():
-            if _is_file(what[0]):
+        with serving.interruptible():
+            if serving.is_file(what[0]):
                 _check_files(ctx, what)
                 from vbus import config
 
@@ -111,15 +104,11 @@ def run_command(
         return
 
 
-def _is_file(word: str) -> bool:
-    return word.endswith(".toml")
-
-
 def _check_files(ctx: click.Context, what: tuple[str, ...]) -> None:
     for word in what:
         if word.startswith("--"):
             raise UsageError(f"no such option {word.partition('=')[0]} for a file: write it into the file as a key")
-        if not _is_file(word):
+        if not serving.is_file(word):
             raise UsageError(f"unexpected {word!r}: write files only, each ending in .toml, or one CLASS only")
     for parameter in ctx.command.params:
         source = ctx.get_parameter_source(parameter.name or "")
@@ -140,23 +129,12 @@ def _spec(
     mask: tuple[str, ...],
 ) -> BusSpec:
     from vbus import config
-    from vbus.options import OptionErrors
 
-    kind, values = what[0], words.parse(what[1:])
+    spec = serving.class_spec(what, bus_name, name=name, priority=priority, uuid=uuid, mask=mask)
     here = Path.cwd()
-    try:
-        device = config.device_spec(kind, values, here, name=name, priority=priority, uuid=uuid, mask=mask)
-    except OptionErrors as errors:
-        lines = [words.as_typed(f"options.{key}: {text}") for key, text in errors.problems]
-        raise UsageError("\n".join(f"{kind}: {line}" for line in lines)) from None
-    except UsageError as error:
-        raise UsageError(words.as_typed(str(error))) from error
-    device.name = name or device.type_name
-    connectors = [_connector(address, number, here) for number, address in enumerate(addresses)]
-    if not connectors:
-        connectors = [config.default_connector()]
-    spec = config.BusSpec(kind, bus_name or device.type_name, devices=[device], connectors=connectors)
-    config.check_names(spec)
+    spec.connectors = [_connector(address, number, here) for number, address in enumerate(addresses)]
+    if not spec.connectors:
+        spec.connectors = [config.default_connector()]
     return spec
 
 
@@ -167,6 +145,8 @@ def _connector(text: str, number: int, here: Path) -> ConnectorSpec:
 
     where = address.parse(text)
     name = config.DEFAULT_CONNECTOR + (str(number) if number else "")
+    if where.kind == "vhost-user":
+        raise UsageError(f"--listen {text}: a vhost-user connector has one device; write both into a file")
     if where.kind == "process":
         return config.ConnectorSpec(name, CONNECTORS["process"], {"socket": here / where.path})
     listen = f"unix:{here / where.path}" if where.kind == "unix" else str(where)
@@ -206,48 +186,12 @@ def _option_help(options: Options) -> Iterator[tuple[str, str]]:
 # Serving.
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Until the bus serves, a signal to stop is a KeyboardInterrupt, which takes everything down that is half made."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    old = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def _serve(specs: list[BusSpec], of_class: bool) -> None:
     """Make every bus, serve, wait, and take all of it down again."""
-    from vbus import config
-    from vbus.control.server import Control
-    from vbus.rundir import BusDirectory
-
     stopped = threading.Event()
     hung: list[str] = []
-    with contextlib.ExitStack() as stack:
-        directories = []
-        for spec in specs:
-            try:
-                directories.append(stack.enter_context(BusDirectory(spec.name)))
-            except UsageError as error:
-                raise spec.error("bus.name", error) from None
-        buses: list[Bus] = []
-        for spec in specs:
-            bus = config.make(spec)
-            stack.callback(_stop, bus, hung)
-            buses.append(bus)
-        for spec, bus, directory in zip(specs, buses, directories, strict=True):
-            try:
-                bus.start()
-            except OSError as error:
-                raise spec.error("connector", error) from None
-            stack.enter_context(Control(bus, directory))
-        for number in STOP_SIGNALS:
+    with serving.serving(specs, hung) as buses:
+        for number in serving.STOP_SIGNALS:
             signal.signal(number, lambda *_: stopped.set())
         _announce(buses, of_class)
         notify("READY=1\nSTATUS=serving " + ", ".join(bus.name for bus in buses))
@@ -255,16 +199,7 @@ def _serve(specs: list[BusSpec], of_class: bool) -> None:
         notify("STOPPING=1")
         # Somebody who is told that it is stopping and asks again means it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in hung:
-        click.echo(f"vbus: device {name} hung and was left behind", err=True)
-    if hung:
-        # Its thread would keep the interpreter from ending.
-        sys.stdout.flush()
-        os._exit(0)
-
-
-def _stop(bus: Bus, hung: list[str]) -> None:
-    hung += [f"{bus.name}/{name}" for name in bus.stop()]
+    serving.leave_behind(hung)
 
 
 def _announce(buses: list[Bus], of_class: bool) -> None:

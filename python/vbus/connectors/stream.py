@@ -65,7 +65,7 @@ class Stream(PeerHost):
         super().__init__(devices=devices)
         self._where = address.parse(listen)
         self._insecure = insecure
-        if self._where.kind == "process":
+        if self._where.kind in ("process", "vhost-user"):
             raise UsageError(f"listen {listen!r}: a stream listens on tcp:HOST:PORT, tls:HOST:PORT or unix:PATH")
         self._context: ssl.SSLContext | None = None
         if self._where.kind == "tls":

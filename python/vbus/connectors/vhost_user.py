@@ -46,6 +46,8 @@ class VhostUser(Connector):
         self.socket = Path(socket) if socket is not None else None
         self.connect = connect
         self.front_end: FrontEnd | None = None
+        self._successor: Any = None
+        """The socket of a front-end that came before the end of the last one was seen."""
         self._listener: Any = None
         self._actor: Actor | None = None
         self._departed: deque[dict[str, Any]] = deque(maxlen=HISTORY)
@@ -116,12 +118,19 @@ class VhostUser(Connector):
         label = f"{self.name}: {who if who is not None else 'unknown'}"
         slot = next((slot for slot in self.bus.slots() if slot.name == self.device_name), None)
         reason = None
+        present = self.front_end
         if who is None or not self.bus.members.admits(who):
             reason = "is not a member of this bus"
         elif slot is None:
             reason = f"there is no device {self.device_name} now"
-        elif self.front_end is not None:
-            reason = f"{self.device_name} has a front-end already, {self.front_end.label}"
+        elif present is not None and present.is_leaving and self._successor is None:
+            # Whoever closes a connection and opens another is not to be refused for having been quick.
+            self._successor = sock
+            if self.front_end is None:
+                self._succeed()
+            return
+        elif present is not None:
+            reason = f"{self.device_name} has a front-end already, {present.label}"
         if reason is not None or slot is None:
             sock.close()
             self._note(label, reason or "")
@@ -139,8 +148,17 @@ class VhostUser(Connector):
         with self._lock:
             if self.front_end is front_end:
                 self.front_end = None
+        actor = self._actor
+        if actor is not None:
+            actor.post(self._succeed)
         if self.connect and self._actor is not None and not self._actor.closed:
             self._actor.mark_later(self._connect_key, RECONNECT_SECONDS)
+
+    def _succeed(self) -> None:
+        """Let in who has waited for the last front-end to be gone."""
+        sock, self._successor = self._successor, None
+        if sock is not None:
+            self._greet(sock)
 
     def plugged(self, slot: Slot) -> None:
         """Its device arrived: a front-end may come now."""
@@ -165,6 +183,9 @@ class VhostUser(Connector):
             with contextlib.suppress(OSError):
                 assert self.socket is not None
                 self.socket.unlink()
+        if self._successor is not None:
+            self._successor.close()
+            self._successor = None
         front_end = self.front_end
         if front_end is not None:
             front_end.part("the bus stopped")
@@ -178,4 +199,5 @@ class VhostUser(Connector):
         return super().describe() | {
             "peers": [] if front_end is None else [front_end.describe()],
             "departed": list(self._departed),
+            "connects": self.connect,
         }

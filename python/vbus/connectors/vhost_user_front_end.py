@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import threading
 import time
@@ -18,10 +19,11 @@ from typing import Any, Protocol
 from vbus import _core
 from vbus.bus import Account, Actor, Attachment, Queue, RefusedError, Ring, Slot
 from vbus.bus.queue import MAX_QUEUE_SIZE
-from vbus.bus.slot import SignalCounters
+from vbus.bus.slot import InUseError, SignalCounters
 from vbus.connectors.eventfd import is_eventfd
 from vbus.connectors.vhost_user_classes import owns
 from vbus.connectors.vhost_user_memory import MAX_MEMORY_SLOTS, GuestMemory, Inflight
+from vbus.connectors.vhost_user_state import StateTransfer
 from vbus.errors import Error, Violation
 from vbus.vhost_user import codec, wire
 from vbus.vhost_user import messages as m
@@ -43,8 +45,14 @@ PROTOCOL = (
     | ProtocolFeature.LOG_SHMFD
 )
 """What every class is offered with."""
+NEEDED_IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+"""Without these the protocol has no in-band notifications."""
 PACKED_BASE = 0x8000_8000
 """Where a packed ring begins: at descriptor 0 with a wrap counter of 1, for both sides."""
+LOOK_SECONDS = 0.5
+"""How often to look whether a front-end that waits for an answer is there still."""
+REFUSED = 1
+"""The acknowledgement of what was not done."""
 
 
 class Host(Protocol):
@@ -69,8 +77,13 @@ class Vring:
         self.enabled = False
         self.started = False
         # The descriptor behind it is replaced when the front-end names another, while the ring goes on.
-        self.call = _core.Doorbell(_nobody_listens())
+        fd = _nobody_listens()
+        self.call = _core.Doorbell(fd)
+        # The bell has a duplicate.
+        os.close(fd)
         self.signal = _core.Signal.direct(self.call)
+        self.has_call = False
+        """Whether the front-end gave a descriptor for calls."""
         self.called_in_band = False
         self.err: _core.Doorbell | None = None
 
@@ -96,6 +109,7 @@ class FrontEnd(Attachment):
         self.launched = False
         self.is_parted = False
         self._inflight: Inflight | None = None
+        self._state = StateTransfer(self, self)
         self._sock = sock
         self._backend: socket.socket | None = None
         self._lock = threading.Lock()
@@ -103,6 +117,7 @@ class FrontEnd(Attachment):
         self._dirty = False
         sock.setblocking(False)
         self._reader = wire.Reader(sock)
+        self._look_key = self.actor.key(self._look, 0)
         self.actor.watch(sock.fileno(), self._readable)
 
     # Messages.
@@ -142,7 +157,7 @@ class FrontEnd(Attachment):
                     f"{message.request.name} with {len(fds)}; {row.least_fds} to {row.most_fds} belong to it",
                 )
             self._dispatch(message, left)
-        except RefusedError as error:
+        except (RefusedError, InUseError) as error:
             self.part(f"refused: {error}")
         except Violation as violation:
             self.part(str(violation))
@@ -160,9 +175,9 @@ class FrontEnd(Attachment):
             raise Violation("not-negotiated", f"{request.name} without {needed.name}")
         acknowledge = message.need_reply and bool(self.protocol & ProtocolFeature.REPLY_ACK)
 
-        def done() -> None:
+        def done(wrong: int = 0) -> None:
             if acknowledge:
-                self.answer(request, m.U64(0))
+                self.answer(request, m.U64(wrong))
 
         match request, payload:
             case Request.GET_FEATURES, _:
@@ -172,9 +187,7 @@ class FrontEnd(Attachment):
             case Request.GET_PROTOCOL_FEATURES, _:
                 self.answer(request, m.U64(int(self.offered_protocol)))
             case Request.SET_PROTOCOL_FEATURES, m.U64(value=bits):
-                if bits & ~int(self.offered_protocol):
-                    raise Violation("protocol-features", f"{bits:#x} of {int(self.offered_protocol):#x}")
-                self.protocol = ProtocolFeature(bits)
+                self._set_protocol(bits)
                 done()
             case Request.GET_QUEUE_NUM, _:
                 self.answer(request, m.U64((len(self.vrings) - self.class_.queues_own) // self.class_.queues_each))
@@ -200,7 +213,7 @@ class FrontEnd(Attachment):
                 # Front-ends ask for the whole layout of their time; what this device has not is zero.
                 self.answer(request, m.Config(offset, flags, found.ljust(len(data), b"\0")))
             case Request.SET_CONFIG, m.Config(offset=offset, data=data):
-                self._set_config(offset, data, done)
+                self._set_config(offset, data, lambda taken: done(0 if taken else REFUSED))
             case Request.SET_STATUS, m.U64(value=value):
                 self._set_status(value, done)
             case Request.GET_STATUS, _:
@@ -217,6 +230,12 @@ class FrontEnd(Attachment):
                 self._guest.set_log(dirty, fds.fds[0])
                 self._log_writes()
                 self.answer(request, m.U64(0))
+            case Request.SET_DEVICE_STATE_FD, m.DeviceState() as asked:
+                self._must_be_stopped()
+                self._state.begin(asked, self._wait_for)
+            case Request.CHECK_DEVICE_STATE, _:
+                self._must_be_stopped()
+                self._state.check(self._wait_for)
             case _:
                 self._about_queue(message, fds, done)
 
@@ -245,8 +264,9 @@ class FrontEnd(Attachment):
                 vring = self._vring(value & m.INDEX)
                 vring.kick = self._bell(value, fds)
                 vring.kicked_in_band = vring.kick is None
-                if vring.kick is not None:
-                    self.slot.attach_doorbell(vring.queue, vring.kick)
+                self._listen_to_calls(vring)
+                if vring.started:
+                    self._listen_to_kicks([vring])
                 if vring.kick is not None or not self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
                     self._start(vring, done)
                     return
@@ -260,12 +280,18 @@ class FrontEnd(Attachment):
                     raise Violation("vring-enable", f"queue {index}: {num}")
                 vring = self._vring(index)
                 vring.enabled = bool(num)
-                self.slot.pause_queue(vring.queue, not vring.enabled)
+                self.slot.pause_queue(self, vring.queue, not vring.enabled)
                 if vring.enabled and vring.started and not self.launched:
                     self._launch(done)
                     return
             case Request.VRING_KICK, m.VringState(index=index):
                 vring = self._vring(index)
+                if self.slot.owner is self:
+                    self.slot.kicks[index] += 1
+                if vring.kick is None and not vring.kicked_in_band:
+                    # Nobody needs to say that there will be no descriptor.
+                    vring.kicked_in_band = True
+                    self._listen_to_calls(vring)
                 if not vring.started:
                     self._start(vring, done)
                     return
@@ -292,6 +318,7 @@ class FrontEnd(Attachment):
         """Read no more until the callback that this makes is called, from any thread: its effect comes first."""
         self._waiting = True
         self.actor.unwatch(self._sock.fileno())
+        self.actor.mark_later(self._look_key, LOOK_SECONDS)
 
         def then(callback: Callable[[], None]) -> Callable[[], None]:
             def resume() -> None:
@@ -305,6 +332,27 @@ class FrontEnd(Attachment):
             return lambda: self.actor.post(resume)
 
         return then
+
+    def _wait_for(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """What to call, from any thread, when a message has had its effect, which `callback` then answers."""
+        return self._wait()(callback)
+
+    def _look(self) -> bool:
+        """Whoever waits for what never comes (a request that is not ended) may go all the same."""
+        if self._waiting and not self.is_parted:
+            poll = select.poll()
+            # Not its own end alone: it may read its last answer.
+            poll.register(self._sock, 0)
+            if poll.poll(0):
+                self.part("it closed the connection")
+            else:
+                self.actor.mark_later(self._look_key, LOOK_SECONDS)
+        return False
+
+    def _must_be_stopped(self) -> None:
+        running = [vring.queue.name for vring in self.vrings if vring.started]
+        if running:
+            raise Violation("device-state-running", f"queues run: {', '.join(running)}")
 
     # Features and status.
 
@@ -323,7 +371,20 @@ class FrontEnd(Attachment):
     @property
     def offered_protocol(self) -> ProtocolFeature:
         """The protocol features of this class of device."""
-        return PROTOCOL | (ProtocolFeature.CONFIG if self.class_.config else ProtocolFeature(0))
+        offered = PROTOCOL
+        if self.class_.config:
+            offered |= ProtocolFeature.CONFIG
+        if self.slot.has_state:
+            offered |= ProtocolFeature.DEVICE_STATE
+        return offered
+
+    def _set_protocol(self, bits: int) -> None:
+        if bits & ~int(self.offered_protocol):
+            raise Violation("protocol-features", f"{bits:#x} of {int(self.offered_protocol):#x}")
+        protocol = ProtocolFeature(bits)
+        if protocol & ProtocolFeature.INBAND_NOTIFICATIONS and NEEDED_IN_BAND & ~protocol:
+            raise Violation("protocol-features", "in-band notifications without BACKEND_REQ and REPLY_ACK")
+        self.protocol = protocol
 
     def _set_features(self, bits: int, done: Callable[[], None]) -> None:
         if bits & ~self.offered:
@@ -395,12 +456,14 @@ class FrontEnd(Attachment):
 
     # Config space.
 
-    def _set_config(self, offset: int, data: bytes, done: Callable[[], None]) -> None:
-        resumed = self._wait()(done)
+    def _set_config(self, offset: int, data: bytes, done: Callable[[bool], None]) -> None:
+        answers: list[bool] = []
+        resumed = self._wait()(lambda: done(answers[0]))
 
         def written(taken: bool) -> None:
             if not taken:
                 log.debug("%s: %d bytes of config space at %d were refused", self.label, len(data), offset)
+            answers.append(taken)
             resumed()
 
         self.slot.write_config(self, None, offset, data, written)
@@ -454,10 +517,9 @@ class FrontEnd(Attachment):
             os.close(fd)
 
     def _set_call(self, vring: Vring, value: int, fds: _Descriptors) -> None:
-        in_band = bool(value & m.NO_FD and self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS)
-        if vring.called_in_band:
-            self.actor.unwatch(vring.call.fileno())
-        vring.called_in_band = in_band
+        # Before the descriptor behind it is another.
+        self._unlisten(vring)
+        vring.has_call = not value & m.NO_FD
         fd = _nobody_listens() if value & m.NO_FD else fds.take()
         try:
             if not is_eventfd(fd):
@@ -465,23 +527,47 @@ class FrontEnd(Attachment):
             os.dup2(fd, vring.call.fileno(), inheritable=False)
         finally:
             os.close(fd)
-        if in_band:
-            self.actor.watch(vring.call.fileno(), lambda: self._call_in_band(vring))
+        self._listen_to_calls(vring)
         if vring.started:
             # What was rung on the descriptor before may have been heard by nobody: QEMU enables a queue with one that
             # it throws away, and names the right one then.
             vring.call.ring()
 
+    def _speaks_in_band(self, vring: Vring) -> bool:
+        """Whether its front-end is told in messages about a queue: where it says itself that it kicks so.
+
+        QEMU accepts every protocol feature that it has a number for. It does not know these messages, and closes the
+        backend channel at the first.
+        """
+        return bool(self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS) and vring.kicked_in_band
+
+    def _listen_to_calls(self, vring: Vring) -> None:
+        """Hear calls here, to tell them in messages, or do so no more."""
+        in_band = self._speaks_in_band(vring) and not vring.has_call
+        if in_band and not vring.called_in_band:
+            self.actor.watch(vring.call.fileno(), lambda: self._call_in_band(vring))
+            vring.called_in_band = True
+        elif not in_band:
+            self._unlisten(vring)
+
+    def _unlisten(self, vring: Vring) -> None:
+        if vring.called_in_band:
+            self.actor.unwatch(vring.call.fileno())
+            vring.called_in_band = False
+
     def _call_in_band(self, vring: Vring) -> None:
         """The core rang, and nobody else hears it: say so on the backend channel."""
         vring.call.drain()
+        self._say_in_band(BackendRequest.VRING_CALL, vring)
+
+    def _say_in_band(self, request: BackendRequest, vring: Vring) -> None:
         if self._backend is None or self.is_parted:
             return
         try:
-            wire.send(self._backend, codec.encode(BackendRequest.VRING_CALL, m.VringState(vring.queue.index, 0)))
+            wire.send(self._backend, codec.encode(request, m.VringState(vring.queue.index, 0)), wait=False)
         except OSError as error:
             # A call that is lost is a driver that waits for ever.
-            self.part(f"its queues' calls cannot be sent: {error.strerror}")
+            self.part(f"its queues' {request.name} cannot be sent: {error.strerror}")
 
     def _is_enabled(self, vring: Vring) -> bool:
         """Without protocol features there is no word for it: every queue is."""
@@ -503,8 +589,14 @@ class FrontEnd(Attachment):
         else:
             done()
 
-    @staticmethod
-    def _called(vrings: list[Vring], done: Callable[[], None]) -> Callable[[], None]:
+    def _listen_to_kicks(self, vrings: list[Vring]) -> None:
+        """Hear the kicks of rings that run: until then, a device's doorbells may be those of another driver."""
+        if self.slot.owner is self:
+            for vring in vrings:
+                if vring.kick is not None:
+                    self.slot.attach_doorbell(vring.queue, vring.kick)
+
+    def _called(self, vrings: list[Vring], done: Callable[[], None]) -> Callable[[], None]:
         """Call once for each ring, now that it runs: whoever served it before may have died before it could.
 
         A driver that is called in vain looks, and waits again. One that is not called waits for ever: with EVENT_IDX
@@ -512,6 +604,7 @@ class FrontEnd(Attachment):
         """
 
         def called() -> None:
+            self._listen_to_kicks(vrings)
             for vring in vrings:
                 vring.call.ring()
             done()
@@ -523,7 +616,6 @@ class FrontEnd(Attachment):
         addr = vring.addr
         assert addr is not None
         index = vring.queue.index
-        vring.queue.paused = not self._is_enabled(vring)
         return Ring(
             vring.size,
             self._guest.guest_address(f"queue {index}: descriptors", addr.desc),
@@ -531,6 +623,7 @@ class FrontEnd(Attachment):
             self._guest.guest_address(f"queue {index}: used ring", addr.used),
             vring.base,
             self._inflight.of(index, vring.size) if self._inflight is not None and not self._is_packed else None,
+            paused=not self._is_enabled(vring),
         )
 
     def _stop(self, index: int) -> None:
@@ -543,7 +636,8 @@ class FrontEnd(Attachment):
             vring.started = False
             end = ended[0] if ended[0] is not None else base
             vring.base = None
-            self.slot.detach_doorbell(vring.queue)
+            if self.slot.owner is self:
+                self.slot.detach_doorbell(vring.queue)
             vring.kick = None
             self.answer(Request.GET_VRING_BASE, m.VringState(index, end))
 
@@ -553,7 +647,7 @@ class FrontEnd(Attachment):
             ended.append(end)
             resumed()
 
-        self.slot.stop_queue(index, stop)
+        self.slot.stop_queue(self, index, stop)
 
     # What the slot says.
 
@@ -579,7 +673,7 @@ class FrontEnd(Attachment):
         if self._backend is None or not self.protocol & ProtocolFeature.CONFIG:
             return
         try:
-            wire.send(self._backend, codec.encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty()))
+            wire.send(self._backend, codec.encode(BackendRequest.CONFIG_CHANGE_MSG, m.Empty()), wait=False)
         except OSError as error:
             log.warning("%s: a change of config space could not be told: %s", self.label, error.strerror)
 
@@ -600,10 +694,12 @@ class FrontEnd(Attachment):
         return None if forwarded is None or field in forwarded else self.class_.why
 
     def queue_failed(self, slot: Slot, queue: Queue) -> None:
-        """Say it on the queue's error descriptor."""
-        err = self.vrings[queue.index].err
-        if err is not None:
-            err.ring()
+        """Say it on the queue's error descriptor, or in-band."""
+        vring = self.vrings[queue.index]
+        if vring.err is not None:
+            vring.err.ring()
+        elif self._speaks_in_band(vring):
+            self.actor.post(lambda: self._say_in_band(BackendRequest.VRING_ERR, vring))
 
     def slot_reset(self, slot: Slot) -> None:
         """Nothing of a reset is left behind: rings are forgotten where it was asked for."""
@@ -631,12 +727,27 @@ class FrontEnd(Attachment):
         if self._backend is not None:
             self._backend.close()
         for vring in self.vrings:
-            if vring.called_in_band:
-                self.actor.unwatch(vring.call.fileno())
+            self._unlisten(vring)
+        self._state.close()
+        # It refers to this: doorbells would stay open until cycles are looked for.
+        del self._state
         self._guest.clear()
         self._inflight = None
         self.host.parted(self, reason)
         self.actor.close()
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it has gone, or closed its end, even if its last words have not been read yet. From any thread."""
+        if self.is_parted:
+            return True
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):
+            # Closed since.
+            return True
 
     def describe(self) -> dict[str, Any]:
         """The front-end's row in a listing."""
@@ -676,6 +787,8 @@ NEEDS: dict[Request, ProtocolFeature] = {
     Request.REM_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
     Request.SET_STATUS: ProtocolFeature.STATUS,
     Request.GET_STATUS: ProtocolFeature.STATUS,
+    Request.SET_DEVICE_STATE_FD: ProtocolFeature.DEVICE_STATE,
+    Request.CHECK_DEVICE_STATE: ProtocolFeature.DEVICE_STATE,
 }
 """Requests that only a protocol feature allows."""
 

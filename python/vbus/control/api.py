@@ -84,9 +84,7 @@ def _bus(call: Call) -> dict[str, Any]:
 
 def _plug(call: Call) -> dict[str, Any]:
     bus, plug = call.bus, call.body
-    directory = Path(plug.directory) if plug.directory is not None else Path.cwd()
-    if not directory.is_absolute():
-        raise UsageError(f"directory {plug.directory!r}: write an absolute path")
+    directory = _directory(plug.directory)
     try:
         spec = config.device_spec(
             plug.type,
@@ -102,6 +100,14 @@ def _plug(call: Call) -> dict[str, Any]:
     config.check_carried(bus, plug.name)
     device = spec.plug(bus)
     return _row(bus, device.name)
+
+
+def _directory(text: str | None) -> Path:
+    """Where relative paths of a request begin. UsageError."""
+    directory = Path(text) if text is not None else Path.cwd()
+    if not directory.is_absolute():
+        raise UsageError(f"directory {text!r}: write an absolute path")
+    return directory
 
 
 def _row(bus: Bus, name: str) -> dict[str, Any]:
@@ -166,6 +172,27 @@ def _say(call: Call) -> dict[str, Any]:
     if len(data) > MAX_EVENT:
         raise UsageError(f"an event of {len(data)} bytes; {MAX_EVENT} are the most")
     return {"bus": call.bus.name, "channel": channel.name, "drivers": channel.send(data)}
+
+
+def _connect(call: Call) -> dict[str, Any]:
+    bus, wanted = call.bus, call.body
+    try:
+        spec = config.connector_spec(wanted.type, wanted.options, _directory(wanted.directory), name=wanted.name)
+        connector = spec.bind(bus)
+    except OptionErrors as errors:
+        raise UsageError("; ".join(f"options.{key}: {text}" for key, text in errors.problems)) from None
+    except OSError as error:
+        raise UsageError(f"the connector cannot be had: {error.strerror or error}") from None
+    for row in bus.describe_connectors():
+        if row["name"] == connector.name:
+            return row
+    raise Error(f"connector {connector.name!r} was taken away again already")
+
+
+def _disconnect(call: Call) -> dict[str, Any]:
+    name = call.path["name"]
+    call.bus.disconnect(name)
+    return {"bus": call.bus.name, "name": name}
 
 
 def _stat(call: Call) -> list[dict[str, Any]]:
@@ -257,6 +284,24 @@ ENDPOINTS = (
         "Every connector, its drivers, and why others went.",
         lambda call: call.bus.describe_connectors(),
         list[models.ConnectorRow],
+    ),
+    Endpoint(
+        "POST",
+        "/v1/connectors",
+        "connect",
+        "Make a connector, and let drivers come through it.",
+        _connect,
+        models.ConnectorRow,
+        body=models.Connect,
+        status=201,
+    ),
+    Endpoint(
+        "DELETE",
+        "/v1/connectors/{name}",
+        "disconnect",
+        "Part from a connector and its drivers.",
+        _disconnect,
+        models.Disconnected,
     ),
 )
 

@@ -117,6 +117,15 @@ class BusClient:
         rows: list[Row] = self.request("GET", "/v1/connectors")
         return rows
 
+    def connect(self, kind: str, name: str | None = None, **rest: Any) -> Row:
+        """Make a connector; its row. `rest`: options, directory."""
+        row: Row = self.request("POST", "/v1/connectors", {"type": kind, "name": name, **rest})
+        return row
+
+    def disconnect(self, connector: str) -> None:
+        """Take a connector away."""
+        self.request("DELETE", f"/v1/connectors/{quote(connector, safe='')}")
+
     def channels(self) -> list[Row]:
         """One row a channel."""
         rows: list[Row] = self.request("GET", "/v1/channels")

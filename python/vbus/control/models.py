@@ -209,6 +209,23 @@ class ConnectorRow(Model):
     devices: list[str] | None = Field(description="The devices that it carries; null for all.")
     peers: list[PeerRow]
     departed: list[DepartedRow] = Field(description="The latest that went, oldest first.")
+    connects: bool = Field(description="Whether the other side listens at the address, and the bus goes there.")
+
+
+class Connect(Model):
+    """A connector to make."""
+
+    type: str = Field(description="process, stream or vhost-user.")
+    name: str | None = Field(None, description="By default: the type, and a number where that is taken.")
+    options: dict[str, Any] = Field({}, description="Its keys in a file; text is converted.")
+    directory: str | None = Field(None, description="Where relative paths begin; by default where the bus runs.")
+
+
+class Disconnected(Model):
+    """A connector that was taken away."""
+
+    bus: str
+    name: str
 
 
 class Plug(Model):

@@ -22,13 +22,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from vbus.demo.network import Network, NetworkError, percentile, why_not
-from vbus.errors import DriverError, Error
+from vbus.demo.network import Network, percentile, why_not
+from vbus.demo.steps import Step, StepFailed, run_steps
+from vbus.errors import DriverError
 from vbus.proxy import Remote, attach, drivers
 
 PIECE = 64 << 10
@@ -75,10 +76,6 @@ listen = "unix:{folder}/far.sock"
 """
 
 
-class StepFailed(Error):
-    """A step of the demo did not do what it says."""
-
-
 class Demo:
     """One run, in a folder of its own."""
 
@@ -86,6 +83,7 @@ class Demo:
         self.folder = folder
         self.say = say
         self.replaced: list[str] = []
+        self.has_ext4 = True
         self.rows: list[tuple[str, str, int, int, float]] = []
         self.env = os.environ | {"VBUS_RUNTIME_DIR": str(folder / "run")}
         self.bus: subprocess.Popen[str] | None = None
@@ -134,7 +132,7 @@ class Demo:
     def make_disks(self) -> str:
         """An ext4 image that holds a real tree of files, and an empty disk of the same size."""
         tree = self.folder / "tree"
-        files, size = _copy_tree(tree)
+        files, size = copy_tree(tree)
         image = self.folder / "disk0.img"
         if shutil.which("mkfs.ext4"):
             length = (2 * size + 16 * MIB) // MIB * MIB
@@ -150,6 +148,7 @@ class Demo:
             length = -(-image.stat().st_size // MIB) * MIB
             os.truncate(image, length)
             what = "tar archive"
+            self.has_ext4 = False
             self.replaced.append("mkfs.ext4 is missing: a tar archive stands in for the file system")
         other = self.folder / "disk1.img"
         other.touch()
@@ -210,8 +209,8 @@ class Demo:
         return f"{moved // MIB} MiB copied; {self._check_copy()}"
 
     def _check_copy(self) -> str:
-        if self.replaced or not shutil.which("e2fsck"):
-            if not self.replaced:
+        if not self.has_ext4 or not shutil.which("e2fsck"):
+            if self.has_ext4:
                 self.replaced.append("e2fsck is missing: the copy's checksum stands in for the check")
             if _sha256(self.folder / "disk1.img") != _sha256(self.folder / "disk0.img"):
                 raise StepFailed("the copy differs")
@@ -388,7 +387,7 @@ class Demo:
 
     def run(self) -> None:
         """Every step, in order."""
-        steps: list[tuple[str, Callable[[], str]]] = [
+        steps: list[Step] = [
             ("disks", self.make_disks),
             ("bus", self.start_bus),
             ("read, tunnelled signals", lambda: self.read_disk("tunnelled")),
@@ -405,15 +404,7 @@ class Demo:
             ("http, over a stream", lambda: self.http("far")),
             ("end", self.leave),
         ]
-        for name, step in steps:
-            began = time.monotonic()
-            try:
-                result = step()
-            except (StepFailed, NetworkError) as failed:
-                raise StepFailed(f"{name}: {failed}") from None
-            except Exception as error:
-                raise StepFailed(f"{name}: {type(error).__name__}: {error}") from error
-            self.say(f"{name + ' ':.<26} {result} ({time.monotonic() - began:.1f} s)")
+        run_steps(steps, self.say)
 
     def table(self) -> str:
         """What was moved, and how many doorbells a request took."""
@@ -491,7 +482,7 @@ def _sha256(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _copy_tree(target: Path) -> tuple[int, int]:
+def copy_tree(target: Path) -> tuple[int, int]:
     """Copy this project's own files: the checkout's when there is one, else the installed package's."""
     package = Path(__file__).resolve().parent.parent
     root = package.parent.parent
@@ -511,20 +502,29 @@ def _copy_tree(target: Path) -> tuple[int, int]:
     return len(names), size
 
 
-def main() -> int:
-    """Run the demo; its exit status. The last line is `demo: ok`, or names the step that failed."""
+def main(replaced: Sequence[str] = ()) -> int:
+    """Run the demo; its exit status. The last line is `demo: ok`, or names the step that failed.
+
+    `replaced`: what this demo as a whole stands in for.
+    """
     with tempfile.TemporaryDirectory(prefix="vbus-demo-") as folder:
         demo = Demo(Path(folder), lambda line: print(line, flush=True))
-        try:
-            demo.run()
-        except StepFailed as failed:
-            print(f"demo: failed: {failed}", file=sys.stderr)
-            return 1
-        finally:
-            demo.close()
-        print()
-        print(demo.table())
-        for replaced in demo.replaced:
-            print(f"replaced: {replaced}")
-        print(f"demo: ok ({len(demo.replaced)} replaced)" if demo.replaced else "demo: ok")
-        return 0
+        demo.replaced += replaced
+        return tell(demo.run, demo.close, demo.table, demo.replaced)
+
+
+def tell(run: Callable[[], None], close: Callable[[], None], table: Callable[[], str], replaced: Sequence[str]) -> int:
+    """Run a demo and say how it ended; the exit status."""
+    try:
+        run()
+    except StepFailed as failed:
+        print(f"demo: failed: {failed}", file=sys.stderr)
+        return 1
+    finally:
+        close()
+    print()
+    print(table())
+    for line in replaced:
+        print(f"replaced: {line}")
+    print(f"demo: ok ({len(replaced)} replaced)" if replaced else "demo: ok")
+    return 0

@@ -31,6 +31,12 @@ from vbus.units import LARGEST, format_size, parse_size
 from vbus.virtio.blk import HEADER, ID_BYTES, RANGE, SECTOR, RangeFlags, RequestStatus, RequestType
 
 QUEUE_SIZE = 256
+SEG_MAX = 126
+"""Segments that a request may have, beside its header and its status, where a queue has 128 descriptors.
+
+Hypervisors choose the size of the queue, and that is what QEMU chooses for a disk; its guest is told of the segments by
+the device alone, and Linux makes requests of as many.
+"""
 MAX_QUEUES = 8
 MAX_DISCARD = 1 << 30
 """Bytes of one segment of DISCARD."""
@@ -45,7 +51,8 @@ class Blk(Device):
 
     Either `path` (a file or a block device) or `memory` (a size such as "64 MiB": a disk that is empty at plug and gone
     at unplug). `serial`: up to 20 ASCII characters, by default the device's name. `block_size`: what the driver should
-    align to. `seg_max`: data segments of a request, 1 to 254. `queues`: 1 to 8 for the driver to use at once.
+    align to. `seg_max`: data segments of a request, 1 to 254, and at least two less than the queue of a hypervisor has
+    descriptors. `queues`: 1 to 8 for the driver to use at once.
     `writeback`: whether a completed write may still be on its way to the disk until a flush; the driver may change it.
     `engine`: "native" or "python", by default native where io_uring is permitted.
 
@@ -104,7 +111,7 @@ class Blk(Device):
         read_only: bool = False,
         serial: str = "",
         block_size: int = SECTOR,
-        seg_max: int = QUEUE_SIZE - 2,
+        seg_max: int = SEG_MAX,
         queues: int = 1,
         writeback: bool = True,
         shared: bool = False,

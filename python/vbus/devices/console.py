@@ -72,6 +72,12 @@ class Console(Device):
         self._receiving = self._transmitting = None
         self._rest = []
 
+    def queue_stopping(self, queue: Queue) -> bool:
+        """A buffer that waits for input is let go of; output of which a part may be written is not."""
+        if queue.name == "receive":
+            self._receiving = None
+        return self._transmitting is None or queue.name == "receive"
+
     def available(self, queue: Queue) -> None:
         """The driver wants to receive, or to transmit. Violation: console-no-room."""
         if queue.name == "receive":

@@ -8,6 +8,7 @@ half of one would leave a key down.
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Iterable
 from typing import Literal
@@ -22,6 +23,10 @@ AXIS_MAX = 32767
 """The far end of both axes of a tablet."""
 BACKLOG = 1024
 """Events that may wait for the driver's buffers."""
+
+STATE = struct.Struct("<BBBI")
+"""Version, select, subsel, lights by number: what a saved state begins with; events follow."""
+STATE_VERSION = 1
 
 Event = tuple[int, int, int]
 """type, code, value."""
@@ -152,6 +157,30 @@ class Input(Device):
         kind, code, value = EVENT.unpack(request.read())
         if kind == EventType.LED and code in list(Led):
             (self._leds.add if value else self._leds.discard)(Led(code).name.lower())
+
+    def save_state(self) -> bytes:
+        """The driver's last question, the lights that it switched on, and the events that it has not been given yet.
+
+        Half a series may have been given already: without the rest, a key would stay down.
+        """
+        with self._lock:
+            leds = sum(1 << Led[name.upper()] for name in self._leds)
+            head = STATE.pack(STATE_VERSION, self.config.select, self.config.subsel, leds)
+            return head + b"".join(EVENT.pack(*event) for event in self._waiting)
+
+    def load_state(self, data: bytes) -> None:
+        """Go on where another one was. Violation: input-state."""
+        events = data[STATE.size :]
+        if len(data) < STATE.size or data[0] != STATE_VERSION or len(events) % EVENT.size:
+            raise Violation("input-state", f"{len(data)} bytes are no state of version {STATE_VERSION}")
+        if len(events) > BACKLOG * EVENT.size:
+            raise Violation("input-state", f"{len(events) // EVENT.size} events wait; {BACKLOG} are the most")
+        _, select, subsel, leds = STATE.unpack_from(data)
+        with self._lock:
+            self.config.select, self.config.subsel = select, subsel
+            self._leds = {led.name.lower() for led in Led if leds >> led & 1}
+            self._waiting = deque(EVENT.iter_unpack(events))
+        self.config_written(frozenset({"select", "subsel"}))
 
     def reset(self) -> None:
         """Forget what the driver was not given, and what it switched on."""

@@ -16,6 +16,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from uuid import UUID
 
 from vbus import _core, virtio
 from vbus.bus import Device, Engine, Queue, Request, attribute
@@ -71,6 +72,12 @@ _GUEST_KINDS = {
     "GUEST_USO6": Gso.UDP_L4,
 }
 _QUEUE_SIZE = 256
+
+
+def station(uuid: UUID) -> bytes:
+    """The MAC of a device that was given none: of one station, and given by nobody who gives addresses worldwide."""
+    digest = hashlib.sha256(uuid.bytes).digest()
+    return bytes([digest[0] & 0xFC | 0x02]) + digest[1:6]
 
 
 class Net(Device):
@@ -222,9 +229,7 @@ class Net(Device):
     def plugged(self) -> None:
         """Open the backend. UsageError when it cannot be opened."""
         if self._own_mac is None:
-            # Of one station, and given by nobody who gives addresses worldwide.
-            digest = hashlib.sha256(self.slot.uuid.bytes).digest()
-            self._own_mac = bytes([digest[0] & 0xFC | 0x02]) + digest[1:6]
+            self._own_mac = station(self.slot.uuid)
             self.config.mac = self._own_mac
         with self._lock:
             if self._backend.lost:
@@ -313,6 +318,13 @@ class Net(Device):
             ]
             self.use_pairs(max(1, sum(pairs)))
             self._tell_engines()
+
+    def queue_stopping(self, queue: Queue) -> bool:
+        """Buffers were taken ahead: a driver that stops its queue shall not wait for packets to come."""
+        receiver = next((receiver for receiver in self._receivers if receiver.queue is queue), None)
+        if receiver is not None:
+            receiver.let_go()
+        return receiver is not None
 
     def reset(self) -> None:
         """Forget the driver and all that it said."""

@@ -40,6 +40,11 @@ class Receiver:
         self._filled.clear()
         self.forget()
 
+    def let_go(self) -> None:
+        """The queue stops, and may go on: what is filled is the driver's, what is empty comes again."""
+        self.publish()
+        self._stock.clear()
+
     def forget(self) -> int:
         """Nothing more is to come; gives how many packets were kept, and are lost."""
         kept, self._kept = self._kept, None

@@ -40,11 +40,11 @@ def _checked(wanted: type[R], on_answer: Callable[[R], None], result: object) ->
 class GuestConnector(ABC):
     """A connected link to a bus. `remote` is told of events and of the end."""
 
-    def __init__(self, loop: Loop, timeout: float) -> None:
+    def __init__(self, loop: Loop, timeout: float, arena: Arena | None = None) -> None:
         self.loop = loop
         self.timeout = timeout
         self.remote: Remote | None = None
-        self.arena = Arena()
+        self.arena = arena if arena is not None else Arena()
         self.arena_lock = threading.Lock()
         self.max_request = 0
         self._tokens = itertools.cycle(range(1, 0x10000))

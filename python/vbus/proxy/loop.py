@@ -56,16 +56,18 @@ class Loop:
         return threading.current_thread() is self._threads[0]
 
     def _turns(self) -> None:
-        while (turn := self.scheduler.next()) is not None:
-            actor, key = turn
-            again = False
-            try:
-                callback = self._callbacks.get(key)
-                again = callback() if callback is not None else False
-            except Exception:
-                log.exception("a turn of the driver side failed")
-            finally:
-                self.scheduler.done(actor, key, again=again)
+        done: tuple[int, int, bool] | None = None
+        while (turn := self.scheduler.next(done=done)) is not None:
+            done = *turn, self._take_turn(turn[1])
+
+    def _take_turn(self, key: int) -> bool:
+        """Call back; whether the key wants another turn."""
+        try:
+            callback = self._callbacks.get(key)
+            return callback() if callback is not None else False
+        except Exception:
+            log.exception("a turn of the driver side failed")
+            return False
 
     def _run_hooks(self) -> None:
         while (callback := self._hooks.get()[2]) is not None:

@@ -6,10 +6,11 @@ ring gives it back. More requests than the ring or the arena takes wait here, in
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
@@ -58,6 +59,21 @@ class RemoteQueue:
     def size(self) -> int:
         """Descriptors of the ring."""
         return self._ring.size
+
+    @contextlib.contextmanager
+    def lent(self, size: int) -> Iterator[tuple[_core.DriverQueue, Arena, int]]:
+        """The ring, the arena, and the offset of `size` bytes in it, for who drives the ring in this queue's place.
+
+        Nothing may be submitted here meanwhile. DriverError ENOMEM.
+        """
+        with self._arena_lock:
+            place = self._arena.take(size)
+        if place is None:
+            raise DriverError(errno.ENOMEM, f"no room for {size} bytes in the arena")
+        try:
+            yield self._ring, self._arena, place
+        finally:
+            self._give_back(place)
 
     @property
     def outstanding(self) -> int:

@@ -24,6 +24,7 @@ from vbus.vhost_user.messages import (
     VERSION,
     BackendRequest,
     BadPayloadError,
+    Empty,
     Flags,
     Payload,
     Request,
@@ -109,6 +110,9 @@ def decode(data: bytes, *, backend: bool = False) -> Message | Malformed:
     reply, need_reply = bool(flags & Flags.REPLY), bool(flags & Flags.NEED_REPLY)
     # Without an answer of its own, a request is acknowledged by a number: 0, or what is wrong.
     kind = (row.answer or U64) if reply else row.payload
+    if reply and request is Request.GET_CONFIG and not body:
+        # Nothing at all: how a back-end refuses to tell.
+        kind = Empty
     try:
         return Message(request, kind.unpack(body), reply, need_reply)
     except BadPayloadError as error:

@@ -120,6 +120,21 @@ VRING_LOG = 1
 """The flag of SET_VRING_ADDR that has the used ring logged."""
 
 
+class StateDirection(IntEnum):
+    """Which way a device's state goes (SET_DEVICE_STATE_FD)."""
+
+    SAVE = 0
+    """To the front-end."""
+    LOAD = 1
+    """From the front-end."""
+
+
+PHASE_STOPPED = 0
+"""The only phase of a migration in which a device's state goes: none of its rings runs."""
+STATE_ERROR = 0xFF
+"""The bits of the answer to SET_DEVICE_STATE_FD that are 0 when it succeeded; `NO_FD`: use the descriptor you gave."""
+
+
 @dataclass(frozen=True, slots=True)
 class Payload:
     """A fixed layout. Subclasses with more behind it override `pack` and `unpack`."""
@@ -242,7 +257,7 @@ class Log(Payload):
 
 @dataclass(frozen=True, slots=True)
 class Config(Payload):
-    """A part of config space; `flags` 1 for a migration. An answer without bytes is a refusal."""
+    """A part of config space; `flags` 1 for a migration. An answer without bytes, or `Empty`, is a refusal."""
 
     head: ClassVar[struct.Struct] = struct.Struct("=III")
 
@@ -286,7 +301,7 @@ class Inflight(Payload):
 
 @dataclass(frozen=True, slots=True)
 class DeviceState(Payload):
-    """Where a device's state goes: direction (0 save, 1 load) and phase (0: stopped)."""
+    """Where a device's state goes: direction (a `StateDirection`) and phase (0: stopped)."""
 
     layout: ClassVar[struct.Struct] = struct.Struct("=II")
 

@@ -7,6 +7,7 @@ reads beyond a message: what it would read of the next would take that one's des
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 
@@ -68,9 +69,14 @@ class Reader:
         self._fds.clear()
 
 
-def send(sock: socket.socket, message: bytes, fds: list[int] | None = None) -> None:
-    """Send a message with its descriptors, whole. OSError."""
+def send(sock: socket.socket, message: bytes, fds: list[int] | None = None, *, wait: bool = True) -> None:
+    """Send a message with its descriptors, whole. OSError.
+
+    Without `wait` it never blocks, whatever the socket is set to: who sent us a socket shares that.
+    """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sent = sock.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+    sent = sock.sendmsg([message], rights, socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT))
     if sent < len(message):
+        if not wait:
+            raise BlockingIOError(errno.EAGAIN, "there is room for a part of it only")
         sock.sendall(message[sent:])

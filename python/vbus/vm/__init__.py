@@ -7,6 +7,12 @@ a guest has beside processors and memory is said in QEMU's own options. The part
     kernel.py     the stock kernel of an architecture, and which modules a module needs
     initramfs.py  the guest's files, as the kernel unpacks them
     machine.py    the machine's options, its start and its end; commands in the guest; QMP
+
+and for guests of anybody's:
+
+    options.py    QEMU's options for a device behind a vhost-user socket, by class and machine
+    libvirt.py    the same as parts of a libvirt domain
+    hotplug.py    a running QEMU, to which such devices are added, and from which they are taken
 """
 
 from vbus.vm.machine import Guest, GuestError

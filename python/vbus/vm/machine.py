@@ -13,13 +13,14 @@ import binascii
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,9 @@ END_SECONDS = 10
 SENDINGS = 12
 """How often a command is sent before the guest counts as deaf."""
 SENDING_SECONDS = 5
+POKE_SECONDS = 15
+SHELL_SECONDS = 365 * 86400
+"""A shell is left when somebody leaves it."""
 
 
 class GuestError(Exception):
@@ -55,6 +59,8 @@ class Machine:
     """The kernel's name of it."""
     modules: tuple[str, ...]
     """The transport of virtio."""
+    emulated: str = ""
+    """What the kernel is told beside, where there is no KVM."""
 
 
 X86 = ("amd64", "qemu-system-x86_64")
@@ -72,6 +78,9 @@ MACHINES = {
         "isa-serial",
         "ttyS0",
         ("virtio_mmio",),
+        # On a busy host neither the processor's clock nor its speed can be measured by the one timer that there is, and
+        # the kernel would wait for that for ever. What it is told instead need not be right: it finds out later.
+        emulated="tsc_early_khz=1000000 lpj=4000000",
     ),
     "s390x": Machine(
         *("s390x", "qemu-system-s390x"),
@@ -82,7 +91,7 @@ MACHINES = {
     ),
     "pseries": Machine(
         *("ppc64el", "qemu-system-ppc64"),
-        ("-M", "pseries,memory-backend=mem,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken"),
+        ("-M", "pseries,memory-backend=mem,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"),
         "spapr-vty",
         "hvc0",
         ("virtio_pci",),
@@ -96,7 +105,12 @@ class Answer:
     """What a command in the guest came to."""
 
     status: int
-    output: str
+    data: bytes
+
+    @property
+    def output(self) -> str:
+        """What it said, as text."""
+        return self.data.decode(errors="replace")
 
 
 class Guest:
@@ -171,14 +185,19 @@ class Guest:
         listening.bind(str(console))
         listening.listen(1)
         listening.settimeout(END_SECONDS)
+        accelerator = accelerator or fastest(name)
+        emulated = machine.emulated if accelerator.startswith("tcg") else ""
         command = [
-            *(machine.qemu, *machine.options, "-accel", accelerator or fastest(name)),
+            *(machine.qemu, *machine.options, "-accel", accelerator),
             *("-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on", "-m", f"{memory}M", "-smp", str(cpus)),
             *("-nodefaults", "-no-reboot", "-display", "none", "-no-user-config"),
             *("-chardev", f"socket,id=console,path={console}", "-device", f"{machine.console},chardev=console"),
             *("-qmp", f"unix:{self.qmp_socket},server=on,wait=off"),
             *("-kernel", str(stock.image), "-initrd", str(ramdisk)),
-            *("-append", f"console={machine.terminal} quiet loglevel=1 panic=-1 {append}".rstrip()),
+            *(
+                "-append",
+                " ".join([f"console={machine.terminal} quiet loglevel=1 panic=-1", emulated, append]).rstrip(),
+            ),
             *args,
         ]
         self._errors = self.directory / "qemu.err"
@@ -215,10 +234,7 @@ class Guest:
 
     def ask(self, command: str, *, seconds: float = 60) -> Answer:
         """What a command of the shell came to, whatever its status."""
-        self._number += 1
-        number = self._number
-        encoded = base64.b64encode(command.encode())
-        line = b"@ %d %d %b %d\n" % (number, max(1, round(seconds)), encoded, len(encoded))
+        number, line = self._numbered(command, seconds)
         self._send(line, re.compile(rb"@got %d\n" % number))
         pattern = re.compile(rb"@answer %d (\d+) (\d+)\n(.*?)@end %d\n" % (number, number), re.DOTALL)
         found = self._await(pattern, seconds + END_SECONDS, repr(command))
@@ -228,25 +244,80 @@ class Guest:
             raise GuestError(f"the answer to {command!r} is damaged ({error}):\n{self.console}") from None
         if len(output) != int(found[2]):
             raise GuestError(f"the answer to {command!r} is damaged: {len(output)} bytes of {int(found[2])}")
-        return Answer(int(found[1]), output.decode(errors="replace"))
+        return Answer(int(found[1]), output)
 
-    def _send(self, line: bytes, taken: re.Pattern[bytes]) -> None:
-        """Send a line until the guest has all of it."""
+    def shell(self, show: Callable[[bytes], object], *, size: tuple[int, int] = (80, 24)) -> int:
+        """A shell on the guest's console until it is left; its status. `size` is columns and lines.
+
+        What it says is shown as it comes; what is typed is given to `type_keys` by another thread. GuestError when the
+        guest ends, or is closed.
+        """
+        columns, lines = size
+        terminal = f"/dev/{self._machine.terminal}"
+        # The agent waits for the command, and reads nothing meanwhile: the console is the shell's alone.
+        command = (
+            f"exec <{terminal} >{terminal} 2>&1; stty sane rows {lines} cols {columns}; cd /root; sh -i; "
+            "status=$?; stty raw -echo; exit $status"
+        )
+        # Nothing that is said in the shell can be taken for its answer: nobody there knows the number.
+        self._number = secrets.randbelow(1 << 30)
+        number, line = self._numbered(command, SHELL_SECONDS)
+        start = seen = self._send(line, re.compile(rb"@got %d\n" % number))
+        mark = b"@answer %d " % number
+        end = re.compile(mark + rb"(\d+) 0\n@end %d\n" % number)
+        while True:
+            with self._answered:
+                while len(self._said) == seen and not self._ended:
+                    self._answered.wait()
+                new, seen, ended = bytes(self._said[start:]), len(self._said), self._ended
+            found = end.search(new)
+            # What may be the beginning of the answer waits until it is known whether it is.
+            at = new.find(mark) if mark in new else new.rfind(b"@")
+            shown = at if at >= 0 and mark.startswith(new[at : at + len(mark)]) else len(new)
+            show(new[:shown])
+            start += shown
+            if found is not None:
+                return int(found[1])
+            if ended:
+                raise GuestError("the guest has ended")
+
+    def type_keys(self, keys: bytes) -> None:
+        """Give the console what somebody typed. Nothing happens when the guest has ended."""
+        with contextlib.suppress(OSError):
+            self._console.sendall(keys)
+
+    def _numbered(self, command: str, seconds: float) -> tuple[int, bytes]:
+        """A command's number, and the line that asks the agent for it."""
+        self._number += 1
+        encoded = base64.b64encode(command.encode())
+        return self._number, b"@ %d %d %b %d\n" % (self._number, max(1, round(seconds)), encoded, len(encoded))
+
+    def _send(self, line: bytes, taken: re.Pattern[bytes]) -> int:
+        """Send a line until the guest has all of it; where in what it said the rest begins."""
         for _ in range(SENDINGS):
             with self._answered:
                 start = len(self._said)
             self._console.sendall(line)
             with contextlib.suppress(GuestError):
                 pattern = re.compile(rb"@again\n|" + taken.pattern)
-                if taken.match(self._await(pattern, SENDING_SECONDS, "a command", start)[0]):
-                    return
+                found = self._await(pattern, SENDING_SECONDS, "a command", start)
+                if taken.match(found[0]):
+                    return found.end()
             if self._ended:
                 break
-        self._await(taken, 0, "a command")
+        return self._await(taken, 0, "a command").end()
 
     def wait(self) -> None:
         """Until it has started. Raises GuestError."""
-        self._await(re.compile(rb"@ready\n"), BOOT_SECONDS, "its start")
+        pattern = re.compile(rb"@(ready|again)\n")
+        deadline = time.monotonic() + BOOT_SECONDS
+        while time.monotonic() < deadline - POKE_SECONDS and not self._ended:
+            with contextlib.suppress(GuestError):
+                self._await(pattern, POKE_SECONDS, "its start")
+                return
+            # Its word may have been damaged on the way: to an empty line it says that it does not understand.
+            self.type_keys(b"\n")
+        self._await(pattern, POKE_SECONDS, "its start")
 
     def reset(self) -> None:
         """Press the reset button, and wait until it has started again. Raises GuestError."""

@@ -273,11 +273,20 @@ impl<L: Layout> Ring<L> {
     ///
     /// Violation: used-index-jump, used-id-unknown, used-length.
     pub fn reap(&mut self, limit: usize, finished: &mut Vec<(u16, u32)>) -> Result<(), Violation> {
+        self.reap_or_poll(limit, finished, true)
+    }
+
+    /// As `reap`, for whoever comes again by itself: when there are none, interrupts stay off.
+    pub fn poll(&mut self, limit: usize, finished: &mut Vec<(u16, u32)>) -> Result<(), Violation> {
+        self.reap_or_poll(limit, finished, false)
+    }
+
+    fn reap_or_poll(&mut self, limit: usize, finished: &mut Vec<(u16, u32)>, ask: bool) -> Result<(), Violation> {
         let before = finished.len();
         if self.broken || limit == 0 {
             return self.violation.take().map_or(Ok(()), Err);
         }
-        match self.reap_some(before.saturating_add(limit), finished) {
+        match self.reap_some(before.saturating_add(limit), finished, ask) {
             Ok(()) => Ok(()),
             Err(violation) => {
                 self.broken = true;
@@ -290,7 +299,7 @@ impl<L: Layout> Ring<L> {
         }
     }
 
-    fn reap_some(&mut self, last: usize, finished: &mut Vec<(u16, u32)>) -> Result<(), Violation> {
+    fn reap_some(&mut self, last: usize, finished: &mut Vec<(u16, u32)>, ask: bool) -> Result<(), Violation> {
         loop {
             while self.layout.look()? {
                 if finished.len() == last {
@@ -300,7 +309,10 @@ impl<L: Layout> Ring<L> {
                 let Finished { token, written, .. } = self.layout.finish()?;
                 finished.push((token, written));
             }
-            self.layout.ask(true);
+            self.layout.ask(ask);
+            if !ask {
+                return Ok(());
+            }
             // As in `publish`, with the sides exchanged: the device shows what is used, then looks whether we want to
             // hear of it; we have said that we do, and now look at what it shows.
             fence(Ordering::SeqCst);

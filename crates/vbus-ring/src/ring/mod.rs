@@ -239,4 +239,9 @@ impl DriverRing {
     pub fn reap(&mut self, limit: usize, finished: &mut Vec<(u16, u32)>) -> Result<(), Violation> {
         either!(self, ring => ring.reap(limit, finished))
     }
+
+    /// As `reap`, for whoever comes again by itself: when there are none, interrupts stay off.
+    pub fn poll(&mut self, limit: usize, finished: &mut Vec<(u16, u32)>) -> Result<(), Violation> {
+        either!(self, ring => ring.poll(limit, finished))
+    }
 }

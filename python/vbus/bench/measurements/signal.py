@@ -12,15 +12,15 @@ does at least 0.95 of the requests a second that `direct` does, with a 99th perc
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vbus.bench import children, machine, measure
-from vbus.bench.measure import Summary
+from vbus.bench import children, measure
+from vbus.bench.measurement import Bar, Comparison, Factors, Figure, Measurement, Plan, Sample
+from vbus.bench.measurements import signal_picture
+from vbus.bench.tables import Table, cell, spread, verdict
 from vbus.bench.work import LEAST_URGENT, URGENT, load_names, used_between
 
 LEAST_THROUGHPUT = 0.95
@@ -31,16 +31,19 @@ PRIORITY = 4
 SEED = 20090716
 """Of what happens at random: the same in all samples."""
 
+GUARDS = (
+    Bar("requests_per_second", "requests/s", LEAST_THROUGHPUT, at_least=True),
+    Bar("bulk_requests_per_second", "bulk requests/s", LEAST_THROUGHPUT, at_least=True),
+    Bar("p99_us", "p99", MOST_P99),
+)
+
 Row = dict[str, Any]
-Say = Callable[[int, int, str], None]
-"""Told before each sample: its number from 0, how many there are, what it is."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class SignalPlan(Plan):
     """How much is measured. Sizes in bytes; counts are of all devices together unless said."""
 
-    rounds: int = 5
     devices: tuple[int, ...] = (1, 4, 16)
     depth: int = 16
     """Requests of each device that are outstanding under load."""
@@ -58,10 +61,9 @@ class Plan:
     bulk_devices: int = 16
 
 
-def quick_plan(rounds: int) -> Plan:
+def quick_plan() -> SignalPlan:
     """Enough to see that everything works, and too little to believe the figures."""
-    return Plan(
-        rounds=rounds,
+    return SignalPlan(
         devices=(1, 4),
         requests=1024,
         warm_up=64,
@@ -73,7 +75,7 @@ def quick_plan(rounds: int) -> Plan:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Factors):
     """How signals travel."""
 
     signal: str
@@ -84,7 +86,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Factors):
     """What is asked of the devices, alike for all variants.
 
     `load` is "saturated" or "paced", with `devices` of one priority; or "urgent", with an urgent device of `priority`
@@ -94,6 +96,11 @@ class Case:
     load: str
     devices: int
     priority: int = PRIORITY
+
+    def factors(self) -> Row:
+        """Without a priority where all have the same."""
+        found = asdict(self)
+        return found if self.load == "urgent" else {key: found[key] for key in ("load", "devices")}
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -114,29 +121,10 @@ class Case:
         return f"urgent device of priority {self.priority} beside {self.devices} under load"
 
 
-def cases_of(plan: Plan) -> list[Case]:
-    """What is measured. The last case is a control: it tells what priorities alone are good for."""
-    return [
-        *(Case(load, devices) for load in ("saturated", "paced") for devices in plan.devices),
-        Case("urgent", 0, 0),
-        Case("urgent", plan.bulk_devices, 0),
-        Case("urgent", plan.bulk_devices, LEAST_URGENT),
-    ]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One run of a variant: what was done, and what it took."""
-
-    work: Mapping[str, Any]
-    """Alike for all variants of a case, or there is no comparison."""
-    values: Mapping[str, float]
-
-
 # One sample.
 
 
-def take_sample(plan: Plan, case: Case, variant: Variant, folder: Path) -> Sample:
+def take_sample(plan: SignalPlan, case: Case, variant: Variant, folder: Path) -> Sample:
     """Run one variant once. SideError when a side fails, UnequalWorkError when the sides counted different things."""
     with children.Child("vbus.bench.bus_side") as bus, children.Child("vbus.bench.driver_side") as driver:
         address = bus.ask(
@@ -157,7 +145,7 @@ def take_sample(plan: Plan, case: Case, variant: Variant, folder: Path) -> Sampl
     return sample_of(case, before, told, after)
 
 
-def _offer(plan: Plan, case: Case, driver: children.Child) -> dict[str, Any]:
+def _offer(plan: SignalPlan, case: Case, driver: children.Child) -> dict[str, Any]:
     if case.load == "saturated":
         each = plan.requests // case.devices
         told = driver.ask("saturate", each=each, depth=plan.depth, size=plan.size)
@@ -208,7 +196,9 @@ def sample_of(case: Case, before: Row, told: Row, after: Row) -> Sample:
             values[f"cpu_us_{side}_system"] = spent["system"] * 1e6 / requests
             values[f"sleeps_{side}"] = spent["sleeps"] / requests
         values["cpu_us"] = values["cpu_us_bus"] + values["cpu_us_driver"]
-    return Sample(told["work"], values)
+    done_by_driver = told["work"].values()
+    totals = {key: sum(work[key] for work in done_by_driver) for key in ("requests", "bytes_sent", "bytes_received")}
+    return Sample(totals | told["work"], values)
 
 
 def _check_both_sides(case: Case, done: Mapping[str, Row], asked: Mapping[str, Row]) -> None:
@@ -223,106 +213,157 @@ def _check_both_sides(case: Case, done: Mapping[str, Row], asked: Mapping[str, R
         measure.check_same_work(f"{case}, {name}", [("the bus", right), ("the driver", asked.get(name, {}))])
 
 
-# All samples.
+# The measurement.
 
 
-def run(plan: Plan, say: Say = lambda number, count, what: None) -> Row:
-    """Measure everything; what `vbus bench signal --json` prints. UnequalWorkError, SideError."""
-    cases = cases_of(plan)
-    count = sum(len(case.variants) for case in cases) * plan.rounds
-    began, busy = time.time(), machine.load_average()
-    number = 0
-    results: dict[Case, dict[Variant, list[Sample]]] = {}
-    with tempfile.TemporaryDirectory(prefix="vbus-bench-") as folder:
-        for case in cases:
+class Signal(Measurement[SignalPlan, Case, Variant]):
+    """Tunnelled signals against direct ones."""
 
-            def sample(_: int, variant: Variant, case: Case = case) -> Sample:
-                nonlocal number
-                say(number, count, f"{case}: {variant}")
-                number += 1
-                return take_sample(plan, case, variant, Path(folder))
+    name = "signal"
+    title = "Signals: tunnelled against direct"
+    template = """\
+A doorbell is a write to an eventfd that the other side sleeps on: in a virtual machine, an exit or an interrupt. Here
+devices and drivers in Python exchange requests of {size} bytes through split rings. What differs is how one side tells
+the other: by an eventfd a queue (`direct`), or by events in rings of shared memory that wake a sleeper once
+(`tunnelled`). Consumers of both kinds sleep when they are idle.
 
-            results[case] = measure.run_alternately(case.variants, plan.rounds, sample)
-            check_samples(case, results[case])
-    return {
-        "benchmark": "signal",
-        "machine": machine.describe(),
-        "load_average": {"before": busy, "after": machine.load_average()},
-        "began": began,
-        "seconds": time.time() - began,
-        "options": asdict(plan),
-        "rows": [row for case, samples in results.items() for row in rows_of(case, samples)],
-        "comparisons": [row for case, samples in results.items() for row in comparisons_of(case, samples)],
-    }
+With {devices} devices under load, tunnelled signals ring {plain:.2f} times as often as direct ones without EVENT_IDX,
+and {event_idx:.2f} times as often with it. A saving counts only where throughput is at least {throughput:g}x and the
+99th percentile at most {p99:g}x of the other side's; where it does not, we lose, and the table says so.
+"""
+    figures = (
+        Figure("requests_per_second", "REQUESTS/S"),
+        Figure("doorbells_to_device", "BELLS TO DEVICE", digits=3),
+        Figure("doorbells_to_driver", "TO DRIVER", digits=3),
+        Figure("cpu_us_bus", "CPU OF BUS", digits=1),
+        Figure("cpu_us_driver", "OF DRIVER", digits=1),
+        Figure("p50_us", "P50"),
+        Figure("p99_us", "P99"),
+    )
+
+    def plan(self, quick: bool) -> SignalPlan:
+        """How much is measured."""
+        return quick_plan() if quick else SignalPlan()
+
+    def cases(self, plan: SignalPlan) -> list[Case]:
+        """What is measured. The last case is a control: it tells what priorities alone are good for."""
+        return [
+            *(Case(load, devices) for load in ("saturated", "paced") for devices in plan.devices),
+            Case("urgent", 0, 0),
+            Case("urgent", plan.bulk_devices, 0),
+            Case("urgent", plan.bulk_devices, LEAST_URGENT),
+        ]
+
+    def variants(self, plan: SignalPlan, case: Case) -> tuple[Variant, ...]:
+        """Both ways of signals, EVENT_IDX off and on."""
+        return case.variants
+
+    def comparisons(self, plan: SignalPlan, case: Case) -> list[Comparison[Variant]]:
+        """Tunnelled against direct, for each setting of EVENT_IDX."""
+        return [
+            Comparison(variant, Variant("direct", variant.event_idx), guards=GUARDS)
+            for variant in case.variants
+            if variant.signal == "tunnelled"
+        ]
+
+    def sample(self, plan: SignalPlan, case: Case, variant: Variant, folder: Path) -> Sample:
+        """Run one variant once."""
+        return take_sample(plan, case, variant, folder)
+
+    def draw(self, result: Row) -> str:
+        """The picture."""
+        return signal_picture.draw(result)
+
+    def tables(self, result: Row) -> list[Table]:
+        """Load, an urgent request, and ratios."""
+        return [_load_table(result), _urgent_table(result), _ratio_table(result)]
+
+    def numbers(self, result: Row) -> dict[str, float]:
+        """Of the most devices under load."""
+        saturated = [row for row in result["comparisons"] if row["case"]["load"] == "saturated"]
+        most = max(row["case"]["devices"] for row in saturated)
+        busy = {row["of"]["event_idx"]: row["ratios"] for row in saturated if row["case"]["devices"] == most}
+        return {
+            "size": result["options"]["size"],
+            "devices": most,
+            "plain": busy[False]["doorbells"],
+            "event_idx": busy[True]["doorbells"],
+            "throughput": LEAST_THROUGHPUT,
+            "p99": MOST_P99,
+        }
 
 
-def check_samples(case: Case, samples: Mapping[Variant, Sequence[Sample]]) -> None:
-    """UnequalWorkError unless all samples of a case did the same."""
-    works = [
+def _load_table(result: Row) -> Table:
+    rows = [row for row in result["rows"] if row["case"]["load"] != "urgent"]
+    keys = [figure for figure in MEASUREMENT.figures if any(figure.key in row["median"] for row in rows)]
+    return Table(
+        f"medians of {result['options']['rounds']} rounds; doorbells (BELLS) and CPU microseconds a request; "
+        "latency in us",
+        ("LOAD", "DEVICES", "SIGNAL", "EVENT_IDX", "REQUESTS", *(figure.heading for figure in keys)),
+        [
+            [
+                *(cell(row["case"][key]) for key in ("load", "devices")),
+                *(cell(row["variant"][key]) for key in ("signal", "event_idx")),
+                cell(row["work"]["requests"]),
+                *(f"{row['median'][figure.key]:.{figure.digits}f}" for figure in keys),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _urgent_table(result: Row) -> Table:
+    return Table(
+        "one device is asked now and then, beside others under load",
         (
-            f"{variant}, round {number}",
-            {f"{name} {key}": n for name, done in sample.work.items() for key, n in done.items()},
-        )
-        for variant, taken in samples.items()
-        for number, sample in enumerate(taken, 1)
-    ]
-    measure.check_same_work(str(case), works)
+            "PRIORITY",
+            "BESIDE",
+            "THEIR PRIORITY",
+            "SIGNAL",
+            "REQUESTS",
+            "P50",
+            "P99",
+            "P99 FROM",
+            "TO",
+            "THEIR REQUESTS/S",
+        ),
+        [
+            [
+                cell(row["case"]["priority"]),
+                cell(row["case"]["devices"]),
+                cell(LEAST_URGENT if row["case"]["devices"] else None),
+                row["variant"]["signal"],
+                cell(row["work"]["requests"]),
+                *(f"{row['median'][key]:.0f}" for key in ("p50_us", "p99_us")),
+                *(f"{value:.0f}" for value in row["spread"]["p99_us"]),
+                f"{row['median']['bulk_requests_per_second']:.0f}",
+            ]
+            for row in result["rows"]
+            if row["case"]["load"] == "urgent"
+        ],
+    )
 
 
-def _named(case: Case) -> Row:
-    named: Row = {"load": case.load, "devices": case.devices}
-    return named | ({"priority": case.priority} if case.load == "urgent" else {})
+def _ratio_table(result: Row) -> Table:
+    keys = ("doorbells_to_device", "doorbells_to_driver", "doorbells", "cpu_us", "requests_per_second", "p99_us")
+    return Table(
+        "tunnelled / direct: median ratio, and the smallest and largest of the rounds",
+        ("LOAD", "DEVICES", "EVENT_IDX", "BELLS TO DEVICE", "TO DRIVER", "BOTH", "CPU", "REQUESTS/S", "P99", "VERDICT"),
+        [
+            [
+                _load(row["case"]),
+                cell(row["case"]["devices"]),
+                cell(row["of"]["event_idx"]),
+                *(spread(row["ratios"].get(key), row["spread"].get(key)) for key in keys),
+                verdict(row),
+            ]
+            for row in result["comparisons"]
+        ],
+    )
 
 
-def rows_of(case: Case, samples: Mapping[Variant, Sequence[Sample]]) -> list[Row]:
-    """A row a variant: medians, smallest and largest, and what every round gave."""
-    rows = []
-    for variant, taken in samples.items():
-        summary = measure.summarise([sample.values for sample in taken])
-        rows.append(
-            {
-                **_named(case),
-                **asdict(variant),
-                "requests": sum(done["requests"] for done in taken[0].work.values()),
-                "bytes": sum(done["bytes_sent"] + done["bytes_received"] for done in taken[0].work.values()),
-                "median": {key: value.median for key, value in summary.items()},
-                "spread": {key: [value.low, value.high] for key, value in summary.items()},
-                "rounds": [dict(sample.values) for sample in taken],
-            }
-        )
-    return rows
+def _load(case: Row) -> str:
+    return f"urgent, priority {case['priority']}" if case["load"] == "urgent" else str(case["load"])
 
 
-def comparisons_of(case: Case, samples: Mapping[Variant, Sequence[Sample]]) -> list[Row]:
-    """A row for each setting of EVENT_IDX: ratios of `tunnelled` to `direct`, and whether they count."""
-    rows = []
-    for variant, taken in samples.items():
-        if variant.signal != "tunnelled":
-            continue
-        base = samples[Variant("direct", variant.event_idx)]
-        found = measure.ratios([sample.values for sample in taken], [sample.values for sample in base])
-        why = objections(found)
-        rows.append(
-            {
-                **_named(case),
-                "event_idx": variant.event_idx,
-                "ratios": {key: value.median if value else None for key, value in found.items()},
-                "spread": {key: [value.low, value.high] if value else None for key, value in found.items()},
-                "counts": not why,
-                "why": why,
-            }
-        )
-    return rows
-
-
-def objections(found: Mapping[str, Summary | None]) -> list[str]:
-    """Why ratios do not count: what was lost for what they save."""
-    why = []
-    for key, what in (("requests_per_second", "requests/s"), ("bulk_requests_per_second", "bulk requests/s")):
-        ratio = found.get(key)
-        if ratio is not None and ratio.median < LEAST_THROUGHPUT:
-            why.append(f"{what} {ratio.median:.3f}x, less than {LEAST_THROUGHPUT}x")
-    p99 = found.get("p99_us")
-    if p99 is not None and p99.median > MOST_P99:
-        why.append(f"p99 {p99.median:.3f}x, more than {MOST_P99}x")
-    return why
+MEASUREMENT = Signal()

@@ -1,0 +1,47 @@
+"""Other people's programs that take part in a measurement: the same work through them, in the same run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vbus.errors import UsageError
+
+VERSION_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A program that is found on the PATH."""
+
+    program: str
+    package: str
+    """Debian's, that has it."""
+    version_words: Sequence[str] = ("--version",)
+
+    def find(self) -> str:
+        """Where it is. UsageError when it is not installed."""
+        path = shutil.which(self.program)
+        if path is None:
+            raise UsageError(
+                f"{self.program} is not installed: install it (Debian's package {self.package}), "
+                "or measure without --peer"
+            )
+        return path
+
+    def describe(self) -> dict[str, Any]:
+        """Its name, and what it says of its version."""
+        done = subprocess.run(
+            [self.find(), *self.version_words],
+            capture_output=True,
+            text=True,
+            timeout=VERSION_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        found = re.search(r"\d+\.\d+[\w.+~-]*", done.stdout + done.stderr)
+        return {"program": self.program, "version": found[0] if found else "unknown"}
