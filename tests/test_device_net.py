@@ -220,6 +220,20 @@ def test_frames_that_nobody_takes_wait_and_then_are_dropped(near: tuple[Bus, Rem
     assert net.rx_packets == BACKLOG_FRAMES
 
 
+def test_frames_of_a_driver_that_leaves_are_counted_as_dropped(near: tuple[Bus, Remote]) -> None:
+    bus, remote = near
+    net = bus.plug(Net(), "net0")
+    driver = drive(remote)
+    for _ in range(5):
+        driver.send(frame())
+    driver.close()
+    assert (net.tx_packets, net.rx_packets, net.rx_dropped) == (5, 0, 5)
+    driver = drive(remote)
+    driver.send(frame(fill=7))
+    assert told(driver.post(1600).pop())[1] == frame(fill=7)
+    assert net.rx_dropped == 5
+
+
 def test_what_a_driver_left_behind_does_not_reach_the_next(near: tuple[Bus, Remote]) -> None:
     bus, remote = near
     bus.plug(Net(), "net0")

@@ -223,6 +223,7 @@ impl Engine for Loopback {
 
     fn forget(&self) {
         let mut state = self.lock();
+        count(&self.counters.rx_dropped, state.backlog.len() as u64);
         state.backlog.clear();
         state.receiver.reset();
         drop(state);

@@ -149,7 +149,7 @@ class Net(Device):
     rx_dropped = attribute(
         int,
         get=lambda net: net._counted("rx_dropped") + net._backend.unread + net._counts["unread"],
-        doc="Frames for the driver that were dropped: no buffer, link down, or an offload that it does not do.",
+        doc="Frames for the driver that were dropped: no buffer, link down, an offload it does not do, or it left.",
     )
     tx_packets = attribute(
         int, get=lambda net: net._counted("tx_packets") + net._counts["sent"], doc="Frames of the driver that went out."
@@ -331,6 +331,7 @@ class Net(Device):
         self._unwatch()
         self._backend.forget()
         for receiver in self._receivers:
+            self._counts["unread"] += receiver.forget()
             receiver.reset()
         if self.config.status & LinkStatus.ANNOUNCE or self.config.mac != self._own_mac:
             with self._lock:
