@@ -80,7 +80,7 @@ lint: build
 
 rust: build
 	cargo clippy --workspace --all-targets --release --quiet -- -D warnings
-	cargo test --release --quiet -p vbus-ring -p vbus-bench
+	cargo test --release --quiet -p vbus-ring -p vbus-engine -p vbus-bench
 
 loom:
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$(LOOM_TARGET) cargo test --release --quiet -p vbus-ring --test loom_event --test loom_link

@@ -75,6 +75,14 @@ def make_bus() -> Iterator[Callable[..., Bus]]:
         yield make
 
 
+@pytest.fixture(params=["native", "python"])
+def both_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What serves devices that do not say: a native engine where there is one, or their own code in Python."""
+    if request.param == "python":
+        monkeypatch.setattr("vbus.bus.workers.DEFAULT_WORKERS", 0)
+    return str(request.param)
+
+
 @pytest.fixture
 def attached(connector_kind: str, make_bus: Callable[..., Bus], tmp_path: Path) -> Iterator[Attached]:
     """A bus with devices, and a driver's side attached over the connector under test."""

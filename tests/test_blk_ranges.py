@@ -27,6 +27,7 @@ from vbus.errors import UsageError
 from vbus.proxy import drivers
 from vbus.virtio.blk import RANGE, RequestType
 
+pytestmark = pytest.mark.usefixtures("both_engines")
 KINDS = (RequestType.DISCARD, RequestType.WRITE_ZEROES, RequestType.SECURE_ERASE)
 
 
@@ -305,7 +306,7 @@ def flags(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_driver_switches_the_cache_and_its_choice_ends_with_it(
     attached: Attached, image: Path, flags: list[int]
 ) -> None:
-    device = Blk(path=image)
+    device = Blk(engine="python", path=image)
     _, remote = attached(disk0=device)
     disk = remote.driver("disk0", drivers.Blk)
     assert disk.writeback
@@ -323,7 +324,7 @@ def test_a_driver_switches_the_cache_and_its_choice_ends_with_it(
 
 
 def test_an_operator_switches_the_cache(attached: Attached, image: Path, flags: list[int]) -> None:
-    bus, remote = attached(disk0=Blk(path=image, writeback=False))
+    bus, remote = attached(disk0=Blk(engine="python", path=image, writeback=False))
     disk = remote.driver("disk0", drivers.Blk)
     assert not disk.writeback
     disk.pwrite(bytes(512), 0)
@@ -336,7 +337,7 @@ def test_an_operator_switches_the_cache(attached: Attached, image: Path, flags: 
 def test_a_driver_without_the_switch_keeps_what_flush_promises(
     attached: Attached, image: Path, flags: list[int]
 ) -> None:
-    _, remote = attached(disk0=Blk(path=image, writeback=False))
+    _, remote = attached(disk0=Blk(engine="python", path=image, writeback=False))
     disk = remote.driver("disk0", Plain)
     assert disk.writeback
     with pytest.raises(vbus.DriverError) as refused:

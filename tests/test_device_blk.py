@@ -25,6 +25,7 @@ from vbus.errors import DriverError, UsageError
 from vbus.proxy import drivers
 from vbus.virtio.blk import HEADER, RequestStatus, RequestType
 
+pytestmark = pytest.mark.usefixtures("both_engines")
 LIMIT = 20
 """Seconds after which a test that waits has failed."""
 MIB = 1 << 20
@@ -306,7 +307,7 @@ def test_a_read_only_disk_is_not_written(attached: Attached, image: Path) -> Non
 def test_flushes_reach_the_disk(attached: Attached, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
-    device = Blk(path=image)
+    device = Blk(path=image, engine="python")
     bus, remote = attached(disk0=device)
     disk = remote.driver("disk0", drivers.Blk)
     disk.pwrite(b"x", 0)
@@ -329,7 +330,7 @@ def test_a_driver_that_cannot_flush_gets_its_writes_through(
         return pwritev(fd, buffers, offset, how)
 
     monkeypatch.setattr(os, "pwritev", record)
-    _, remote = attached(disk0=Blk(path=image))
+    _, remote = attached(disk0=Blk(path=image, engine="python"))
     disk = remote.driver("disk0", WriteThrough)
     disk.pwrite(b"through", 0)
     disk.flush()  # nothing to do
@@ -341,7 +342,7 @@ def test_a_driver_that_cannot_flush_gets_its_writes_through(
 def test_a_disk_that_fails_is_told_in_the_status(
     attached: Attached, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    device = Blk(path=image)
+    device = Blk(path=image, engine="python")
     bus, remote = attached(disk0=device)
     disk = remote.driver("disk0", drivers.Blk)
 
@@ -376,7 +377,7 @@ def test_transfers_that_come_in_pieces_are_gone_on_with(
 
     monkeypatch.setattr(os, "preadv", short_read)
     monkeypatch.setattr(os, "pwritev", short_write)
-    _, remote = attached(disk0=Blk(path=image))
+    _, remote = attached(disk0=Blk(path=image, engine="python"))
     disk = remote.driver("disk0", drivers.Blk)
     data = os.urandom(10 * SECTOR)
     disk.pwrite(data, 3 * SECTOR)
@@ -649,7 +650,7 @@ def test_a_disk_in_use_is_not_shared_with_a_writer(image: Path) -> None:
 
 
 def test_a_disk_is_closed_when_it_goes(image: Path, leftovers: type[Leftovers]) -> None:
-    with Bus("test") as bus:
+    with Bus("test", workers=1) as bus:
         bus.plug(Blk(memory=512), "stays")
         before = leftovers()
         for _ in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -45,6 +46,7 @@ from vbus.virtio.net import (
     VlanCommand,
 )
 
+pytestmark = pytest.mark.usefixtures("both_engines")
 T = TypeVar("T")
 
 MAC = bytes.fromhex("525400010203")
@@ -218,6 +220,20 @@ def test_frames_that_nobody_takes_wait_and_then_are_dropped(near: tuple[Bus, Rem
     assert net.rx_packets == BACKLOG_FRAMES
 
 
+def test_frames_of_a_driver_that_leaves_are_counted_as_dropped(near: tuple[Bus, Remote]) -> None:
+    bus, remote = near
+    net = bus.plug(Net(), "net0")
+    driver = drive(remote)
+    for _ in range(5):
+        driver.send(frame())
+    driver.close()
+    assert (net.tx_packets, net.rx_packets, net.rx_dropped) == (5, 0, 5)
+    driver = drive(remote)
+    driver.send(frame(fill=7))
+    assert told(driver.post(1600).pop())[1] == frame(fill=7)
+    assert net.rx_dropped == 5
+
+
 def test_what_a_driver_left_behind_does_not_reach_the_next(near: tuple[Bus, Remote]) -> None:
     bus, remote = near
     bus.plug(Net(), "net0")
@@ -277,6 +293,9 @@ def test_a_receive_buffer_shorter_than_a_header_is_a_violation(attached: Attache
     neighbour = Raw(remote.device("net1"))
     driver = Raw(remote.device("net0"))
     (short,) = driver.post(HEADER.size - 1)
+    # At the latest when there is a frame for it.
+    with contextlib.suppress(DriverError):
+        driver.send(frame())
     violated(bus, driver, "rx-buffer-too-small")
     with pytest.raises(DriverError):
         short.result(10)

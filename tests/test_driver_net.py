@@ -23,6 +23,7 @@ from vbus.proxy.drivers import Net, OffloadNet
 from vbus.proxy.drivers.net import ETHERNET, LONGEST, UNREAD_FRAMES, VLAN_TAG, gratuitous_arp
 from vbus.virtio.net import ACK_ERR, ACK_OK, HEADER, ControlClass, Gso, LinkStatus, MqCommand, RxCommand
 
+pytestmark = pytest.mark.usefixtures("both_engines")
 MAC = bytes.fromhex("525400010203")
 BASIC = ("MAC", "STATUS", "MTU", "MRG_RXBUF", "CTRL_VQ", "CTRL_RX", "CTRL_MAC_ADDR", "GUEST_ANNOUNCE")
 GUEST = ("GUEST_CSUM", "GUEST_TSO4", "GUEST_TSO6", "GUEST_ECN")

@@ -27,6 +27,7 @@ from vbus.vhost_user import codec, wire
 from vbus.vhost_user import messages as m
 from vbus.vhost_user.messages import BackendRequest, ProtocolFeature, Request
 from vbus.virtio import features
+from vbus.virtio.blk import HEADER, SECTOR, RequestType
 
 GUEST = 0x1000_0000
 USER = 0x7F00_0000_0000
@@ -1129,3 +1130,155 @@ def test_config_space_of_another_driver_is_refused_by_name(
         assert "in use by vm: " in departed()["departed"][0]["reason"]
     finally:
         second.close()
+
+
+# Served natively: by a worker, which hears kicks itself.
+
+LAYOUTS = pytest.mark.parametrize(("bits", "base"), [(MY_FEATURES, 0), (PACKED, FIRST)], ids=["split", "packed"])
+
+
+class Disk:
+    """A disk of 64 blocks that an engine serves, and a front-end that reads them."""
+
+    def __init__(self, bus: vbus.Bus, fronts: Callable[..., Front], path: Path, bits: int, base: int) -> None:
+        path.write_bytes(b"".join(bytes([n]) * SECTOR for n in range(64)))
+        self.device = Blk(path=path, engine="native")
+        self.front = fronts(self.device).greet(ProtocolFeature.LOG_SHMFD)
+        assert bus.slot("d0").engine == "native"
+        self.bits = bits
+        self.read: list[int] = []
+        """Blocks that were asked for and not looked at."""
+        self.tokens: set[int] = set()
+        self.begin(base, fresh=True)
+
+    def begin(self, base: int, *, fresh: bool = False) -> None:
+        self.front.set_up(bits=self.bits, base=base, fresh=fresh)
+        self.front.start()
+
+    @staticmethod
+    def place(block: int) -> int:
+        return DATA + 4096 + block * 1024
+
+    def ask(self, *blocks: int) -> None:
+        front = self.front
+        for n in blocks:
+            front.bytes[DATA + n * 16 : DATA + n * 16 + 16] = HEADER.pack(RequestType.IN, 0, n)
+            front.bytes[self.place(n) : self.place(n) + SECTOR + 1] = b"\xff" * (SECTOR + 1)
+            token = front.ring.add([(GUEST + DATA + n * 16, 16)], [(GUEST + self.place(n), SECTOR + 1)])
+            assert token is not None
+            self.tokens.add(token)
+            self.read.append(n)
+        front.ring.publish()
+        front.ring_kick()
+
+    def reap(self) -> int:
+        """How many answers there are; each is of a request that had none."""
+        done = self.front.ring.reap(8)
+        for token, written in done:
+            assert written == SECTOR + 1
+            self.tokens.remove(token)
+        return len(done)
+
+    def look(self) -> int:
+        """Wait for all answers, which are right; how many there were."""
+        count = len(self.tokens)
+        wait_until(lambda: self.reap() >= 0 and not self.tokens)
+        for n in self.read:
+            assert bytes(self.front.bytes[self.place(n) : self.place(n) + SECTOR + 1]) == bytes([n]) * SECTOR + b"\0"
+        self.read.clear()
+        return count
+
+
+@LAYOUTS
+def test_a_native_queue_that_is_stopped_under_load_loses_nothing(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, bits: int, base: int
+) -> None:
+    disk = Disk(bus, fronts, tmp_path / "disk.img", bits, base)
+    front = disk.front
+    taken = asked = 0
+    for _ in range(150):
+        # It is let go on, and stopped at once: the first takes effect later than the second is said.
+        front.say(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+        front.say(Request.GET_VRING_BASE, m.VringState(0, 0))
+        while not select.select([front.sock], [], [], 0)[0]:
+            taken += disk.reap()
+            while len(disk.tokens) < 3:
+                disk.ask(asked % 64)
+                asked += 1
+        stopped = front.hear()
+        taken += disk.reap()
+        # Whatever was taken is answered. A request has two descriptors, of a packed ring's seven.
+        wrapped = 0 if 2 * taken // 7 % 2 else 0x8000
+        place = taken & 0xFFFF if bits == MY_FEATURES else (2 * taken % 7 | wrapped) * 0x1_0001
+        assert stopped == m.VringState(0, place)
+        disk.begin(place)
+    taken += disk.look()
+    assert taken == asked == disk.device.reads
+    assert not bus.slot("d0").violations
+
+
+@LAYOUTS
+def test_a_native_queue_that_is_disabled_waits(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, bits: int, base: int
+) -> None:
+    disk = Disk(bus, fronts, tmp_path / "disk.img", bits, base)
+    for n in range(20):
+        disk.front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 0))
+        disk.ask(n)
+        # An answer that comes after whatever the kick could have done.
+        disk.front.acked(Request.SET_VRING_CALL, m.U64(0), disk.front.call)
+        assert disk.reap() == 0
+        disk.front.acked(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+        disk.look()
+
+
+@LAYOUTS
+def test_pages_that_an_engine_writes_are_logged(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, bits: int, base: int
+) -> None:
+    disk = Disk(bus, fronts, tmp_path / "disk.img", bits, base)
+    front = disk.front
+    fd = os.memfd_create("log")
+    size = (GUEST + SIZE) // 4096 // 8
+    os.ftruncate(fd, size)
+    log = memoryview(_core.Mapping(fd, size))
+    front.say(Request.SET_LOG_BASE, m.Log(size, 0), fd)
+    assert front.hear() == m.U64(0)
+    disk.ask(1)
+    disk.look()
+    assert logged(log) == set()
+    # A migration begins: the features change under a device that goes on.
+    front.acked(Request.SET_FEATURES, m.U64(bits | 1 << m.LOG_ALL))
+    disk.ask(9)
+    disk.look()
+    used = front.ring.desc if bits == PACKED else front.ring.device
+    pages = {(GUEST + disk.place(9)) // 4096, used // 4096}
+    wait_until(lambda: pages <= logged(log))
+    assert (GUEST + DATA) // 4096 not in logged(log)
+    # And it fails.
+    front.acked(Request.SET_FEATURES, m.U64(bits))
+    log[:] = bytes(size)
+    disk.ask(17)
+    disk.look()
+    assert logged(log) == set()
+    os.close(fd)
+
+
+@LAYOUTS
+def test_memory_that_is_truncated_under_an_engine_stops_no_worker(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, bits: int, base: int
+) -> None:
+    disk = Disk(bus, fronts, tmp_path / "disk.img", bits, base)
+    front = disk.front
+    disk.ask(1)
+    disk.look()
+    os.ftruncate(front.fd, 0)
+    front.ring_kick()
+    wait_until(lambda: bus.slot("d0").violations["region-lost"] == 1)
+    front.sock.close()
+    wait_until(lambda: bus.slot("d0").owner is None)
+    again = fronts().greet(ProtocolFeature.LOG_SHMFD)
+    disk.front = again
+    disk.begin(base, fresh=True)
+    disk.ask(2, 3)
+    disk.look()

@@ -59,9 +59,10 @@ def test_every_packet_comes_back(tmp_path: Path, pairs: int, in_order: int, pack
             peer.wait()
         queues = [queue.core.counters[0] for queue in net._queues]
         assert all(count > 0 for count in queues[: 2 * pairs]), queues
-        assert sum(queues[: 2 * pairs : 2]) == sum(queues[1 : 2 * pairs : 2]), (
-            "what was sent is not what was given back"
-        )
+        # Receive queues are stopped first: what is sent just then has no way back any more.
+        sent, given_back = sum(queues[1 : 2 * pairs : 2]), sum(queues[: 2 * pairs : 2])
+        assert sent == given_back + net.rx_dropped, (queues, net.rx_dropped)
+        assert net.rx_dropped <= 32 * pairs
         told = {key: int(number) for key, number in re.findall(r"([RT]X-\w+): (\d+)", _totals(out))}
         assert told["RX-packets"] >= PACKETS - 32 * pairs, out
         assert told["RX-dropped"] == told["TX-dropped"] == 0, out

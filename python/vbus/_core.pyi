@@ -7,6 +7,8 @@ Everything that reads what the other side wrote raises `vbus.errors.Violation`, 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypedDict, final, overload
 
+from typing_extensions import disjoint_base
+
 from vbus.errors import Violation
 
 _ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
@@ -14,20 +16,25 @@ _ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
 __all__ = [
     "Batch",
     "BenchRequest",
+    "BlkEngine",
     "DeviceQueue",
     "Doorbell",
     "DriverQueue",
     "EchoSide",
+    "Engine",
     "EventReceiver",
     "EventSender",
     "LinkRing",
     "Load",
+    "LoopbackEngine",
     "Mapping",
     "Memory",
     "PingSide",
     "Request",
     "Scheduler",
     "Signal",
+    "Task",
+    "Worker",
     "bench_calls",
 ]
 
@@ -190,6 +197,8 @@ class Scheduler:
         """Make a key ready, from any thread. Marking a ready key does nothing; a key marked while its own turn runs
         is ready again after `done`.
         """
+    def route(self, key: int, task: Task | None) -> None:
+        """From now on, whatever marks the key gives this task a turn at its worker instead; None: no more."""
     def add_fd(self, fd: int, key: int) -> None:
         """Readable (or hung up) marks `key`; looked at again after the key's turn. Several fds may share a key."""
     def remove_fd(self, fd: int) -> None: ...
@@ -305,6 +314,21 @@ class DeviceQueue:
     def inflight_size(size: int) -> int:
         """Bytes that a queue of this size takes of what is in flight, rounded up to 64. ValueError: 0, above 32768."""
     @property
+    def paused(self) -> bool:
+        """Whether nothing more is to be taken for now: kept here for engines, `take` does not look."""
+    @paused.setter
+    def paused(self, paused: bool) -> None: ...
+    @property
+    def draining(self) -> bool:
+        """The same, by the device's own wish. When it was set, no engine takes anything any more."""
+    @draining.setter
+    def draining(self, draining: bool) -> None: ...
+    @property
+    def native(self) -> bool:
+        """Whether an engine is to take requests. When it was unset, none does any more."""
+    @native.setter
+    def native(self, native: bool) -> None: ...
+    @property
     def next(self) -> int | None:
         """Where another may resume once nothing is in flight; None: stopped. In a split ring, the available entry that
         comes next. In a packed one, in the lower half, the place of the descriptor that comes next (15 bits) and its
@@ -356,6 +380,100 @@ class DeviceQueue:
     @property
     def counters(self) -> tuple[int, int, int]:
         """Requests completed, bytes readable of them, bytes written of them; kept over stop and start."""
+
+@final
+class Worker:
+    """A native thread that gives engines their turns, most urgent first; it never takes the interpreter's lock.
+
+    `polling`: "notified" sleeps when there is nothing to do, "adaptive" waits a little first, as long as that paid,
+    "always" never sleeps. `cpus`: where it runs; anywhere when there are none. OSError when the system refuses.
+    """
+
+    def __new__(cls, name: str, *, polling: str = "notified", cpus: Sequence[int] = ...) -> Worker: ...
+    def add(self, engine: Engine, priority: int = 0) -> Task:
+        """Run an engine from now on; priority 0 is the most urgent of 8."""
+    @property
+    def tasks(self) -> int:
+        """Engines that it has."""
+    @property
+    def counters(self) -> tuple[int, int, int]:
+        """Turns that found work, turns that found none, and how often it slept."""
+    def close(self) -> None:
+        """End it, and its engines."""
+
+@final
+class Task:
+    """An engine at its worker."""
+
+    def mark(self) -> None:
+        """Give the engine a turn soon."""
+    def set_priority(self, priority: int) -> None: ...
+    def listen(self, doorbell: Doorbell) -> None:
+        """Have a turn whenever it rings. It is not drained; whoever drains it marks the task."""
+    def ignore(self, doorbell: Doorbell) -> None: ...
+    def remove(self) -> None:
+        """Take the engine from its worker; when this returns it has no turn any more."""
+
+@disjoint_base
+class Engine:
+    """What serves queues natively: those that are `native`, and neither `paused` nor `draining`.
+
+    Whatever it has for its device model waits here, and the signal that it was made with tells of it.
+    """
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What it counted, by name."""
+    def faults(self) -> list[tuple[int, Violation]]:
+        """Queues of its own, by their order, that it stopped, and why; each once."""
+    def errors(self) -> list[int]:
+        """Error numbers of what is behind the device; each once until `forget`."""
+    def requests(self, limit: int) -> list[tuple[int, Request]]:
+        """Requests that the device model shall answer, at most `limit`, each with the queue."""
+    def settle(self, timeout: float) -> bool:
+        """Wait until nothing is under way in the driver's memory; False after `timeout` seconds."""
+    def forget(self) -> None:
+        """The driver is gone, and whatever waits for it."""
+
+@final
+class LoopbackEngine(Engine):
+    """A pair of queues of a network device, which gives back what was sent."""
+
+    def __new__(cls, receive: DeviceQueue, transmit: DeviceQueue, signal: Signal) -> LoopbackEngine: ...
+    def set_rules(
+        self,
+        *,
+        link: bool,
+        in_use: bool,
+        merge: bool,
+        csum: bool,
+        host_kinds: Sequence[int],
+        promiscuous: bool,
+        told: bool,
+        modes: Sequence[str],
+        mac: bytes,
+        unicast: Sequence[bytes],
+        multicast: Sequence[bytes],
+        vlans: Sequence[int] | None,
+    ) -> None:
+        """What holds for frames from now on: link and pair, MRG_RXBUF and CSUM, values of gso_type that the driver may
+        use; and which frames it wants: all when `promiscuous`, or when it has `told` nothing and there are no `vlans`.
+        `modes` are names of receive modes (ALLUNI, ALLMULTI, NOUNI, NOMULTI, NOBCAST).
+        """
+
+@final
+class BlkEngine(Engine):
+    """Reads, writes and flushes of one queue of a disk, by io_uring."""
+
+    def __new__(cls, queue: DeviceQueue, fd: int, signal: Signal) -> BlkEngine:
+        """Takes a duplicate of `fd`. OSError when io_uring is not permitted."""
+    @staticmethod
+    def permitted() -> None:
+        """OSError when this process may not use io_uring."""
+    def set(self, capacity: int, read_only: bool, through: bool, flush: bool) -> None:
+        """What holds for requests from now on: sectors of the disk, whether writes are refused, whether they are on the
+        disk when they are completed, and whether the driver may flush.
+        """
 
 @final
 class DriverQueue:

@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
 from pydantic import Field
@@ -25,6 +25,7 @@ from vbus import loading
 from vbus.bus import Bus, Connector, Device, Members, check_name
 from vbus.bus.channel import check_region
 from vbus.bus.limits import DEVICE_LIMITS, MEMBER_LIMITS, parse_limit
+from vbus.bus.workers import MAX_WORKERS
 from vbus.connectors import CONNECTORS
 from vbus.errors import NoSuchNameError, UsageError
 from vbus.hints import did_you_mean
@@ -119,6 +120,9 @@ class BusSpec:
     uuid: UUID | None = None
     members: list[str] = field(default_factory=list)
     max_sources: int = 1024
+    workers: int | None = None
+    polling: str = "notified"
+    affinity: list[int] = field(default_factory=list)
     devices: list[DeviceSpec] = field(default_factory=list)
     connectors: list[ConnectorSpec] = field(default_factory=list)
     channels: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -139,6 +143,9 @@ def _bus_keys(
     members: list[str] | None = None,
     uuid: UUID | None = None,
     max_sources: int = 1024,
+    workers: Annotated[int, Field(ge=0, le=MAX_WORKERS)] | None = None,
+    polling: Literal["notified", "adaptive", "always"] = "notified",
+    affinity: list[int] | None = None,
 ) -> None: ...
 
 
@@ -234,7 +241,15 @@ def make(spec: BusSpec) -> Bus:
     ConfigError, with a line for each thing that cannot be had; then nothing is left behind.
     """
     try:
-        bus = Bus(spec.name, uuid=spec.uuid, members=spec.members, max_sources=spec.max_sources)
+        bus = Bus(
+            spec.name,
+            uuid=spec.uuid,
+            members=spec.members,
+            max_sources=spec.max_sources,
+            workers=spec.workers,
+            polling=spec.polling,
+            affinity=spec.affinity,
+        )
     except UsageError as error:
         raise spec.error("bus", error) from None
     lines: list[str] = []
@@ -396,6 +411,9 @@ class _Reader:
             spec.uuid = values.get("uuid")
             spec.members = values.get("members") or []
             spec.max_sources = values.get("max_sources", spec.max_sources)
+            spec.workers = values.get("workers")
+            spec.polling = values.get("polling", spec.polling)
+            spec.affinity = values.get("affinity") or []
             spec.name = values.get("name", stem)
             with self.problems_at("bus.name"):
                 hint = "" if "name" in table else '; write name = "..." in [bus]'

@@ -158,14 +158,14 @@ impl Load {
 }
 
 /// How values travel, by name.
-fn way(name: &str, notified: bool) -> PyResult<Way> {
-    Ok(match name {
+fn way_of(way: &str, notified: bool) -> PyResult<Way> {
+    Ok(match way {
         "eventfd" => Way::Eventfds,
         "line" => Way::Lines,
         "bare split" => Way::BareSplit,
         "bare packed" => Way::BarePacked,
-        "split" | "packed" => Way::Ring { packed: name == "packed", notified },
-        _ => return Err(PyValueError::new_err(format!("there is no way {name:?}"))),
+        "split" | "packed" => Way::Ring { packed: way == "packed", notified },
+        _ => return Err(PyValueError::new_err(format!("there is no way {way:?}"))),
     })
 }
 
@@ -194,9 +194,9 @@ pub struct PingSide(Mutex<Ping>);
 #[pymethods]
 impl PingSide {
     #[new]
-    fn new(py: Python<'_>, name: &str, notified: bool, area: &Mapping, kick: RawFd, call: RawFd) -> PyResult<Self> {
+    fn new(py: Python<'_>, way: &str, notified: bool, area: &Mapping, kick: RawFd, call: RawFd) -> PyResult<Self> {
         let shared = pingpong::Shared::new(area.0.clone(), [kick, call]).map_err(value_error)?;
-        Ok(Self(Mutex::new(Ping::new(shared, way(name, notified)?).map_err(|error| ping_error(py, error))?)))
+        Ok(Self(Mutex::new(Ping::new(shared, way_of(way, notified)?).map_err(|error| ping_error(py, error))?)))
     }
 
     #[staticmethod]
@@ -228,7 +228,7 @@ impl EchoSide {
     #[new]
     fn new(
         py: Python<'_>,
-        name: &str,
+        way: &str,
         notified: bool,
         area: &Mapping,
         kick: RawFd,
@@ -236,7 +236,7 @@ impl EchoSide {
         places: (u64, u64, u64),
     ) -> PyResult<Self> {
         let shared = pingpong::Shared::new(area.0.clone(), [kick, call]).map_err(value_error)?;
-        let echo = Echo::new(shared, way(name, notified)?, places.into());
+        let echo = Echo::new(shared, way_of(way, notified)?, places.into());
         Ok(Self(Mutex::new(echo.map_err(|error| ping_error(py, error))?)))
     }
 

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 mod area;
 mod bench;
 mod doorbell;
+mod engine;
 mod event;
 mod link;
 mod memory;
@@ -21,6 +22,8 @@ mod _core {
     use crate::bench::{bench_calls, BenchRequest, EchoSide, Load, PingSide};
     #[pymodule_export]
     use crate::doorbell::Doorbell;
+    #[pymodule_export]
+    use crate::engine::{BlkEngine, Engine, LoopbackEngine, Task, Worker};
     #[pymodule_export]
     use crate::event::{EventReceiver, EventSender};
     #[pymodule_export]

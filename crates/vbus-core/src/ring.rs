@@ -1,15 +1,15 @@
 //! The Python face of the rings: a device's requests, its queues, and a driver's.
 //!
-//! Locks are held shortly, never while Python code or a notification runs, and always taken with the interpreter's lock
-//! held: so no two of them can wait for each other.
+//! Locks are held shortly, never while Python code or a notification runs, and taken with the interpreter's lock held, or
+//! by engines, which never want that: so no two of them can wait for each other.
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
+use vbus_engine::queue::{Queue, Running};
 use vbus_ring::ring::split::{self, inflight_bytes};
 use vbus_ring::ring::{Chain, DeviceRing, DriverRing, Features, Setup, MAX_SIZE};
 use vbus_ring::signal::Notify;
@@ -36,106 +36,34 @@ fn value_error(error: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
-/// What a device queue and its requests know of each other.
-#[derive(Default)]
-pub struct Shared {
-    running: Mutex<Option<Running>>,
-    /// Counts starts and stops: a request of another run is nobody's any more.
-    run: AtomicU64,
-    completed: AtomicU64,
-    bytes_readable: AtomicU64,
-    bytes_written: AtomicU64,
-}
-
-struct Running {
-    ring: DeviceRing,
-    signal: Arc<dyn Notify>,
-    /// Taken by a turn that made room before it came to them.
-    waiting: VecDeque<Chain>,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Begin another run, or none.
-    fn replace(&self, running: Option<Running>) {
-        let old = {
-            let mut current = self.lock();
-            self.run.fetch_add(1, Ordering::Relaxed);
-            std::mem::replace(&mut *current, running)
-        };
-        // Outside the lock: it may be the last user of its memory, and unmapping takes time.
-        drop(old);
-    }
-
-    /// Take up to `limit` chains, and which run they are of.
-    pub fn take(&self, limit: usize, chains: &mut Vec<Chain>) -> Result<u64, Violation> {
-        if let Some(running) = self.lock().as_mut() {
-            running.ring.take(limit, chains)?;
-        }
-        Ok(self.run.load(Ordering::Relaxed))
-    }
-
-    /// Those that wait for a turn, in their order; when there are none, up to `limit` from the ring. How many those are,
-    /// and which run they are of.
-    pub fn begin(&self, limit: usize, chains: &mut Vec<Chain>) -> Result<(usize, u64), Violation> {
-        let mut taken = 0;
-        if let Some(running) = self.lock().as_mut() {
-            chains.extend(running.waiting.drain(..));
-            if chains.is_empty() {
-                running.ring.take(limit, chains)?;
-                taken = chains.len();
-            }
-        }
-        Ok((taken, self.run.load(Ordering::Relaxed)))
-    }
-
-    /// Chains of this run wait for another turn, before all others.
-    pub fn put_off(&self, run: u64, chains: impl Iterator<Item = Chain>) {
-        let mut current = self.lock();
-        if self.run.load(Ordering::Relaxed) == run {
-            if let Some(running) = current.as_mut() {
-                running.waiting.extend(chains);
-            }
+/// Put requests into the used ring; what to notify, if anything.
+pub fn put<'a>(
+    queue: &Queue,
+    requests: impl Iterator<Item = &'a Request> + Clone,
+) -> Result<Option<Arc<dyn Notify>>, Violation> {
+    let mut current = queue.lock();
+    let Some(running) = current.as_mut() else {
+        return Ok(None);
+    };
+    let fresh = |request: &&Request| !request.stopped() && !request.completed.load(Ordering::Relaxed);
+    let requests = requests.filter(fresh);
+    // Never above the chain's total, which has 32 bits.
+    let chains = requests.clone().map(|request| (&request.chain, request.written() as u32));
+    let result = running.ring.complete_chains(chains);
+    for request in requests {
+        request.completed.store(true, Ordering::Relaxed);
+        if result.is_ok() {
+            queue.count(1, request.readable_total(), request.written());
         }
     }
-
-    /// Put requests into the used ring; what to notify, if anything.
-    pub fn put<'a>(
-        &self,
-        requests: impl Iterator<Item = &'a Request> + Clone,
-    ) -> Result<Option<Arc<dyn Notify>>, Violation> {
-        let mut current = self.lock();
-        let Some(running) = current.as_mut() else {
-            return Ok(None);
-        };
-        let fresh = |request: &&Request| !request.stopped() && !request.completed.load(Ordering::Relaxed);
-        let requests = requests.filter(fresh);
-        // Never above the chain's total, which has 32 bits.
-        let chains = requests.clone().map(|request| (&request.chain, request.written() as u32));
-        let result = running.ring.complete_chains(chains);
-        // Under the lock: nobody else counts.
-        let add = |counter: &AtomicU64, more| counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
-        for request in requests {
-            request.completed.store(true, Ordering::Relaxed);
-            if result.is_err() {
-                continue;
-            }
-            add(&self.completed, 1);
-            add(&self.bytes_readable, request.readable_total());
-            add(&self.bytes_written, request.written());
-        }
-        Ok(result?.then(|| running.signal.clone()))
-    }
+    Ok(result?.then(|| running.signal.clone()))
 }
 
 /// A chain of descriptors, read once, checked and translated; its memory stays mapped while this lives.
 #[pyclass(frozen, module = "vbus._core")]
 pub struct Request {
     chain: Chain,
-    queue: Arc<Shared>,
+    queue: Arc<Queue>,
     run: u64,
     read: AtomicU64,
     written: AtomicU64,
@@ -143,13 +71,14 @@ pub struct Request {
 }
 
 impl Request {
-    pub fn new(chain: Chain, queue: Arc<Shared>, run: u64) -> Self {
+    /// A chain that was taken in this run of its queue.
+    pub fn new(chain: Chain, queue: Arc<Queue>, run: u64) -> Self {
         let (read, written, completed) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
         Self { chain, queue, run, read, written, completed }
     }
 
     fn stopped(&self) -> bool {
-        self.queue.run.load(Ordering::Relaxed) != self.run
+        self.queue.run() != self.run
     }
 
     fn left_to_read(&self) -> u64 {
@@ -258,7 +187,7 @@ impl Request {
 /// The device side of a ring.
 #[pyclass(frozen, module = "vbus._core")]
 pub struct DeviceQueue {
-    shared: Arc<Shared>,
+    pub shared: Arc<Queue>,
     max_size: u32,
 }
 
@@ -333,7 +262,7 @@ impl DeviceQueue {
             }
         };
         let ring = ring.map_err(|violation| to_error(py, &violation))?;
-        self.shared.replace(Some(Running { ring, signal: signal.0.clone(), waiting: VecDeque::new() }));
+        self.shared.replace(Some(Running::new(ring, signal.0.clone())));
         Ok(())
     }
 
@@ -367,9 +296,42 @@ impl DeviceQueue {
         if requests.iter().any(|request| !Arc::ptr_eq(&request.get().queue, &self.shared)) {
             return Err(PyValueError::new_err("a request of another queue"));
         }
-        let put = self.shared.put(requests.iter().map(|request| request.get()));
-        ring(py, put.map_err(|violation| to_error(py, &violation))?);
+        let notify = put(&self.shared, requests.iter().map(|request| request.get()));
+        ring(py, notify.map_err(|violation| to_error(py, &violation))?);
         Ok(())
+    }
+
+    #[getter]
+    fn paused(&self) -> bool {
+        self.shared.paused()
+    }
+
+    #[setter]
+    fn set_paused(&self, paused: bool) {
+        self.shared.pause(paused);
+    }
+
+    #[getter]
+    fn draining(&self) -> bool {
+        self.shared.draining()
+    }
+
+    #[setter]
+    fn set_draining(&self, draining: bool) {
+        self.shared.drain(draining);
+        // Behind it, nobody takes anything that has not seen it.
+        drop(self.shared.lock());
+    }
+
+    #[getter]
+    fn native(&self) -> bool {
+        self.shared.native()
+    }
+
+    #[setter]
+    fn set_native(&self, native: bool) {
+        self.shared.set_native(native);
+        drop(self.shared.lock());
     }
 
     #[getter]
@@ -389,7 +351,7 @@ impl DeviceQueue {
 
     #[getter]
     fn counters(&self) -> (u64, u64, u64) {
-        let Shared { completed, bytes_readable, bytes_written, .. } = &*self.shared;
+        let Queue { completed, bytes_readable, bytes_written, .. } = &*self.shared;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         (get(completed), get(bytes_readable), get(bytes_written))
     }

@@ -6,9 +6,12 @@ use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use vbus_engine::worker::ToTask;
 use vbus_ring::schedule::{self, ScheduleError};
+use vbus_ring::signal::Route;
 
 use crate::doorbell::{bells, Doorbell};
+use crate::engine::Task;
 use crate::event::EventReceiver;
 
 /// Hands ready keys to threads, most urgent first; no two threads ever hold keys of one actor.
@@ -48,6 +51,12 @@ impl Scheduler {
 
     fn mark(&self, key: u64) {
         self.0.mark(key);
+    }
+
+    #[pyo3(signature = (key, task))]
+    fn route(&self, key: u64, task: Option<PyRef<'_, Task>>) {
+        let route = task.map(|task| Arc::new(ToTask(task.0.clone())) as Arc<dyn Route>);
+        self.0.route(key, route);
     }
 
     fn add_fd(&self, fd: RawFd, key: u64) -> PyResult<()> {

@@ -7,10 +7,11 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PyList};
+use vbus_engine::queue::Queue;
 use vbus_ring::ring::Chain;
 use vbus_ring::schedule::Scheduler;
 
-use crate::ring::{ring, Request, Shared};
+use crate::ring::{put, ring, Request};
 use crate::violation::to_error;
 
 /// How long something more urgent may wait before a turn looks for it: looking takes longer than a short handler.
@@ -61,7 +62,7 @@ pub fn call<'py>(function: &Bound<'py, PyAny>, one: &Bound<'py, PyAny>, two: &Bo
 #[allow(clippy::too_many_arguments)]
 pub fn serve(
     py: Python<'_>,
-    shared: &Arc<Shared>,
+    shared: &Arc<Queue>,
     handler: &Bound<'_, PyAny>,
     queue: &Bound<'_, PyAny>,
     limit: usize,
@@ -93,7 +94,7 @@ pub fn serve(
 
 fn serve_each(
     py: Python<'_>,
-    shared: &Arc<Shared>,
+    shared: &Arc<Queue>,
     run: u64,
     handler: &Bound<'_, PyAny>,
     queue: &Bound<'_, PyAny>,
@@ -103,8 +104,8 @@ fn serve_each(
     while let Some(chain) = chains.next() {
         let request = Bound::new(py, Request::new(chain, shared.clone(), run))?;
         call(handler, queue, request.as_any())?;
-        let put = shared.put(std::iter::once(request.get()));
-        ring(py, put.map_err(|violation| to_error(py, &violation))?);
+        let notify = put(shared, std::iter::once(request.get()));
+        ring(py, notify.map_err(|violation| to_error(py, &violation))?);
         if chains.len() > 0 && urgent.as_mut().is_some_and(Urgent::waits) {
             break;
         }
@@ -114,7 +115,7 @@ fn serve_each(
 
 fn serve_together(
     py: Python<'_>,
-    shared: &Arc<Shared>,
+    shared: &Arc<Queue>,
     run: u64,
     handler: &Bound<'_, PyAny>,
     queue: &Bound<'_, PyAny>,
@@ -138,7 +139,7 @@ enum Held {
 /// Requests that a handler answers together: objects of Python only once somebody looks at one.
 #[pyclass(frozen, sequence, module = "vbus._core")]
 pub struct Batch {
-    shared: Arc<Shared>,
+    shared: Arc<Queue>,
     count: usize,
     held: Mutex<Held>,
 }
@@ -164,15 +165,15 @@ impl Batch {
     }
 
     fn complete(&self, py: Python<'_>) -> PyResult<()> {
-        let put = match &*self.lock() {
-            Held::Natives(requests) => self.shared.put(requests.iter()),
+        let notify = match &*self.lock() {
+            Held::Natives(requests) => put(&self.shared, requests.iter()),
             Held::List(list) => {
                 let requests: Vec<Bound<'_, Request>> = list.bind(py).extract()?;
-                self.shared.put(requests.iter().map(|request| request.get()))
+                put(&self.shared, requests.iter().map(|request| request.get()))
             }
             Held::Between => return Err(PyRuntimeError::new_err("the requests are being looked at")),
         };
-        ring(py, put.map_err(|violation| to_error(py, &violation))?);
+        ring(py, notify.map_err(|violation| to_error(py, &violation))?);
         Ok(())
     }
 }

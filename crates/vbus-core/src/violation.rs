@@ -16,7 +16,12 @@ fn class(py: Python<'_>) -> PyResult<&Bound<'_, PyType>> {
 
 /// A violation as the Python object, raised or kept.
 pub fn to_object<'py>(py: Python<'py>, violation: &Violation) -> PyResult<Bound<'py, PyAny>> {
-    class(py)?.call1((violation.name(), violation.detail.as_str()))
+    named(py, violation.name(), &violation.detail)
+}
+
+/// One of a device's own rules.
+pub fn named<'py>(py: Python<'py>, name: &str, detail: &str) -> PyResult<Bound<'py, PyAny>> {
+    class(py)?.call1((name, detail))
 }
 
 /// A violation as a Python error.

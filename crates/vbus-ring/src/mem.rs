@@ -392,6 +392,14 @@ impl Region {
     fn last(&self) -> u64 {
         self.address + (self.size - 1)
     }
+
+    /// Where a byte of it is, which is inside.
+    #[inline]
+    fn byte(&self, at: u64) -> *mut u8 {
+        debug_assert!(at < self.size);
+        // SAFETY: a region is inside its mapping, which it keeps, and the caller asks for a byte inside the region.
+        unsafe { self.mapping.as_ptr().add(self.offset + at as usize) }
+    }
 }
 
 /// A snapshot of a memory's regions.
@@ -477,6 +485,48 @@ impl Table {
             at += count;
         }
         Ok(())
+    }
+
+    /// As `translate`, for whoever holds this table for as long: tells the region by its number, the first byte, its
+    /// driver address, and how many there are. Something may have been told when it fails.
+    #[inline]
+    pub(crate) fn pieces(
+        &self,
+        address: u64,
+        size: u32,
+        access: Access,
+        mut each: impl FnMut(usize, *mut u8, u64, u32),
+    ) -> Result<(), Violation> {
+        let mut index = self.first(address);
+        if let Some(region) = self.regions.get(index) {
+            let skip = address.wrapping_sub(region.address);
+            // Below its beginning it wraps, above any size.
+            let fits = skip < region.size && u64::from(size) <= region.size - skip;
+            if fits && address >= region.address && (access == Access::Read || region.writable) {
+                each(index, region.byte(skip), address, size);
+                return Ok(());
+            }
+        }
+        self.check(address, u64::from(size), access)?;
+        let (mut at, mut left) = (address, size);
+        while left > 0 {
+            let region = &self.regions[index];
+            let skip = at - region.address;
+            // No more than a u32.
+            let count = u64::from(left).min(region.size - skip) as u32;
+            each(index, region.byte(skip), at, count);
+            left -= count;
+            at = at.wrapping_add(u64::from(count));
+            index += 1;
+        }
+        Ok(())
+    }
+
+    /// Append a piece of a region, which `pieces` told of, to `segments`.
+    pub(crate) fn append(&self, region: usize, address: u64, size: u32, segments: &mut Segments) {
+        let region = &self.regions[region];
+        let offset = region.offset + (address - region.address) as usize;
+        segments.push(&region.mapping, address, offset, size as usize);
     }
 
     /// The `size` bytes at `address`, when one mapping holds them in one piece.

@@ -15,7 +15,7 @@
 //! another one comes when more is ready. All costs are logarithmic in the number of ready actors: nothing here walks
 //! over all keys. The number of receivers (connections) is walked on every call.
 //!
-//! Locks are taken in the order state, receiver; nothing is called back under them, and no lock is held while waiting.
+//! Locks are taken in the order state, receiver; nothing but a route is called back under them, and no lock is held while waiting.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use crate::doorbell::Doorbell;
 use crate::event::{Consumer, Counters, MAX_PRIORITIES};
 use crate::mem::Window;
-use crate::signal::Notify;
+use crate::signal::{Notify, Route};
 
 /// Events taken from one receiver in one go: a flood of one connection must not hold up the others.
 const BUDGET: usize = 256;
@@ -100,6 +100,8 @@ struct Key {
     queued: Option<Entry>,
     /// Marked while its own turn runs.
     marked: bool,
+    /// Who is called instead.
+    route: Option<Arc<dyn Route>>,
     fds: HashSet<RawFd>,
     /// Tokens of its descriptors that fired: not looked at until its turn is done.
     fired: Vec<u64>,
@@ -183,7 +185,8 @@ impl Scheduler {
         let mut state = lock(&self.state);
         let id = state.id();
         state.actors.get_mut(&actor).ok_or(ScheduleError::Actor(actor))?.keys.insert(id);
-        let key = Key { actor, priority, queued: None, marked: false, fds: HashSet::new(), fired: Vec::new() };
+        let key =
+            Key { actor, priority, queued: None, marked: false, route: None, fds: HashSet::new(), fired: Vec::new() };
         state.keys.insert(id, key);
         Ok(id)
     }
@@ -229,6 +232,12 @@ impl Scheduler {
                 true
             }
         }
+    }
+
+    /// From now on, whatever marks the key calls this instead, or makes it ready again. Unknown keys are ignored.
+    pub fn route(&self, key: u64, route: Option<Arc<dyn Route>>) {
+        let old = lock(&self.state).keys.get_mut(&key).map(|key| std::mem::replace(&mut key.route, route));
+        drop(old);
     }
 
     /// Readable (or hung up) marks `key`; looked at again after the key's turn. Replaces an earlier use of `fd`.
@@ -614,6 +623,10 @@ impl State {
 
     fn mark(&mut self, key: u64) -> Mark {
         let Some(entry) = self.keys.get_mut(&key) else { return Mark::Known };
+        if let Some(route) = &entry.route {
+            route.call();
+            return Mark::Known;
+        }
         let actor = entry.actor;
         if self.actors.get(&actor).is_some_and(|actor| actor.running == Some(key)) {
             return if std::mem::replace(&mut entry.marked, true) { Mark::Known } else { Mark::Waits };

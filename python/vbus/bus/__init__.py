@@ -13,6 +13,7 @@ from vbus.bus.members import Credentials, Members, peer_credentials
 from vbus.bus.pool import Actor, Pool, shared_pool
 from vbus.bus.queue import Queue, Request
 from vbus.bus.slot import Attachment, InUseError, RefusedError, Ring, Slot
+from vbus.bus.workers import Engine, Workers
 
 __all__ = [
     "Account",
@@ -25,6 +26,7 @@ __all__ = [
     "Connector",
     "Credentials",
     "Device",
+    "Engine",
     "InUseError",
     "Members",
     "NoSuchChannelError",
@@ -34,6 +36,7 @@ __all__ = [
     "Request",
     "Ring",
     "Slot",
+    "Workers",
     "attribute",
     "attributes_of",
     "check_name",

@@ -13,7 +13,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 from uuid import NAMESPACE_OID, UUID, uuid5
@@ -28,6 +28,7 @@ from vbus.bus.pool import shared_pool
 from vbus.bus.runner import BusLoop
 from vbus.bus.slot import Slot
 from vbus.bus.sources import Sources
+from vbus.bus.workers import Workers
 from vbus.errors import NoSuchNameError, UsageError
 from vbus.virtio import Status, device_type_name, features
 
@@ -59,11 +60,20 @@ class Bus:
     """An instance that holds devices, with members that may use them.
 
     `max_sources` (a power of two from 16 on) is the size of every event ring: 8 of them are for channels, each of the
-    others for a queue of a device. Entering a bus serves, leaving stops.
+    others for a queue of a device. `workers`, `polling` and `affinity` say how native engines run: see `Workers`.
+    Entering a bus serves, leaving stops.
     """
 
     def __init__(
-        self, name: str, *, uuid: UUID | str | None = None, members: Iterable[str] = (), max_sources: int = 1024
+        self,
+        name: str,
+        *,
+        uuid: UUID | str | None = None,
+        members: Iterable[str] = (),
+        max_sources: int = 1024,
+        workers: int | None = None,
+        polling: str = "notified",
+        affinity: Sequence[int] = (),
     ) -> None:
         self.name = check_name("bus", name)
         self.uuid = _uuid(uuid) if uuid is not None else identity(name)
@@ -73,6 +83,7 @@ class Bus:
         self.max_sources = max_sources
         self.pool = shared_pool()
         self.loop = BusLoop()
+        self.workers = Workers(name, workers, polling, affinity)
         self.connectors: dict[str, Connector] = {}
         self.channels = Channels(self)
         self._accounts: dict[str, Account] = {}
@@ -310,7 +321,7 @@ class Bus:
             account = self._accounts.setdefault(member, Account(member))
         value = account.set(limit.removeprefix("limit."), text)
         for slot in self.slots():
-            slot.completed()
+            slot.limits_changed()
         return value
 
     def describe_members(self) -> list[dict[str, Any]]:
@@ -363,6 +374,7 @@ class Bus:
         if self._pool_held:
             self._pool_held = False
             self.pool.release()
+        self.workers.close()
         return hung
 
     def run(self) -> None:
@@ -419,7 +431,7 @@ class Bus:
             return self._set_priority(slot, attribute, text)
         if attribute.startswith("limit."):
             value = slot.gate.device.set(attribute.removeprefix("limit."), text)
-            slot.completed()
+            slot.limits_changed()
             return value
         if attribute not in known:
             raise NoSuchNameError(hints.no_such("attribute", attribute, known, f"device {name}"))
@@ -466,6 +478,7 @@ class Bus:
             "connector": owner.connector_name if owner is not None else None,
             "owner": owner.label if owner is not None else None,
             "priority": slot.priority,
+            "engine": slot.engine,
             "queues": [
                 {
                     "index": queue.index,

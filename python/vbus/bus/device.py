@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overloa
 
 from vbus import hints
 from vbus.bus.queue import Queue, Request
+from vbus.bus.workers import Engine
 from vbus.errors import NoSuchNameError, UsageError
 from vbus.virtio import Config as ConfigSpace
 from vbus.virtio import FeatureSet
@@ -207,6 +208,27 @@ class Device:
 
     async def run(self) -> None:
         """A task beside the handlers, from plug to unplug; a device that overrides it is an `async` device."""
+
+    # Engines: what serves queues of this device natively, if anything does.
+
+    no_engine = "its class is served in Python"
+    """Why there are none."""
+
+    def engines(self) -> Sequence[Engine]:
+        """Native engines for queues of this device, right after `plugged`. UsageError when one was asked for in vain.
+
+        They are made with `Slot.engine_signal`, and told of what the model decides. While a limit is set on the device
+        or on its driver, and for whatever an engine hands back, the model's own handlers serve the same queues.
+        """
+        return ()
+
+    def engine_serves(self, queue: Queue) -> bool:
+        """Whether the engine of this queue is to serve it, now that features were negotiated."""
+        return True
+
+    def engine_failed(self, error: OSError) -> None:
+        """What is behind the device failed while an engine used it; told once of each kind and driver."""
+        self.log.error("%s", error.strerror)
 
     # What a model may use.
 

@@ -38,8 +38,6 @@ class Queue:
         self.pull = pull
         self.max_size = size
         self.index = -1
-        self.paused = False
-        """Nothing more is taken off the ring for now; what was taken is handled."""
         # Connectors hold drivers to `max_size` where they can tell them of it: vhost-user's front-ends cannot be told.
         self.core = _core.DeviceQueue(MAX_QUEUE_SIZE)
         self._slot: Slot | None = None
@@ -54,6 +52,15 @@ class Queue:
         queue = Queue(self.name, pull=self.pull, size=self.max_size)
         queue.index = index
         return queue
+
+    @property
+    def paused(self) -> bool:
+        """Nothing more is taken off the ring for now; what was taken is handled."""
+        return self.core.paused
+
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        self.core.paused = paused
 
     @property
     def served(self) -> bool:

@@ -57,6 +57,22 @@ class SyncRunner:
             self.slot.failed(error, queue)
         return False
 
+    def serve(self, queue: Queue, requests: Sequence[Request]) -> None:
+        """Handle requests that somebody else took off the ring."""
+        device: Device = self.slot.device
+        try:
+            if self._batch:
+                device.handle_batch(queue, requests)
+                queue.complete(*requests)
+            else:
+                for request in requests:
+                    device.handle(queue, request)
+                    queue.complete(request)
+        except Violation as violation:
+            self.slot.violated(violation, queue)
+        except Exception as error:
+            self.slot.failed(error, queue)
+
     def hook(self, hook: Callable[..., Any], *args: Any, of: Queue | None = None) -> None:
         """Call one of the device's hooks; what it raises is the device's failure, on the queue that it is about."""
         try:
@@ -73,6 +89,7 @@ class SyncRunner:
     def plugged(self) -> None:
         """Run the `plugged` hook; what it raises goes to whoever plugs."""
         self.slot.device.plugged()
+        self.slot.adopt(self.slot.device.engines())
 
     def cancel(self, queue: Queue | None = None) -> None:
         """Nothing is under way: a ring that stops forgets what was taken and not begun."""

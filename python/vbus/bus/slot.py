@@ -8,12 +8,14 @@ hostile: what it sends wrong becomes a refusal or a violation of this slot alone
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -23,7 +25,8 @@ from vbus.bus.device import Device, has_state, is_async
 from vbus.bus.limits import DEVICE_LIMITS, Account, Gate
 from vbus.bus.pool import Actor
 from vbus.bus.queue import Queue
-from vbus.bus.runner import AsyncRunner, SyncRunner
+from vbus.bus.runner import BUDGET, AsyncRunner, SyncRunner
+from vbus.bus.workers import Engine
 from vbus.errors import Error, Violation
 from vbus.virtio import Status, features
 
@@ -47,6 +50,8 @@ PULLED_SECONDS = 5.0
 """How long a device may keep buffers of a pull queue that is to stop."""
 LOOK_AGAIN = 1.0
 """Seconds, at most, between two looks of a queue that waits for a limit."""
+SETTLE_SECONDS = 1.0
+"""Seconds between two looks at what an engine has under way."""
 HISTORY = 16
 """How many reasons a slot or a connector remembers."""
 
@@ -172,6 +177,12 @@ class Slot:
         """From 0, the most urgent, to 7: the device's, but for queues that have one of their own."""
         self._keys = [self.actor.key(self._turn_of(q), self.queue_priorities[q.index]) for q in self.queues]
         self._bells: dict[int, _core.Doorbell] = {}
+        self._engines: list[Engine] = []
+        self._tasks: dict[int, _core.Task] = {}
+        """Who serves a queue natively, by its index."""
+        self._native = False
+        self._holds = 0
+        self._outbox_key: int | None = None
         self._past: list[SignalCounters] = [((0, 0, 0), (0, 0, 0)) for _ in self.queues]
 
     def __repr__(self) -> str:
@@ -185,6 +196,8 @@ class Slot:
 
     def _turn_of(self, queue: Queue) -> Callable[[], bool]:
         def turn() -> bool:
+            if queue.core.native:
+                return False
             bell = self._bells.get(queue.index)
             if bell is not None:
                 self.kicks[queue.index] += bell.drain()
@@ -202,15 +215,149 @@ class Slot:
 
     def attach_doorbell(self, queue: Queue, bell: _core.Doorbell) -> None:
         """Serve the queue whenever `bell` rings (direct notification)."""
-        self.detach_doorbell(queue)
-        self._bells[queue.index] = bell
-        self.actor.pool.scheduler.add_fd(bell.fileno(), self.key(queue))
+        with self._lock:
+            self.detach_doorbell(queue)
+            self._bells[queue.index] = bell
+            self._listen(queue, bell)
 
     def detach_doorbell(self, queue: Queue) -> None:
         """Stop listening to the queue's doorbell."""
-        bell = self._bells.pop(queue.index, None)
-        if bell is not None:
+        with self._lock:
+            bell = self._bells.get(queue.index)
+            if bell is not None:
+                self._ignore(queue, bell)
+                self.count_kicks(queue)
+                del self._bells[queue.index]
+
+    def _listen(self, queue: Queue, bell: _core.Doorbell) -> None:
+        if queue.core.native:
+            self._tasks[queue.index].listen(bell)
+        else:
+            self.actor.pool.scheduler.add_fd(bell.fileno(), self.key(queue))
+
+    def _ignore(self, queue: Queue, bell: _core.Doorbell) -> None:
+        if queue.core.native:
+            self._tasks[queue.index].ignore(bell)
+        else:
             self.actor.pool.scheduler.remove_fd(bell.fileno())
+
+    def count_kicks(self, queue: Queue) -> int:
+        """How often the queue's own doorbell was rung. A worker hears it and does not count."""
+        with self._lock:
+            bell = self._bells.get(queue.index)
+            rung = bell.drain() if bell is not None and queue.core.native else 0
+            self.kicks[queue.index] += rung
+        if rung:
+            # It may not have been heard yet.
+            self.mark(queue)
+        return self.kicks[queue.index]
+
+    # Engines.
+
+    def engine_signal(self) -> _core.Signal:
+        """By what an engine of this device tells that it has something for the device."""
+        if self._outbox_key is None:
+            self._outbox_key = self.actor.key(self._read_outboxes, self.priority)
+        return _core.Signal.local(self.actor.pool.scheduler, self._outbox_key)
+
+    def adopt(self, engines: Sequence[Engine]) -> None:
+        """Have workers run these engines for queues of this device. In the turn that plugs it."""
+        for engine in engines:
+            self._engines.append(engine)
+            task = self.bus.workers.add(engine.core, min(self.queue_priorities[q.index] for q in engine.queues))
+            self._tasks.update({queue.index: task for queue in engine.queues})
+        self._use_engines(native=bool(engines))
+
+    @property
+    def engine(self) -> str:
+        """What serves its queues, and why it is not native where it could be."""
+        if self._native:
+            return "native"
+        return f"python ({'limits are set' if self._engines else self.device.no_engine})"
+
+    def _use_engines(self, *, native: bool) -> None:
+        """Have queues served by engines, or all by the model's handlers. What is under way ends where it is."""
+        changed = []
+        with self._lock:
+            self._native = native
+            for queue in (queue for engine in self._engines for queue in engine.queues):
+                wanted = native and self.device.engine_serves(queue)
+                if wanted == queue.core.native:
+                    continue
+                changed.append(queue)
+                bell = self._bells.get(queue.index)
+                if bell is not None:
+                    self._ignore(queue, bell)
+                queue.core.native = wanted
+                self._route(queue)
+                if bell is not None:
+                    self._listen(queue, bell)
+        for queue in changed:
+            self.mark(queue)
+
+    def _route(self, queue: Queue) -> None:
+        task = self._tasks.get(queue.index) if queue.core.native else None
+        self.actor.pool.scheduler.route(self._keys[queue.index], task)
+
+    def limits_changed(self) -> None:
+        """Limits were set or taken away, which engines know nothing of; queues that waited for them look again."""
+        if self._native and not self.gate.is_open:
+            log.warning("%s/%s: limits are set: it is served in Python", self.bus.name, self.name)
+            self._use_engines(native=False)
+        self.completed()
+
+    def _settle(self, engines: Iterable[Engine] | None = None) -> None:
+        """Wait until nothing is under way in engines whose queues are stopped or held."""
+        for engine in self._engines if engines is None else engines:
+            while not engine.core.settle(SETTLE_SECONDS):
+                pass
+
+    @contextmanager
+    def _engines_hold(self) -> Iterator[None]:
+        """In a turn of the device: engines take nothing meanwhile, just as its own handlers have no turn."""
+        queues = [self.queues[index] for index in self._tasks]
+        self._holds += 1
+        for queue in queues:
+            queue.core.draining = True
+        try:
+            yield
+        finally:
+            self._holds -= 1
+            if self._holds == 0 and not self.draining:
+                for queue in queues:
+                    queue.core.draining = False
+                    if queue.core.native:
+                        self.mark(queue)
+
+    def undisturbed(self, change: Callable[[], None]) -> None:
+        """Call `change` in a turn of the device, when no engine uses the driver's memory."""
+        with self._engines_hold():
+            self._settle()
+            change()
+
+    def _read_outboxes(self) -> bool:
+        """Do what engines leave to the device. In a turn."""
+        more = False
+        for engine in self._engines:
+            for errno in engine.core.errors():
+                self.runner.hook(self.device.engine_failed, OSError(errno, os.strerror(errno)))
+            # Asked for first, and told last: requests from before are answered.
+            faults = engine.core.faults()
+            more |= self._serve_left(engine)
+            while faults and self._serve_left(engine):
+                pass
+            for index, violation in faults:
+                self.violated(violation, engine.queues[index])
+        return more
+
+    def _serve_left(self, engine: Engine) -> bool:
+        """Answer requests that an engine left to the device; True when there may be more."""
+        requests = engine.core.requests(BUDGET)
+        for index, queue in enumerate(engine.queues):
+            own = [request for of, request in requests if of == index and not request.done]
+            if own and isinstance(self.runner, SyncRunner):
+                self.runner.serve(queue, own)
+        return len(requests) == BUDGET
 
     # Priorities.
 
@@ -231,6 +378,11 @@ class Slot:
                 return
             self.queue_priorities = wanted
             old, self._keys = self._keys, [self.actor.key(self._turn_of(q), wanted[q.index]) for q in self.queues]
+            for queue in self.queues:
+                self._route(queue)
+            for engine in self._engines:
+                priority = min(wanted[queue.index] for queue in engine.queues)
+                self._tasks[engine.queues[0].index].set_priority(priority)
         for key in old:
             self.actor.drop_key(key)
 
@@ -420,7 +572,8 @@ class Slot:
         if wanted is None:
             self._reset()
         else:
-            self._raise_status(wanted)
+            with self._engines_hold():
+                self._raise_status(wanted)
         reply(int(self.status))
 
     def _raise_status(self, wanted: Status) -> None:
@@ -442,6 +595,8 @@ class Slot:
         owner = self.owner
         if owner is None:
             return
+        # Once for a driver: what a model keeps of a queue that it serves, an engine does not know, nor the other way.
+        self._use_engines(native=bool(self._engines) and self.gate.is_open)
         # Copies: the driver may set queues up, too late, at this very moment.
         rings = dict(self._rings)
         for index, ring in rings.items():
@@ -487,8 +642,9 @@ class Slot:
                 done(error)
                 return
             self._rings.update(rings)
-            self._raise_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
-            self._tell_queues()
+            with self._engines_hold():
+                self._raise_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
+                self._tell_queues()
             done(None)
 
         self.actor.post(launch)
@@ -511,8 +667,9 @@ class Slot:
 
         def start() -> None:
             if self.owner is attachment and self.status & Status.DRIVER_OK and not queue.core.running:
-                self._start_ring(attachment, queue, ring)
-                self._tell_queues()
+                with self._engines_hold():
+                    self._start_ring(attachment, queue, ring)
+                    self._tell_queues()
                 self.mark(queue)
             done()
 
@@ -525,9 +682,18 @@ class Slot:
         """
         if self.owner is not attachment:
             return
-        queue.paused = paused
-        self.actor.post(self._tell_queues)
-        self.mark(queue)
+        if paused:
+            queue.paused = True
+
+        def change() -> None:
+            if self.owner is not attachment:
+                return
+            with self._engines_hold():
+                queue.paused = paused
+                self._tell_queues()
+            self.mark(queue)
+
+        self.actor.post(change)
 
     def _tell_queues(self) -> None:
         if self.status & Status.DRIVER_OK:
@@ -552,6 +718,8 @@ class Slot:
                 self.actor.drop_key(key)
                 done(None)
                 return False
+            # Anew each time: its driver may have let it go on just before, and that takes effect in a turn, too.
+            queue.paused = True
             kept = queue.pull and queue.core.running and self._lets_go(queue, late=time.monotonic() > deadline)
             held = queue.core.in_flight
             if held and queue.core.running and not kept:
@@ -591,6 +759,7 @@ class Slot:
         def reset() -> None:
             if self.owner is attachment and self._rings.pop(index, None) is not None:
                 queue.core.stop()
+                self._settle(engine for engine in self._engines if queue in engine.queues)
                 self.runner.cancel(queue)
                 attachment.queue_reset(self, queue)
                 self._tell_queues()
@@ -605,6 +774,9 @@ class Slot:
 
     def _reset(self) -> None:
         self._stop_queues()
+        self._settle()
+        for engine in self._engines:
+            engine.core.forget()
         self.runner.cancel()
         with self._lock:
             owner, self.owner = self.owner, None
@@ -735,6 +907,8 @@ class Slot:
     def drain(self, timeout: float) -> bool:
         """Take no more requests, and wait for those under way; False when `timeout` seconds were not enough."""
         self.draining = True
+        for queue in self.queues:
+            queue.core.draining = True
         deadline = time.monotonic() + timeout
         while not self.idle() and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -744,6 +918,8 @@ class Slot:
         """Stop serving at once, before the driver hears of it: from then on it may reuse its buffers."""
         self.present = False
         self._stop_queues()
+        for engine in self._engines:
+            engine.core.settle(SETTLE_SECONDS)
 
     def remove(self, timeout: float) -> bool:
         """Stop the device for good; False when it hangs longer than `timeout` seconds (it is left behind then)."""
@@ -763,6 +939,11 @@ class Slot:
 
     def _leave(self) -> None:
         self._reset()
+        self._use_engines(native=False)
+        for engine in self._engines:
+            self._tasks[engine.queues[0].index].remove()
+        self._engines.clear()
+        self._tasks.clear()
         self.runner.stop()
         self.runner.hook(self.device.unplugged)
 

@@ -110,6 +110,7 @@ def show_command(device: str, as_json: bool) -> None:
             ("uuid", row["uuid"]),
             ("type", f"{row['type']} (device id {row['device_id']}, class {row['class']})"),
             ("priority", _priorities(row)),
+            ("engine", row["engine"]),
             ("limits", row["limits"]),
             *([("held", f"{row['held']} times by a limit")] if row["held"] else []),
             ("status", " ".join(row["status"]) or "free"),

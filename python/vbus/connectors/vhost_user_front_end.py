@@ -477,7 +477,7 @@ class FrontEnd(Attachment):
         def change() -> None:
             # In a turn of the device: none of its queues looks for memory now.
             try:
-                replace()
+                self.slot.undisturbed(replace)
             except Violation as violation:
                 self.part(str(violation))
             resumed()
@@ -657,7 +657,7 @@ class FrontEnd(Attachment):
 
     def counters(self, slot: Slot, queue: Queue) -> SignalCounters:
         """Towards the device, every kick is a doorbell; towards the driver, what was counted here."""
-        kicks = slot.kicks[queue.index]
+        kicks = slot.count_kicks(queue)
         return (kicks, kicks, kicks), self.vrings[queue.index].signal.counters
 
     def config_changed(self, slot: Slot) -> None:

@@ -61,6 +61,7 @@ class DeviceRow(Model):
     connector: str | None = Field(description="The connector whose driver has the device.")
     owner: str | None = Field(description="The driver that has the device.")
     priority: int
+    engine: str = Field(description='What serves its queues: "native", or "python" and why.')
     queues: list[QueueRow]
     violations: dict[str, int] = Field(description="How often a driver broke which rule.")
 

@@ -5,8 +5,9 @@ moves between the driver's memory and the file in system calls on that memory it
 goes wrong with the disk, or is asked of it in vain, is told in the status byte; only a request without room for a
 header or a status is a violation of the driver.
 
-This is the readable reference of the device: one request at a time, in ring order of each queue. It offers neither
-LIFETIME, for it knows nothing of wear, nor ZONED.
+This is the readable reference of the device: one request at a time, in ring order of each queue. Where io_uring is
+permitted, an engine of the core serves reads, writes and flushes in its place, many at a time, and leaves the rest to
+it: other requests, and all that is wrong. It offers neither LIFETIME, for it knows nothing of wear, nor ZONED.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vbus import virtio
-from vbus.bus import Device, Queue, Request, attribute
+from vbus import _core, virtio
+from vbus.bus import Device, Engine, Queue, Request, attribute
 from vbus.devices.buffers import clear, move, scatter, skip, split_last
+from vbus.devices.engines import check_engine, not_native
 from vbus.devices.ranges import discard, is_block_device, make_zeros, overwrite, topology
 from vbus.errors import UsageError, Violation
 from vbus.units import LARGEST, format_size, parse_size
@@ -52,6 +54,7 @@ class Blk(Device):
     align to. `seg_max`: data segments of a request, 1 to 254, and at least two less than the queue of a hypervisor has
     descriptors. `queues`: 1 to 8 for the driver to use at once.
     `writeback`: whether a completed write may still be on its way to the disk until a flush; the driver may change it.
+    `engine`: "native" or "python", by default native where io_uring is permitted.
 
     A writable disk can be told that ranges are not needed (DISCARD) or shall be zeros (WRITE_ZEROES). Only a disk in
     memory can promise that what was there is gone (SECURE_ERASE): a file system, or a drive below, may keep copies.
@@ -85,14 +88,20 @@ class Blk(Device):
         set=lambda disk, on: disk._set_writeback(on),
         doc="Whether a completed write may still be on its way to the disk until a flush.",
     )
-    reads = attribute(int, get=lambda disk: disk._reads, doc="Read requests that succeeded.")
-    writes = attribute(int, get=lambda disk: disk._writes, doc="Write requests that succeeded.")
+    reads = attribute(int, get=lambda disk: disk._reads + disk._counted("reads"), doc="Read requests that succeeded.")
+    writes = attribute(
+        int, get=lambda disk: disk._writes + disk._counted("writes"), doc="Write requests that succeeded."
+    )
     discards = attribute(int, get=lambda disk: disk._ranges[RequestType.DISCARD], doc="Ranges that were given back.")
     zeroes = attribute(int, get=lambda disk: disk._ranges[RequestType.WRITE_ZEROES], doc="Ranges that became zeros.")
     erasures = attribute(int, get=lambda disk: disk._ranges[RequestType.SECURE_ERASE], doc="Ranges that were erased.")
-    flushes = attribute(int, get=lambda disk: disk._flushes, doc="Flush requests that succeeded.")
+    flushes = attribute(int, get=lambda disk: disk._flushes + disk._counted("flushes"), doc="Flush requests.")
     refused = attribute(int, get=lambda disk: disk._refused, doc="Requests that asked for something that cannot be.")
-    io_errors = attribute(int, get=lambda disk: disk._io_errors, doc="Requests that failed because the disk failed.")
+    io_errors = attribute(
+        int,
+        get=lambda disk: disk._io_errors + disk._counted("io_errors"),
+        doc="Requests that failed because the disk failed.",
+    )
 
     def __init__(
         self,
@@ -106,6 +115,7 @@ class Blk(Device):
         queues: int = 1,
         writeback: bool = True,
         shared: bool = False,
+        engine: str | None = None,
     ) -> None:
         if (path is None) == (memory is None) or path == "":
             raise UsageError("blk: give either path (a file or a block device) or memory (a size)")
@@ -119,6 +129,8 @@ class Blk(Device):
             raise UsageError(f"blk: queues {queues} is out of range: 1 to {MAX_QUEUES}")
         if queues > 1:
             self.declare_queues([Queue(f"requests{n}", size=QUEUE_SIZE) for n in range(queues)])
+        self._wanted_engine = check_engine("blk", engine)
+        self._engines: list[_core.BlkEngine] = []
         self._path = os.fspath(path) if path is not None else ""
         self._memory = parse_size(memory, "blk: memory") if memory is not None else 0
         if memory is not None and (self._memory == 0 or self._memory % block_size):
@@ -170,6 +182,37 @@ class Blk(Device):
             self.config.min_io_size,
             self.config.opt_io_size,
         ) = topology(self._fd, block)
+
+    def engines(self) -> Sequence[Engine]:
+        """One for each queue. UsageError when they were asked for and cannot be had."""
+        if self._wanted_engine == "python":
+            not_native(self, None, "as it was asked for")
+            return []
+        if self.bus.workers.count == 0:
+            not_native(self, self._wanted_engine, "the bus has no workers")
+            return []
+        signal = self.slot.engine_signal()
+        try:
+            made = [_core.BlkEngine(queue.core, self._fd, signal) for queue in self._queues]
+        except OSError as error:
+            not_native(self, self._wanted_engine, f"io_uring is not permitted here: {error.strerror}")
+            return []
+        self._engines = made
+        self._tell_engines(self.config.capacity)
+        return [Engine(engine, (queue,)) for engine, queue in zip(made, self._queues, strict=True)]
+
+    def _tell_engines(self, capacity: int) -> None:
+        """What holds now, for requests that are made available from now on."""
+        for engine in self._engines:
+            engine.set(capacity, self._read_only, bool(self._write_flags), self.has("FLUSH"))
+
+    def _counted(self, name: str) -> int:
+        """What engines counted of this."""
+        return sum(engine.counters[name] for engine in self._engines)
+
+    def engine_failed(self, error: OSError) -> None:
+        """Tell the operator; it is counted."""
+        self._log_error(error)
 
     def unplugged(self) -> None:
         """Close the disk, which lets go of its lock; what was written is on its way to the disk as after any close."""
@@ -224,6 +267,7 @@ class Blk(Device):
             raise UsageError(f"{self.name}: {sectors} sectors are no size of a disk with blocks of {block} bytes")
         with self._resizing:
             self._make_room(size)
+        self._tell_engines(sectors)
         return sectors
 
     def _make_room(self, size: int) -> None:
@@ -272,13 +316,17 @@ class Blk(Device):
         is promised nothing as long as it can flush.
         """
         through = not self.has("FLUSH") or (self.has("CONFIG_WCE") and not self.config.writeback)
-        if through and not self._write_flags and self._fd >= 0 and not self._read_only:
-            # What was completed before counts too.
-            try:
-                os.fdatasync(self._fd)
-            except OSError as error:
-                self._failed(error)
-        self._write_flags = os.RWF_DSYNC if through else 0
+        before, self._write_flags = self._write_flags, os.RWF_DSYNC if through else 0
+        self._tell_engines(self.config.capacity)
+        if through and not before and self._fd >= 0 and not self._read_only:
+            # What was completed before counts too, and what is under way.
+            self.slot.undisturbed(self._sync)
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._failed(error)
 
     def handle_batch(self, queue: Queue, requests: Sequence[Request]) -> None:
         """Answer requests in order; they are given back together. Violation: blk-header-short, blk-no-status."""
@@ -412,6 +460,9 @@ class Blk(Device):
     def _failed(self, error: OSError) -> None:
         """Count an error of the disk; log it once of each kind for each driver, which could fill the log otherwise."""
         self._io_errors += 1
+        self._log_error(error)
+
+    def _log_error(self, error: OSError) -> None:
         if error.errno not in self._told:
             self._told.add(error.errno or 0)
             self.log.error("%s: %s", self._path or "memory", error.strerror)

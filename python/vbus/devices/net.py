@@ -18,10 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from uuid import UUID
 
-from vbus import virtio
-from vbus.bus import Device, Queue, Request, attribute
+from vbus import _core, virtio
+from vbus.bus import Device, Engine, Queue, Request, attribute
 from vbus.devices.buffers import clear, skip, split_last
-from vbus.devices.net_backends import LONGEST, make_backend
+from vbus.devices.engines import check_engine, not_native
+from vbus.devices.net_backends import LONGEST, Loopback, make_backend
 from vbus.devices.net_control import LONGEST_COMMAND, Filter, is_station, obey
 from vbus.devices.net_receive import Receiver
 from vbus.errors import Error, UsageError, Violation
@@ -36,6 +37,7 @@ from vbus.virtio.net import (
     GsoFlags,
     HeaderFlags,
     LinkStatus,
+    RxCommand,
     controlq,
     receiveq,
     transmitq,
@@ -84,7 +86,8 @@ class Net(Device):
     `backend`: `loopback` (what is sent comes back), `tap:NAME` (an interface of this machine, made at plug and gone at
     unplug, or a persistent tap that is there already) or `pcap:FILE` (what is sent is written for Wireshark). `mac`:
     such as "52:54:00:12:34:56", by default one that follows from the device's UUID. `mtu`: 68 to 65535. `queue_pairs`:
-    1 to 8. `link`: whether it begins up.
+    1 to 8. `link`: whether it begins up. `engine`: "native" or "python", by default native where that is possible (a
+    loopback).
     """
 
     device_id = virtio.DeviceID.NETWORK
@@ -125,35 +128,55 @@ class Net(Device):
     pairs = attribute(int, get=lambda net: net._pairs, doc="Pairs of queues that the driver uses.")
     promiscuous = attribute(bool, get=lambda net: net.filter.promiscuous, doc="Whether frames to any address pass.")
 
-    rx_packets = attribute(int, get=lambda net: sum(r.packets for r in net._receivers), doc="Frames given the driver.")
-    rx_bytes = attribute(int, get=lambda net: sum(r.bytes for r in net._receivers), doc="Bytes of those.")
-    rx_filtered = attribute(int, get=lambda net: net._counts["filtered"], doc="Frames that the driver did not want.")
+    rx_packets = attribute(
+        int,
+        get=lambda net: net._counted("rx_packets") + sum(r.packets for r in net._receivers),
+        doc="Frames given the driver.",
+    )
+    rx_bytes = attribute(
+        int, get=lambda net: net._counted("rx_bytes") + sum(r.bytes for r in net._receivers), doc="Bytes of those."
+    )
+    rx_filtered = attribute(
+        int,
+        get=lambda net: net._counted("rx_filtered") + net._counts["filtered"],
+        doc="Frames that the driver did not want.",
+    )
     rx_too_long = attribute(
-        int, get=lambda net: sum(r.too_long for r in net._receivers), doc="Frames longer than the driver's buffers."
+        int,
+        get=lambda net: net._counted("rx_too_long") + sum(r.too_long for r in net._receivers),
+        doc="Frames longer than the driver's buffers.",
     )
     rx_dropped = attribute(
         int,
-        get=lambda net: net._backend.unread + net._counts["unread"],
-        doc="Frames for the driver that were dropped: no buffer, link down, or an offload that it does not do.",
+        get=lambda net: net._counted("rx_dropped") + net._backend.unread + net._counts["unread"],
+        doc="Frames for the driver that were dropped: no buffer, link down, an offload it does not do, or it left.",
     )
-    tx_packets = attribute(int, get=lambda net: net._counts["sent"], doc="Frames of the driver that went out.")
-    tx_bytes = attribute(int, get=lambda net: net._counts["sent_bytes"], doc="Bytes of those.")
+    tx_packets = attribute(
+        int, get=lambda net: net._counted("tx_packets") + net._counts["sent"], doc="Frames of the driver that went out."
+    )
+    tx_bytes = attribute(
+        int, get=lambda net: net._counted("tx_bytes") + net._counts["sent_bytes"], doc="Bytes of those."
+    )
     tx_dropped = attribute(
-        int, get=lambda net: net._counts["unsent"], doc="Good frames that did not go out: link down, or nobody there."
+        int,
+        get=lambda net: net._counted("tx_dropped") + net._counts["unsent"],
+        doc="Good frames that did not go out: link down, or nobody there.",
     )
     tx_errors = attribute(
-        int, get=lambda net: sum(net._wrong.values()), doc="Frames of the driver that were wrong, as told below."
+        int,
+        get=lambda net: sum(map(net._wrongs, net._WRONG)),
+        doc="Frames of the driver that were wrong, as told below.",
     )
-    tx_too_short = attribute(int, get=lambda net: net._wrong["too_short"], doc="Shorter than an Ethernet header.")
-    tx_too_long = attribute(int, get=lambda net: net._wrong["too_long"], doc="Longer than any packet.")
+    tx_too_short = attribute(int, get=lambda net: net._wrongs("too_short"), doc="Shorter than an Ethernet header.")
+    tx_too_long = attribute(int, get=lambda net: net._wrongs("too_long"), doc="Longer than any packet.")
     tx_bad_checksum = attribute(
-        int, get=lambda net: net._wrong["checksum"], doc="Checksum outside the frame, or not negotiated."
+        int, get=lambda net: net._wrongs("checksum"), doc="Checksum outside the frame, or not negotiated."
     )
     tx_bad_segments = attribute(
-        int, get=lambda net: net._wrong["segments"], doc="Segments of no kind, size or checksum, or not negotiated."
+        int, get=lambda net: net._wrongs("segments"), doc="Segments of no kind, size or checksum, or not negotiated."
     )
-    tx_bad_header = attribute(int, get=lambda net: net._wrong["header"], doc="Headers longer than the frame.")
-    tx_bad_queue = attribute(int, get=lambda net: net._wrong["queue"], doc="On a pair that is not in use.")
+    tx_bad_header = attribute(int, get=lambda net: net._wrongs("header"), doc="Headers longer than the frame.")
+    tx_bad_queue = attribute(int, get=lambda net: net._wrongs("queue"), doc="On a pair that is not in use.")
     tx_refused = attribute(int, get=lambda net: net._wrong["refused"], doc="Refused by the kernel behind the tap.")
     commands = attribute(int, get=lambda net: net._counts["obeyed"], doc="Control commands that were obeyed.")
     commands_refused = attribute(int, get=lambda net: net._counts["refused"], doc="Control commands that were not.")
@@ -167,9 +190,12 @@ class Net(Device):
         mtu: int = 1500,
         queue_pairs: int = 1,
         link: bool = True,
+        engine: str | None = None,
     ) -> None:
         if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
             raise UsageError(f"net: queue_pairs {queue_pairs} is out of range: 1 to {MAX_QUEUE_PAIRS}")
+        self._wanted_engine = check_engine("net", engine)
+        self._engines: list[_core.LoopbackEngine] = []
         self._backend = make_backend(backend)
         self._max_pairs = queue_pairs
         self._pairs = 1
@@ -216,6 +242,59 @@ class Net(Device):
         with self._lock:
             self._backend.close()
 
+    def engines(self) -> Sequence[Engine]:
+        """One for each pair of a loopback. UsageError when another was asked to be native."""
+        if self._wanted_engine == "python":
+            not_native(self, None, "as it was asked for")
+            return []
+        if not isinstance(self._backend, Loopback):
+            not_native(self, self._wanted_engine, f"{self._backend} is served in Python")
+            return []
+        if self.bus.workers.count == 0:
+            not_native(self, self._wanted_engine, "the bus has no workers")
+            return []
+        signal = self.slot.engine_signal()
+        engines = []
+        for pair in range(self._max_pairs):
+            queues = self._queues[receiveq(pair)], self._queues[transmitq(pair)]
+            core = _core.LoopbackEngine(queues[0].core, queues[1].core, signal)
+            engines.append(Engine(core, queues))
+            self._engines.append(core)
+        self._tell_engines()
+        return engines
+
+    def engine_serves(self, queue: Queue) -> bool:
+        """Without MQ there is one pair, and commands come on what would be the next."""
+        return queue.index < controlq(1) or self.has("MQ")
+
+    def _tell_engines(self) -> None:
+        """What holds now; no frame goes by what held before when this returns."""
+        wanted = self.filter
+        for pair, engine in enumerate(self._engines):
+            engine.set_rules(
+                link=bool(self.config.status & LinkStatus.LINK_UP),
+                in_use=pair < self._pairs,
+                merge=self._receivers[pair].merge,
+                csum=self._csum,
+                host_kinds=sorted(self._host_kinds),
+                promiscuous=RxCommand.PROMISC in wanted.modes,
+                told=wanted.told,
+                modes=[mode.name for mode in wanted.modes],
+                mac=wanted.mac,
+                unicast=list(wanted.unicast),
+                multicast=list(wanted.multicast),
+                vlans=None if wanted.vlans is None else sorted(wanted.vlans),
+            )
+
+    _WRONG = ("too_short", "too_long", "checksum", "segments", "header", "queue", "refused")
+
+    def _counted(self, name: str) -> int:
+        """What engines counted of this."""
+        return sum(engine.counters.get(name, 0) for engine in self._engines)
+
+    def _wrongs(self, name: str) -> int:
+        return self._counted(name) + self._wrong[name]
+
     def ready(self) -> None:
         """A driver is there: what it negotiated decides what goes through."""
         self.filter = Filter(self.config.mac, vlans=self.has("CTRL_VLAN"))
@@ -225,6 +304,7 @@ class Net(Device):
             receiver.reset()
             receiver.merge = self.has("MRG_RXBUF")
         self.use_offloads(tuple(name for name in self._backend.features if name[:6] == "GUEST_" and self.has(name)))
+        self._tell_engines()
         self._watch(0)
 
     def queues_changed(self) -> None:
@@ -237,6 +317,7 @@ class Net(Device):
                 self._queues[receiveq(p)].served and self._queues[transmitq(p)].served for p in range(self._max_pairs)
             ]
             self.use_pairs(max(1, sum(pairs)))
+            self._tell_engines()
 
     def queue_stopping(self, queue: Queue) -> bool:
         """Buffers were taken ahead: a driver that stops its queue shall not wait for packets to come."""
@@ -250,6 +331,7 @@ class Net(Device):
         self._unwatch()
         self._backend.forget()
         for receiver in self._receivers:
+            self._counts["unread"] += receiver.forget()
             receiver.reset()
         if self.config.status & LinkStatus.ANNOUNCE or self.config.mac != self._own_mac:
             with self._lock:
@@ -261,6 +343,7 @@ class Net(Device):
         self._host_kinds = set()
         self.use_offloads(())
         self.use_pairs(1)
+        self._tell_engines()
 
     def _watch(self, pair: int) -> None:
         fd = self._backend.fileno(pair)
@@ -294,6 +377,7 @@ class Net(Device):
                 if self._slot is not None and self.has("GUEST_ANNOUNCE"):
                     status |= LinkStatus.ANNOUNCE
             self.config.status = int(status)
+        self._tell_engines()
         self.config_changed()
         return up
 
@@ -301,6 +385,7 @@ class Net(Device):
         mac = _parse_mac(text, self.name)
         with self._lock:
             self._own_mac = self.config.mac = self.filter.mac = mac
+        self._tell_engines()
         self.config_changed()
         return text
 
@@ -498,6 +583,8 @@ class Net(Device):
             raise Violation("control-no-ack", "no writable byte for the answer")
         fits = request.readable_total <= LONGEST_COMMAND
         obeyed = fits and self.has("CTRL_VQ") and obey(self, request.read())
+        if obeyed:
+            self._tell_engines()
         self._counts["obeyed" if obeyed else "refused"] += 1
         rest, ack = split_last(request.views()[1])
         clear(rest)

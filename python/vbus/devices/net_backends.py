@@ -95,7 +95,8 @@ class Loopback(Backend):
         return "loopback"
 
     def forget(self) -> None:
-        """Empty the backlog."""
+        """Empty the backlog; what was in it counts as unread."""
+        self.unread += sum(map(len, self._backlog.values()))
         self._backlog.clear()
         self._bytes.clear()
 

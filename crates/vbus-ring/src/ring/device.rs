@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 
-use super::{Chain, Setup, MAX_SIZE};
+use super::chain::{Gather, Taken};
+use super::{Burst, Chain, Setup, MAX_SIZE};
 use crate::guard::losses;
 use crate::mem::{Access, Memory, Table, Window};
 use crate::violation::{Rule, Violation};
@@ -43,11 +44,14 @@ pub trait Layout {
     /// Whether there is a chain to take.
     fn look(&mut self) -> Result<bool, Violation>;
 
-    /// Read the next chain, which `look` has seen, into one that is empty.
-    fn chain(&self, table: &Table, setup: &Setup, chain: &mut Chain) -> Result<(), Violation>;
+    /// By what the next chain, which `look` has seen, is known until it is read.
+    fn name(&self) -> u16;
+
+    /// Read the next chain, which `look` has seen, into one that is new and has its name.
+    fn chain(&self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation>;
 
     /// It was good, and is taken.
-    fn taken(&mut self, chain: &Chain);
+    fn taken(&mut self, chain: Taken);
 
     /// Ask for notifications, from the next chain on, or for none. Whether anything was written for it.
     ///
@@ -79,6 +83,17 @@ pub trait Layout {
 
     /// Where another could go on such that it is given again what is in flight: so many chains, the last that were taken.
     fn unused(&self, in_flight: usize) -> u32;
+}
+
+/// Where chains go that are taken: what is gathered is of the last.
+pub(super) trait Chains: Gather {
+    fn count(&self) -> usize;
+
+    /// Forget all but the first of them.
+    fn truncate(&mut self, count: usize);
+
+    /// A new chain of this name, in memory of this table.
+    fn open(&mut self, table: &Arc<Table>, name: u16);
 }
 
 /// What is in flight of one chain.
@@ -118,8 +133,8 @@ impl Book {
 
     /// Remember that a chain is in flight.
     #[inline]
-    fn begin(&mut self, chain: &Chain) -> Result<(), Violation> {
-        let head = usize::from(chain.head());
+    fn begin(&mut self, chain: Taken) -> Result<(), Violation> {
+        let head = usize::from(chain.head);
         if head >= self.slots.len() {
             self.slots.resize((head + 1).next_power_of_two(), Slot::default());
         }
@@ -128,23 +143,23 @@ impl Book {
         if slot.taken {
             return Err(Violation::new(Rule::DescriptorInUse, format!("{head}")));
         }
-        if self.buffers + chain.cost() > MAX_BUFFERS {
+        if self.buffers + chain.cost > MAX_BUFFERS {
             return Err(Violation::new(Rule::TooManyBuffers, format!("more than {MAX_BUFFERS} in flight")));
         }
-        self.buffers += chain.cost();
+        self.buffers += chain.cost;
         self.in_flight += 1;
         *slot = Slot {
             taken: true,
             done: false,
-            writable: chain.writable().count() > 0,
-            span: chain.span(),
-            cost: chain.cost() as u32,
+            writable: chain.writable,
+            span: chain.span,
+            cost: chain.cost as u32,
             written: 0,
             number: self.count,
         };
         self.count = self.count.wrapping_add(1);
         if let Some(order) = &mut self.order {
-            order.push_back(chain.head());
+            order.push_back(chain.head);
         }
         Ok(())
     }
@@ -282,8 +297,13 @@ impl<L: Layout> Ring<L> {
         self.take_or_poll(limit, chains, false)
     }
 
-    fn take_or_poll(&mut self, limit: usize, chains: &mut Vec<Chain>, ask: bool) -> Result<(), Violation> {
-        let before = chains.len();
+    /// As `take` or, unless `ask`, `poll`, for whoever is done with the chains soon: see `Burst`.
+    pub fn burst(&mut self, limit: usize, burst: &mut Burst, ask: bool) -> Result<(), Violation> {
+        self.take_or_poll(limit, burst, ask)
+    }
+
+    fn take_or_poll(&mut self, limit: usize, chains: &mut impl Chains, ask: bool) -> Result<(), Violation> {
+        let before = chains.count();
         if self.broken || limit == 0 {
             return self.violation.take().map_or(Ok(()), Err);
         }
@@ -299,7 +319,7 @@ impl<L: Layout> Ring<L> {
             Ok(()) => Ok(()),
             Err(violation) => {
                 self.broken = true;
-                if chains.len() == before {
+                if chains.count() == before {
                     return Err(violation);
                 }
                 self.violation = Some(violation);
@@ -313,7 +333,7 @@ impl<L: Layout> Ring<L> {
         &mut self,
         table: &mut Option<Arc<Table>>,
         limit: usize,
-        chains: &mut Vec<Chain>,
+        chains: &mut impl Chains,
         ask: bool,
     ) -> Result<(), Violation> {
         if self.memory.generation() != self.layout.generation() {
@@ -336,21 +356,19 @@ impl<L: Layout> Ring<L> {
         let table = table.get_or_insert_with(|| self.memory.snapshot());
         // It may have changed at this very moment: chains and the ring are found in one and the same.
         self.layout.follow(table, &self.setup)?;
-        let last = chains.len().saturating_add(limit);
-        while chains.len() < last && self.layout.look()? {
-            let at = chains.len();
-            // Filled where it lies: it is too large to be moved about.
-            chains.push(Chain::default());
-            let chain = &mut chains[at];
-            let good = match self.layout.chain(table, &self.setup, chain) {
-                Ok(()) => self.book.begin(chain),
-                violation => violation,
-            };
-            if good.is_err() {
-                chains.truncate(at);
-                return good;
+        for _ in 0..limit {
+            if !self.layout.look()? {
+                break;
             }
-            self.layout.taken(chain);
+            let Self { layout, book, setup, .. } = self;
+            let before = chains.count();
+            chains.open(table, layout.name());
+            let begun = layout.chain(table, setup, chains).and_then(|()| book.begin(chains.taken()));
+            if let Err(violation) = begun {
+                chains.truncate(before);
+                return Err(violation);
+            }
+            layout.taken(chains.taken());
         }
         Ok(())
     }
@@ -376,7 +394,16 @@ impl<L: Layout> Ring<L> {
         &mut self,
         chains: impl Iterator<Item = (&'a Chain, u32)> + Clone,
     ) -> Result<bool, Violation> {
-        self.put(chains.clone().map(|(chain, written)| (chain.head(), written)), chains.map(|(chain, _)| chain))
+        let ranges = chains.clone().flat_map(|(chain, _)| chain.writable().ranges());
+        self.put(chains.map(|(chain, written)| (chain.head(), written)), ranges)
+    }
+
+    /// As `complete_chains`, for the chains of a burst from `first` on, as many as there are numbers of bytes written.
+    #[must_use = "the driver may be waiting for a notification"]
+    pub fn complete_burst(&mut self, burst: &Burst, first: usize, written: &[u32]) -> Result<bool, Violation> {
+        let last = first + written.len();
+        let ranges = (first..last).flat_map(|chain| burst.ranges(chain));
+        self.put((first..last).map(|chain| burst.head(chain)).zip(written.iter().copied()), ranges)
     }
 
     /// As `complete_chains` by their heads, where nobody logs what is written: of that, only the ring's own is said.
@@ -385,10 +412,11 @@ impl<L: Layout> Ring<L> {
         self.put(chains, std::iter::empty())
     }
 
-    fn put<'a>(
+    /// As `complete_chains`, by their heads; `buffers`: driver address and bytes of all that may have been written.
+    pub(super) fn put(
         &mut self,
         heads: impl IntoIterator<Item = (u16, u32)>,
-        chains: impl Iterator<Item = &'a Chain>,
+        buffers: impl Iterator<Item = (u64, u64)>,
     ) -> Result<bool, Violation> {
         if self.memory.generation() != self.layout.generation() {
             if let Err(violation) = self.layout.follow(&self.memory.snapshot(), &self.setup) {
@@ -422,7 +450,6 @@ impl<L: Layout> Ring<L> {
         // Behind the fence, and so after what is shown: see `Memory::written`. What a chain wrote that has to wait for
         // one before it is in its memory, too.
         let ring = shown.then(|| self.layout.shown()).into_iter().flatten();
-        let buffers = chains.flat_map(|chain| chain.writable().ranges());
         let said = self.memory.written(|| buffers.chain(ring));
         if let Err(violation) = self.sound(None).and(said) {
             self.broken = true;

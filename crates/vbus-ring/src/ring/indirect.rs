@@ -2,7 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{Chain, DESC_BYTES};
+use super::chain::Gather;
+use super::DESC_BYTES;
 use crate::mem::{Access, Segments, Table, Window};
 use crate::violation::{Rule, Violation};
 
@@ -21,7 +22,7 @@ impl Entries {
     /// The table of `size` bytes at `address`, which a chain of a ring of `most` descriptors refers to.
     ///
     /// Violation: indirect-table-size, indirect-table-too-long, address-outside-memory.
-    pub fn find(table: &Table, address: u64, size: u32, most: u16, chain: &Chain) -> Result<Self, Violation> {
+    pub fn find(table: &Table, address: u64, size: u32, most: u16, chain: &impl Gather) -> Result<Self, Violation> {
         let violation =
             |rule| Violation::new(rule, format!("{size} bytes at {address:#x}, in the chain of {}", chain.head()));
         if size == 0 || size % DESC_BYTES as u32 != 0 {

@@ -10,6 +10,7 @@
 //! What a side does is written once, generic over the layout, and compiled once for each: `DeviceRing` and `DriverRing`
 //! choose between the two at every call, and a call serves a batch.
 
+mod burst;
 mod chain;
 mod device;
 mod driver;
@@ -23,6 +24,7 @@ use crate::area::LayoutError;
 use crate::mem::{Mapping, Memory};
 use crate::violation::Violation;
 
+pub use burst::{read_once, read_words, Burst, Piece};
 pub use chain::Chain;
 pub use device::MAX_BUFFERS;
 pub use driver::{AddError, INDIRECT_ENTRIES};
@@ -126,6 +128,27 @@ impl DeviceRing {
     /// As `take`, for whoever comes again by itself: notifications are not asked for.
     pub fn poll(&mut self, limit: usize, chains: &mut Vec<Chain>) -> Result<(), Violation> {
         either!(self, ring => ring.poll(limit, chains))
+    }
+
+    /// As `take` or, unless `ask`, `poll`, for whoever is done with the chains soon.
+    pub fn burst(&mut self, limit: usize, burst: &mut Burst, ask: bool) -> Result<(), Violation> {
+        either!(self, ring => ring.burst(limit, burst, ask))
+    }
+
+    /// As `complete_chains`, for the chains of a burst from `first` on, as many as there are numbers of bytes written.
+    #[must_use = "the driver may be waiting for a notification"]
+    pub fn complete_burst(&mut self, burst: &Burst, first: usize, written: &[u32]) -> Result<bool, Violation> {
+        either!(self, ring => ring.complete_burst(burst, first, written))
+    }
+
+    /// As `complete_chains`, by their heads; `buffers`: driver address and bytes of all that may have been written.
+    #[must_use = "the driver may be waiting for a notification"]
+    pub fn complete_heads(
+        &mut self,
+        chains: impl Iterator<Item = (u16, u32)>,
+        buffers: impl Iterator<Item = (u64, u64)>,
+    ) -> Result<bool, Violation> {
+        either!(self, ring => ring.put(chains, buffers))
     }
 
     /// Give chains back, each with the bytes written, and show them all at once. True when the driver is to be notified.

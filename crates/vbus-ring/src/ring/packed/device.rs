@@ -7,9 +7,10 @@ use super::{
     is_awaited, Place, Rest, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, EVENT_BYTES, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE,
 };
 use crate::mem::{Access, Memory, Table, Window};
+use crate::ring::chain::{Gather, Taken};
 use crate::ring::device::{part, Layout, Ring, Used};
 use crate::ring::indirect::Entries;
-use crate::ring::{Chain, Setup, DESC_BYTES};
+use crate::ring::{Setup, DESC_BYTES};
 use crate::violation::{Rule, Violation};
 
 /// The device side of a running packed ring.
@@ -128,7 +129,7 @@ impl Packed {
         &self,
         table: &Table,
         setup: &Setup,
-        chain: &mut Chain,
+        chain: &mut impl Gather,
         address: u64,
         rest: Rest,
     ) -> Result<(), Violation> {
@@ -196,10 +197,14 @@ impl Layout for Packed {
         Ok(self.seen.is_some())
     }
 
+    /// What it is called, the last descriptor says; until then the place of the first, for people.
     #[inline]
-    fn chain(&self, table: &Table, setup: &Setup, chain: &mut Chain) -> Result<(), Violation> {
-        // What it is called, the last descriptor says; until then the place of the first, for people.
-        chain.name(self.next.index, 0);
+    fn name(&self) -> u16 {
+        self.next.index
+    }
+
+    #[inline]
+    fn chain(&self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation> {
         let mut place = self.next;
         let mut seen = self.seen;
         for span in 1..=self.size - self.span {
@@ -217,7 +222,7 @@ impl Layout for Packed {
                 chain.push(table, address, rest.size(), rest.has(DESC_WRITE), self.size)?;
             }
             if !rest.has(DESC_NEXT) {
-                chain.name(rest.id(), span);
+                chain.end(rest.id(), span);
                 return Ok(());
             }
             place = place.after(1, self.size);
@@ -231,10 +236,10 @@ impl Layout for Packed {
     }
 
     #[inline]
-    fn taken(&mut self, chain: &Chain) {
+    fn taken(&mut self, chain: Taken) {
         self.seen = None;
-        self.span += chain.span();
-        self.next = self.next.after(chain.span(), self.size);
+        self.span += chain.span;
+        self.next = self.next.after(chain.span, self.size);
     }
 
     #[inline]

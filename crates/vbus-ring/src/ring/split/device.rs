@@ -7,9 +7,10 @@ use std::sync::Arc;
 use super::inflight::Inflight;
 use super::{avail_bytes, passes, used_bytes, Desc, ENTRIES, INDEX, SUPPRESS, USED_BYTES};
 use crate::mem::{Access, Mapping, Memory, Table, Window};
+use crate::ring::chain::{Gather, Taken};
 use crate::ring::device::{part, Layout, Ring, Used};
 use crate::ring::indirect::Entries;
-use crate::ring::{Chain, Setup, DESC_BYTES, DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
+use crate::ring::{Setup, DESC_BYTES, DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
 use crate::violation::{Rule, Violation};
 
 /// The device side of a running split ring.
@@ -148,7 +149,7 @@ impl Split {
     }
 
     /// The entries of an indirect table (section 2.7.5.3), in place of the descriptor that refers to it.
-    fn indirect(&self, table: &Table, setup: &Setup, chain: &mut Chain, desc: &Desc) -> Result<(), Violation> {
+    fn indirect(&self, table: &Table, setup: &Setup, chain: &mut impl Gather, desc: &Desc) -> Result<(), Violation> {
         let violation = |rule| {
             let detail = format!("{} bytes at {:#x}, in the chain of {}", desc.size, desc.address, chain.head());
             Violation::new(rule, detail)
@@ -227,14 +228,19 @@ impl Layout for Split {
     }
 
     #[inline]
-    fn chain(&self, table: &Table, setup: &Setup, chain: &mut Chain) -> Result<(), Violation> {
+    fn name(&self) -> u16 {
         let place = self.next & (self.size - 1);
-        let head = match self.again.front() {
+        match self.again.front() {
             Some(&head) => head,
             // The entry was written before the index that `look` acquired.
             None => self.parts.avail.load16(ENTRIES + 2 * usize::from(place), Ordering::Relaxed),
-        };
-        chain.name(head, 1);
+        }
+    }
+
+    #[inline]
+    fn chain(&self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation> {
+        // Its own, and not the driver's once more.
+        let head = chain.head();
         let mut index = head;
         for _ in 0..self.size {
             if index >= self.size {
@@ -256,12 +262,12 @@ impl Layout for Split {
     }
 
     #[inline]
-    fn taken(&mut self, chain: &Chain) {
+    fn taken(&mut self, chain: Taken) {
         if self.again.pop_front().is_some() {
             return;
         }
         if let Some(inflight) = &mut self.inflight {
-            inflight.take(chain.head());
+            inflight.take(chain.head);
         }
         self.next = self.next.wrapping_add(1);
     }

@@ -1,0 +1,248 @@
+//! A network device that is plugged into itself: what is sent on a pair of queues comes back on it.
+//!
+//! A frame is copied once, from the buffer that it was sent in to one that is to be received in. Only what finds no
+//! buffer there is copied twice, and kept for a while.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vbus_ring::ring::{read_words, Burst};
+use vbus_ring::signal::Notify;
+
+use crate::net::{count, wrong, Backlog, Counters, Frame, Laid, Receiver, Rules, HEADER};
+use crate::outbox::{Fault, Outbox};
+use crate::queue::{Queue, Running};
+use crate::worker::{Engine, Turn};
+
+/// Frames that are shown together.
+const BATCH: usize = 32;
+/// Batches of a turn.
+const BUDGET: usize = 8;
+/// The engine's queues, as faults name them.
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+
+#[derive(Default)]
+struct State {
+    rules: Rules,
+    sent: Burst,
+    /// The run of the receive queue that the buffers at hand are of.
+    run: u64,
+    receiver: Receiver,
+    backlog: Backlog,
+    written: Vec<u32>,
+}
+
+/// The engine of one pair.
+pub struct Loopback {
+    receive: Arc<Queue>,
+    transmit: Arc<Queue>,
+    state: Mutex<State>,
+    /// What it counted.
+    pub counters: Counters,
+    /// What its device model hears of.
+    pub outbox: Outbox,
+}
+
+/// What a batch leaves to be done without locks.
+#[derive(Default)]
+struct After {
+    worked: bool,
+    full: bool,
+    notify: [Option<Arc<dyn Notify>>; 2],
+    fault: Option<Fault>,
+}
+
+impl Loopback {
+    /// For a pair of queues. `signal`: tells the device model that there is something in the outbox.
+    pub fn new(receive: Arc<Queue>, transmit: Arc<Queue>, signal: Arc<dyn Notify>) -> Self {
+        let (counters, outbox) = (Counters::default(), Outbox::new(signal));
+        Self { receive, transmit, state: Mutex::default(), counters, outbox }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These hold from now on: no frame goes by others when this returns.
+    pub fn set_rules(&self, rules: Rules) {
+        self.lock().rules = rules;
+    }
+
+    fn batch(&self, ask: bool) -> After {
+        let mut state = self.lock();
+        let mut receive = self.receive.serve();
+        let mut transmit = self.transmit.serve();
+        let mut after = After::default();
+        let state = &mut *state;
+        if state.run != self.receive.run() {
+            state.run = self.receive.run();
+            state.receiver.reset();
+        }
+        let room = receive.as_mut().filter(|_| !self.receive.held());
+        let result = self.exchange(state, room, transmit.as_mut().filter(|_| !self.transmit.held()), ask, &mut after);
+        // Whatever went wrong, what was laid into buffers is the driver's.
+        let mut fault = result.err();
+        if let Some(running) = receive.as_mut() {
+            match state.receiver.show(running) {
+                Ok((notify, chains, bytes)) => {
+                    self.receive.count(chains, 0, bytes);
+                    after.notify[RECEIVE] = notify.then(|| running.signal.clone());
+                }
+                Err(violation) => fault = Some(Fault::of(RECEIVE, &violation)),
+            }
+        }
+        if let Some(running) = transmit.as_mut().filter(|_| !state.written.is_empty()) {
+            match running.ring.complete_burst(&state.sent, 0, &state.written) {
+                Ok(notify) => {
+                    let readable = (0..state.written.len()).map(|chain| state.sent.readable_total(chain)).sum();
+                    self.transmit.count(state.written.len() as u64, readable, 0);
+                    after.notify[TRANSMIT] = notify.then(|| running.signal.clone());
+                }
+                Err(violation) => fault = Some(Fault::of(TRANSMIT, &violation)),
+            }
+        }
+        state.written.clear();
+        state.sent.clear();
+        if let Some(fault) = &fault {
+            // At once: the driver is told by whoever hears of the fault.
+            let stopped = if fault.queue == RECEIVE { receive.take() } else { transmit.take() };
+            drop((receive, transmit));
+            drop(stopped);
+        }
+        after.fault = fault;
+        after
+    }
+
+    /// Frames that waited first, then those that come now.
+    fn exchange(
+        &self,
+        state: &mut State,
+        mut receive: Option<&mut Running>,
+        transmit: Option<&mut Running>,
+        ask: bool,
+        after: &mut After,
+    ) -> Result<(), Fault> {
+        let State { rules, sent, receiver, backlog, written, .. } = state;
+        let counters = &self.counters;
+        if let Some(running) = receive.as_mut().filter(|_| rules.in_use) {
+            for _ in 0..BATCH {
+                let Some(frame) = backlog.first() else { break };
+                let more = (backlog.len().min(BATCH), ask);
+                if !receiver.has_room(running, more.0, ask)? {
+                    break;
+                }
+                let (frame, wanted) = ((Frame::Bytes(frame), frame.len() as u64), backlog.wanted);
+                if !rules.link && !wanted {
+                    count(&counters.rx_dropped, 1);
+                } else {
+                    let laid = receiver.put(running, frame, more, wanted, rules, counters)?;
+                    if laid != Laid::Done {
+                        backlog.wanted |= laid == Laid::Wanted;
+                        break;
+                    }
+                }
+                after.worked = true;
+                backlog.pop();
+            }
+        }
+        let Some(running) = transmit else { return Ok(()) };
+        running.ring.burst(BATCH, sent, ask).map_err(|violation| Fault::of(TRANSMIT, &violation))?;
+        let taken = sent.len();
+        after.worked |= taken > 0;
+        after.full = taken == BATCH;
+        let (mut packets, mut bytes) = (0, 0);
+        let mut result = Ok(());
+        for chain in 0..taken {
+            let Some(size) = sent.readable_total(chain).checked_sub(HEADER as u64) else {
+                let detail = format!("{} readable bytes; a header has {HEADER}", sent.readable_total(chain));
+                result = Err(Fault { queue: TRANSMIT, name: "tx-header-short", detail });
+                break;
+            };
+            let pieces = sent.readable(chain);
+            // There are as many bytes.
+            let header = read_words(pieces).unwrap_or_default();
+            written.push(0);
+            if let Some(counter) = wrong(header, size, rules, counters) {
+                count(counter, 1);
+                continue;
+            }
+            if !rules.link {
+                count(&counters.tx_dropped, 1);
+                continue;
+            }
+            packets += 1;
+            bytes += size;
+            let mut wanted = false;
+            if backlog.is_empty() {
+                if let Some(running) = &mut receive {
+                    // Notifications of buffers are for frames that wait.
+                    let more = (taken - chain, false);
+                    match receiver.put(running, (Frame::Pieces(pieces), size), more, false, rules, counters) {
+                        Ok(Laid::Done) => continue,
+                        Ok(laid) => wanted = laid == Laid::Wanted,
+                        Err(fault) => {
+                            result = Err(fault);
+                            receive = None;
+                        }
+                    }
+                }
+            }
+            // With a frame that waits, another turn asks to be notified of buffers.
+            after.full = true;
+            if !backlog.push(pieces, size) {
+                count(&counters.rx_dropped, 1);
+            }
+            backlog.wanted |= wanted;
+        }
+        count(&counters.tx_packets, packets);
+        count(&counters.tx_bytes, bytes);
+        result
+    }
+}
+
+impl Engine for Loopback {
+    fn turn(&self, ask: bool) -> Turn {
+        let mut turn = Turn::default();
+        for _ in 0..BUDGET {
+            let After { worked, full, notify, fault } = self.batch(ask);
+            for signal in notify.into_iter().flatten() {
+                signal.notify();
+            }
+            if let Some(fault) = fault {
+                self.outbox.fault(fault);
+            }
+            turn.worked |= worked;
+            // With `ask`, notifications come when a look has found nothing, and not before.
+            turn.more = full || (ask && worked);
+            if !turn.more {
+                break;
+            }
+        }
+        turn
+    }
+
+    fn forget(&self) {
+        let mut state = self.lock();
+        count(&self.counters.rx_dropped, state.backlog.len() as u64);
+        state.backlog.clear();
+        state.receiver.reset();
+        drop(state);
+        self.outbox.forget();
+    }
+
+    fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.counters.get()
+    }
+
+    fn failed(&self, reason: &str) {
+        for queue in [RECEIVE, TRANSMIT] {
+            self.outbox.fault(Fault { queue, name: "engine-error", detail: reason.to_owned() });
+        }
+        self.receive.replace(None);
+        self.transmit.replace(None);
+    }
+}

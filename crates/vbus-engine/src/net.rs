@@ -1,0 +1,503 @@
+//! What network engines have in common (virtio 1.4, section 5.1): headers, rules, filters, and laying frames into buffers.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vbus_ring::ring::{Burst, Piece};
+use vbus_ring::violation::Violation;
+
+use crate::outbox::Fault;
+use crate::queue::Running;
+
+/// Bytes of a header.
+pub const HEADER: usize = 12;
+/// Bytes of a frame's own header: the shortest frame that there is.
+pub const ETHERNET: u64 = 14;
+/// Bytes of the longest frame: Ethernet's header, IPv6's, and its payload.
+pub const LONGEST: u64 = 14 + 40 + 65535;
+
+const NEEDS_CSUM: u8 = 1;
+const BROADCAST: [u8; 6] = [0xff; 6];
+const VLAN_TYPE: [u8; 2] = [0x81, 0];
+
+/// Which frames a driver wants (section 5.1.6.5).
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Everything.
+    pub promiscuous: bool,
+    /// Whether the driver has said anything about addresses.
+    pub told: bool,
+    /// All frames to one station, to several; none of those, none of these, none to all.
+    pub all_unicast: bool,
+    /// As above.
+    pub all_multicast: bool,
+    /// As above.
+    pub no_unicast: bool,
+    /// As above.
+    pub no_multicast: bool,
+    /// As above.
+    pub no_broadcast: bool,
+    /// The device's own address.
+    pub mac: [u8; 6],
+    /// Others that the driver wants.
+    pub unicast: HashSet<[u8; 6]>,
+    /// As above.
+    pub multicast: HashSet<[u8; 6]>,
+    /// Only tagged frames with these tags, when there is such a rule.
+    pub vlans: Option<HashSet<u16>>,
+}
+
+impl Filter {
+    /// Whether everything passes.
+    #[inline]
+    pub fn is_open(&self) -> bool {
+        self.promiscuous || (!self.told && self.vlans.is_none())
+    }
+
+    /// Whether a frame that begins so passes. There are at least 14 bytes of it.
+    pub fn passes(&self, frame: &[u8]) -> bool {
+        if self.promiscuous {
+            return true;
+        }
+        if let (Some(vlans), true) = (&self.vlans, frame[12..14] == VLAN_TYPE) {
+            let tag = match frame {
+                [.., high, low] if frame.len() == 16 => u16::from_be_bytes([*high, *low]) % 4096,
+                // Cut short: as if zeroes followed.
+                [.., high] if frame.len() == 15 => u16::from_be_bytes([*high, 0]) % 4096,
+                _ => 0,
+            };
+            if !vlans.contains(&tag) {
+                return false;
+            }
+        }
+        if !self.told {
+            return true;
+        }
+        let to: [u8; 6] = std::array::from_fn(|at| frame[at]);
+        if to == BROADCAST {
+            !self.no_broadcast
+        } else if to[0] & 1 != 0 {
+            (self.all_multicast || self.multicast.contains(&to)) && !self.no_multicast
+        } else {
+            (self.all_unicast || to == self.mac || self.unicast.contains(&to)) && !self.no_unicast
+        }
+    }
+}
+
+/// What holds for the frames of a pair of queues.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    /// Whether the link is up.
+    pub link: bool,
+    /// Whether the driver uses this pair.
+    pub in_use: bool,
+    /// Whether a packet may lie in several of the driver's buffers (MRG_RXBUF).
+    pub merge: bool,
+    /// Whether the driver may leave checksums to us (CSUM).
+    pub csum: bool,
+    /// Values of gso_type that it may use.
+    pub host_kinds: Vec<u8>,
+    /// Which frames it wants.
+    pub filter: Filter,
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What an engine counted. Only its worker writes; anybody reads.
+        #[derive(Debug, Default)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: AtomicU64,)*
+        }
+
+        impl Counters {
+            /// All of them, by name.
+            pub fn get(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name.load(Ordering::Relaxed)),)*]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Frames given the driver.
+    rx_packets,
+    /// Bytes of those.
+    rx_bytes,
+    /// Frames that it did not want.
+    rx_filtered,
+    /// Frames longer than its buffers.
+    rx_too_long,
+    /// Frames that there was no buffer for, for long.
+    rx_dropped,
+    /// Frames of the driver that went out.
+    tx_packets,
+    /// Bytes of those.
+    tx_bytes,
+    /// Good frames that did not go out.
+    tx_dropped,
+    /// Frames of the driver that were wrong: shorter than an Ethernet header,
+    too_short,
+    /// longer than any,
+    too_long,
+    /// with a checksum outside the frame, or not negotiated,
+    checksum,
+    /// with segments of no kind, size or checksum, or not negotiated,
+    segments,
+    /// with a header longer than the frame,
+    header,
+    /// or on a pair that is not in use.
+    queue,
+}
+
+/// Count one more, or several. Of the one thread that counts.
+#[inline]
+pub fn count(counter: &AtomicU64, more: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+}
+
+/// What is wrong with a frame of `size` bytes that a driver sent with this header, in words, if anything (section
+/// 5.1.6.2.2).
+#[inline]
+pub fn wrong<'a>(header: [u32; 3], size: u64, rules: &Rules, counters: &'a Counters) -> Option<&'a AtomicU64> {
+    if size < ETHERNET {
+        return Some(&counters.too_short);
+    }
+    if size > LONGEST {
+        return Some(&counters.too_long);
+    }
+    if !rules.in_use {
+        return Some(&counters.queue);
+    }
+    // All but the last two bytes, which mean nothing from a driver.
+    let [first, second, third] = header;
+    if first | second | (third & 0xffff) == 0 {
+        return None;
+    }
+    let halves = |word: u32| (u64::from(word & 0xffff), u64::from(word >> 16));
+    let ((flags, header_size), (gso_size, start), (offset, _)) = (halves(first), halves(second), halves(third));
+    let (flags, gso) = (flags as u8, (flags >> 8) as u8);
+    // Bits that a driver must not set, or that nobody knows, mean nothing.
+    let csum = flags & NEEDS_CSUM != 0;
+    if csum && (!rules.csum || start < ETHERNET || start + offset + 2 > size) {
+        return Some(&counters.checksum);
+    }
+    if header_size > size {
+        return Some(&counters.header);
+    }
+    if gso != 0 && (!rules.host_kinds.contains(&gso) || !csum || gso_size == 0 || gso_size > size) {
+        return Some(&counters.segments);
+    }
+    None
+}
+
+/// A frame on its way to a driver.
+#[derive(Clone, Copy)]
+pub enum Frame<'a> {
+    /// In the memory of whoever sent it, behind a header.
+    Pieces(&'a [Piece]),
+    /// In our own.
+    Bytes(&'a [u8]),
+}
+
+impl Frame<'_> {
+    /// Its first bytes, at most 16.
+    fn beginning(&self, into: &mut [u8; 16]) -> usize {
+        match self {
+            Frame::Bytes(bytes) => {
+                let count = bytes.len().min(16);
+                into[..count].copy_from_slice(&bytes[..count]);
+                count
+            }
+            Frame::Pieces(pieces) => {
+                let mut count = 0;
+                for_each(pieces, HEADER, |at, size| {
+                    let size = size.min(16 - count);
+                    // SAFETY: as many bytes are mapped there, and there is room for them.
+                    unsafe { std::ptr::copy(at, into[count..].as_mut_ptr(), size) };
+                    count += size;
+                });
+                count
+            }
+        }
+    }
+}
+
+/// Call with each part of pieces but their first `skip` bytes.
+#[inline]
+fn for_each(pieces: &[Piece], mut skip: usize, mut each: impl FnMut(*mut u8, usize)) {
+    for piece in pieces {
+        if skip >= piece.size() {
+            skip -= piece.size();
+            continue;
+        }
+        // SAFETY: inside the piece.
+        each(unsafe { piece.as_ptr().add(skip) }, piece.size() - skip);
+        skip = 0;
+    }
+}
+
+/// Where bytes go, one after the other, over several chains.
+struct Room<'a> {
+    burst: &'a Burst,
+    chain: usize,
+    piece: usize,
+    at: usize,
+}
+
+impl Room<'_> {
+    /// Lay bytes there; what there is no room for is left out.
+    #[inline]
+    fn put(&mut self, mut from: *const u8, mut size: usize) {
+        while size > 0 {
+            if self.chain >= self.burst.len() {
+                return;
+            }
+            let Some(piece) = self.burst.writable(self.chain).get(self.piece) else {
+                (self.chain, self.piece, self.at) = (self.chain + 1, 0, 0);
+                continue;
+            };
+            let part = size.min(piece.size() - self.at);
+            // SAFETY: `from` has `size` bytes by the caller's word, and the piece has room for these. They may overlap,
+            // as a driver can give one buffer twice.
+            unsafe {
+                std::ptr::copy(from, piece.as_ptr().add(self.at), part);
+                from = from.add(part);
+            }
+            size -= part;
+            self.at += part;
+            if self.at == piece.size() {
+                (self.piece, self.at) = (self.piece + 1, 0);
+            }
+        }
+    }
+}
+
+/// What became of a frame for a driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Laid {
+    /// It lies in the driver's buffers, or is dropped and counted.
+    Done,
+    /// There is no buffer now.
+    NoRoom,
+    /// It is one that the driver wants, and is longer than the buffers that there are now.
+    Wanted,
+}
+
+/// The receive side of a pair: buffers that were taken off the ring, and what of them is filled.
+#[derive(Default)]
+pub struct Receiver {
+    burst: Burst,
+    /// Chains that were given back, and that are filled.
+    shown: usize,
+    filled: usize,
+    /// Bytes written to each chain from `shown` to `filled`.
+    written: Vec<u32>,
+}
+
+impl Receiver {
+    /// The driver's buffers are gone.
+    pub fn reset(&mut self) {
+        self.burst.clear();
+        self.written.clear();
+        (self.shown, self.filled) = (0, 0);
+    }
+
+    /// Have `count` more buffers at hand, as far as there are. With `ask`, be notified when there are none.
+    fn take(&mut self, running: &mut Running, count: usize, ask: bool) -> Result<usize, Fault> {
+        let before = self.burst.len();
+        running.ring.burst(count, &mut self.burst, ask).map_err(|violation| Fault::of(0, &violation))?;
+        for chain in before..self.burst.len() {
+            let room = self.burst.writable_total(chain);
+            if room < HEADER as u64 {
+                let detail = format!("{room} writable bytes; a header has {HEADER}");
+                return Err(Fault { queue: 0, name: "rx-buffer-too-small", detail });
+            }
+        }
+        Ok(self.burst.len() - before)
+    }
+
+    /// Whether there is a buffer at hand; `more`: for how many frames.
+    #[inline]
+    pub fn has_room(&mut self, running: &mut Running, more: usize, ask: bool) -> Result<bool, Fault> {
+        Ok(self.filled < self.burst.len() || self.take(running, more, ask)? > 0)
+    }
+
+    /// Lay a frame of `size` bytes into buffers, behind the header of one that is finished. `more`: how many may come
+    /// with it, itself included. `wanted`: it was before. With `ask`, be notified of more buffers when there are too few.
+    #[inline]
+    pub fn put(
+        &mut self,
+        running: &mut Running,
+        (frame, size): (Frame<'_>, u64),
+        (more, ask): (usize, bool),
+        wanted: bool,
+        rules: &Rules,
+        counters: &Counters,
+    ) -> Result<Laid, Fault> {
+        if !self.has_room(running, more, ask)? {
+            return Ok(Laid::NoRoom);
+        }
+        if !wanted && !rules.filter.is_open() {
+            let mut beginning = [0; 16];
+            let count = frame.beginning(&mut beginning);
+            if !rules.filter.passes(&beginning[..count]) {
+                self::count(&counters.rx_filtered, 1);
+                return Ok(Laid::Done);
+            }
+        }
+        let total = size + HEADER as u64;
+        let mut chains = 1;
+        if self.burst.writable_total(self.filled) < total {
+            if !rules.merge {
+                self::count(&counters.rx_too_long, 1);
+                return Ok(Laid::Done);
+            }
+            let mut room = self.burst.writable_total(self.filled);
+            while room < total {
+                if self.filled + chains == self.burst.len() && self.take(running, 1, ask)? == 0 {
+                    if chains < usize::from(running.ring.size()) {
+                        return Ok(Laid::Wanted);
+                    }
+                    // Every buffer that the driver could ever have there at a time.
+                    self::count(&counters.rx_too_long, 1);
+                    return Ok(Laid::Done);
+                }
+                room += self.burst.writable_total(self.filled + chains);
+                chains += 1;
+            }
+        }
+        self.lay(frame, total, chains);
+        self::count(&counters.rx_packets, 1);
+        self::count(&counters.rx_bytes, size);
+        Ok(Laid::Done)
+    }
+
+    #[inline]
+    fn lay(&mut self, frame: Frame<'_>, total: u64, chains: usize) {
+        let mut header = [0; HEADER];
+        header[10..].copy_from_slice(&(chains as u16).to_le_bytes());
+        match (frame, self.burst.writable(self.filled)) {
+            // As it usually is.
+            (Frame::Pieces([from]), [to]) if chains == 1 => {
+                // SAFETY: both are mapped; the one has `total` bytes, as it is all of the frame, and the other room for
+                // them, as was checked.
+                unsafe {
+                    to.as_ptr().cast::<u64>().write_unaligned(0);
+                    to.as_ptr().add(8).cast::<u32>().write_unaligned(((chains as u32) << 16).to_le());
+                    copy(from.as_ptr().add(HEADER), to.as_ptr().add(HEADER), total as usize - HEADER);
+                }
+            }
+            _ => {
+                let mut room = Room { burst: &self.burst, chain: self.filled, piece: 0, at: 0 };
+                room.put(header.as_ptr(), HEADER);
+                match frame {
+                    Frame::Bytes(bytes) => room.put(bytes.as_ptr(), bytes.len()),
+                    Frame::Pieces(pieces) => for_each(pieces, HEADER, |at, size| room.put(at, size)),
+                }
+            }
+        }
+        let mut left = total;
+        for _ in 0..chains {
+            // A chain has no more than a u32.
+            let written = left.min(self.burst.writable_total(self.filled));
+            self.written.push(written as u32);
+            left -= written;
+            self.filled += 1;
+        }
+    }
+
+    /// Give the driver all that was laid into buffers; whether it is to be notified, and how many chains, and bytes.
+    pub fn show(&mut self, running: &mut Running) -> Result<(bool, u64, u64), Violation> {
+        if self.written.is_empty() {
+            return Ok((false, 0, 0));
+        }
+        let notify = running.ring.complete_burst(&self.burst, self.shown, &self.written)?;
+        let bytes = self.written.iter().map(|written| u64::from(*written)).sum();
+        let chains = self.written.len() as u64;
+        self.written.clear();
+        self.shown = self.filled;
+        if self.filled == self.burst.len() {
+            self.reset();
+        }
+        Ok((notify, chains, bytes))
+    }
+}
+
+/// Copy bytes that may overlap, few as they usually are.
+///
+/// # Safety
+///
+/// As for `std::ptr::copy`.
+#[inline(always)]
+unsafe fn copy(from: *const u8, to: *mut u8, size: usize) {
+    // SAFETY: by the caller's word.
+    unsafe { std::ptr::copy(from, to, size) }
+}
+
+/// Frames that wait for buffers of a driver, copied.
+#[derive(Default)]
+pub struct Backlog {
+    frames: VecDeque<Vec<u8>>,
+    bytes: usize,
+    /// Whether the oldest is known to be wanted, whatever is said since.
+    pub wanted: bool,
+    /// Kept for their allocations.
+    spare: Vec<Vec<u8>>,
+}
+
+impl Backlog {
+    const FRAMES: usize = 1024;
+    const BYTES: usize = 4 << 20;
+    const SPARE: usize = 64;
+
+    /// The oldest.
+    pub fn first(&self) -> Option<&[u8]> {
+        self.frames.front().map(Vec::as_slice)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    /// The oldest is not waiting any more.
+    pub fn pop(&mut self) {
+        if let Some(mut frame) = self.frames.pop_front() {
+            self.bytes -= frame.len() + HEADER;
+            self.wanted = false;
+            if self.spare.len() < Self::SPARE {
+                frame.clear();
+                self.spare.push(frame);
+            }
+        }
+    }
+
+    /// Keep a copy; false when there is no room for it.
+    pub fn push(&mut self, pieces: &[Piece], size: u64) -> bool {
+        let total = size as usize + HEADER;
+        if self.frames.len() >= Self::FRAMES || self.bytes + total > Self::BYTES {
+            return false;
+        }
+        let mut frame = self.spare.pop().unwrap_or_default();
+        for_each(pieces, HEADER, |at, size| {
+            let before = frame.len();
+            frame.resize(before + size, 0);
+            // SAFETY: as many bytes are mapped there, and there is room for them.
+            unsafe { std::ptr::copy(at, frame[before..].as_mut_ptr(), size) };
+        });
+        self.bytes += total;
+        self.frames.push_back(frame);
+        true
+    }
+
+    /// None waits any more.
+    pub fn clear(&mut self) {
+        self.frames.clear();
+        (self.bytes, self.wanted) = (0, false);
+    }
+}

@@ -1,0 +1,433 @@
+//! Workers, and the engines that they run, driven through real rings.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use vbus_engine::blk::Blk;
+use vbus_engine::loopback::Loopback;
+use vbus_engine::net::{Filter, Rules};
+use vbus_engine::outbox::Outbox;
+use vbus_engine::queue::{Queue, Running};
+use vbus_engine::worker::{Engine, Polling, Task, Turn, Worker};
+use vbus_ring::doorbell::{DirectSignal, Doorbell};
+use vbus_ring::mem::{Mapping, Memory, VolatileSlice};
+use vbus_ring::ring::{DeviceRing, DriverRing, Features, Setup};
+use vbus_ring::signal::Notify;
+
+const LIMIT: Duration = Duration::from_secs(20);
+const POLLING: [Polling; 3] = [Polling::Notified, Polling::Adaptive, Polling::Always];
+
+fn wait(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+struct Silent;
+
+impl Notify for Silent {
+    fn notify(&self) {}
+    fn counters(&self) -> [u64; 3] {
+        [0; 3]
+    }
+}
+
+fn memfd(size: usize) -> File {
+    // SAFETY: the name is a string constant; the descriptor is new and owned by nobody else.
+    let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) };
+    file.set_len(size as u64).unwrap();
+    file
+}
+
+/// A driver's memory, with rings one after the other and buffers behind them.
+struct Arena {
+    mapping: Arc<Mapping>,
+    memory: Arc<Memory>,
+    used: usize,
+}
+
+const ADDRESS: u64 = 0x1000_0000;
+
+impl Arena {
+    fn new() -> Self {
+        let size = 4 << 20;
+        let mapping = Arc::new(Mapping::new(memfd(size).as_fd(), size, 0, true).unwrap());
+        let memory = Arc::new(Memory::new(8, 1 << 40));
+        memory.add(ADDRESS, &mapping, 0, size as u64, true).unwrap();
+        Self { mapping, memory, used: 0 }
+    }
+
+    fn take(&mut self, size: usize) -> u64 {
+        let at = self.used;
+        self.used = (at + size).next_multiple_of(64);
+        ADDRESS + at as u64
+    }
+
+    /// Both sides of a ring; the device's is given to the queue.
+    fn ring(&mut self, size: u32, packed: bool, queue: &Queue) -> (DriverRing, Arc<Doorbell>) {
+        let features = Features { packed, event_idx: true, indirect: false, in_order: false };
+        let offset = self.used.next_multiple_of(4096);
+        self.used = offset + DriverRing::bytes_needed(size, packed).unwrap();
+        let driver = DriverRing::new(&self.mapping, offset, ADDRESS, size, features).unwrap();
+        let (desc, avail, used) = (driver.desc(), driver.driver(), driver.device());
+        let setup = Setup { size, desc, driver: avail, device: used, features, resume: None };
+        let ring = DeviceRing::new(self.memory.clone(), 32768, setup).unwrap();
+        let call = Arc::new(Doorbell::create().unwrap());
+        let signal = Arc::new(DirectSignal::new(call.clone(), None).unwrap());
+        queue.replace(Some(Running::new(ring, signal)));
+        queue.set_native(true);
+        (driver, call)
+    }
+
+    fn put(&self, address: u64, bytes: &[u8]) {
+        let mut bytes = bytes.to_vec();
+        let offset = (address - ADDRESS) as usize;
+        let from = VolatileSlice::from(&mut bytes[..]);
+        from.copy_to_volatile_slice(self.mapping.slice(offset, from.len()));
+    }
+
+    fn get(&self, address: u64, size: usize) -> Vec<u8> {
+        let mut bytes = vec![0; size];
+        let offset = (address - ADDRESS) as usize;
+        self.mapping.slice(offset, size).copy_to_volatile_slice(VolatileSlice::from(&mut bytes[..]));
+        bytes
+    }
+}
+
+/// A counter that only looks random.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) % limit
+    }
+}
+
+fn open_rules() -> Rules {
+    Rules { link: true, in_use: true, merge: true, ..Rules::default() }
+}
+
+fn reap(ring: &mut DriverRing) -> Vec<(u16, u32)> {
+    let mut finished = Vec::new();
+    ring.reap(1024, &mut finished).unwrap();
+    finished
+}
+
+#[test]
+fn frames_come_back_whole_and_in_order_however_a_worker_waits() {
+    for polling in POLLING {
+        for packed in [false, true] {
+            let mut arena = Arena::new();
+            let (rx, tx) = (Arc::new(Queue::default()), Arc::new(Queue::default()));
+            let engine = Arc::new(Loopback::new(rx.clone(), tx.clone(), Arc::new(Silent)));
+            engine.set_rules(open_rules());
+            let (mut receive, _) = arena.ring(64, packed, &rx);
+            let (mut transmit, _) = arena.ring(64, packed, &tx);
+            let worker = Worker::start("test", polling, &[]).unwrap();
+            let task = worker.add(engine.clone(), 0);
+            let (kick_rx, kick_tx) = (Arc::new(Doorbell::create().unwrap()), Arc::new(Doorbell::create().unwrap()));
+            task.listen(&kick_rx).unwrap();
+            task.listen(&kick_tx).unwrap();
+
+            let mut numbers = Numbers(7);
+            let (mut buffers, mut received) = (std::collections::HashMap::new(), Vec::<u8>::new());
+            let (mut spare_rx, mut spare_tx) = (Vec::new(), Vec::new());
+            spare_rx.extend((0..48).map(|_| arena.take(1024)));
+            spare_tx.extend((0..48).map(|_| arena.take(4096)));
+            let mut sent = std::collections::HashMap::new();
+            let (mut expected, mut left) = (Vec::new(), 3000);
+            let deadline = Instant::now() + LIMIT;
+            while left > 0 || !sent.is_empty() || received.len() < expected.len() {
+                assert_eq!(engine.outbox.faults(), []);
+                assert!(Instant::now() < deadline, "{polling:?}, packed {packed}: {left} left");
+                while let Some(address) = spare_rx.pop() {
+                    let Some(token) = receive.add(&[], &[(address, 1024)]).unwrap() else {
+                        spare_rx.push(address);
+                        break;
+                    };
+                    buffers.insert(token, address);
+                }
+                if receive.publish() {
+                    assert!(kick_rx.ring());
+                }
+                while left > 0 && numbers.below(8) > 0 {
+                    let Some(address) = spare_tx.pop() else { break };
+                    let size = 14 + numbers.below(3000) as usize;
+                    let fill = numbers.below(256) as u8;
+                    let frame: Vec<u8> = (0..size).map(|at| fill.wrapping_add(at as u8)).collect();
+                    arena.put(address, &[&[0u8; 12][..], &frame].concat());
+                    let cut = 1 + numbers.below(size as u64 + 11);
+                    let parts = [(address, cut), (address + cut, size as u64 + 12 - cut)];
+                    let Some(token) = transmit.add(&parts, &[]).unwrap() else {
+                        spare_tx.push(address);
+                        break;
+                    };
+                    sent.insert(token, address);
+                    expected.extend_from_slice(&frame);
+                    left -= 1;
+                }
+                if transmit.publish() {
+                    assert!(kick_tx.ring());
+                }
+                for (token, _) in reap(&mut transmit) {
+                    spare_tx.push(sent.remove(&token).unwrap());
+                }
+                let mut parts = 0u16;
+                for (token, written) in reap(&mut receive) {
+                    let address = buffers.remove(&token).unwrap();
+                    let bytes = arena.get(address, written as usize);
+                    if parts == 0 {
+                        assert_eq!(bytes[..10], [0; 10]);
+                        parts = u16::from_le_bytes([bytes[10], bytes[11]]);
+                        received.extend_from_slice(&bytes[12..]);
+                    } else {
+                        received.extend_from_slice(&bytes);
+                    }
+                    parts -= 1;
+                    spare_rx.push(address);
+                }
+                assert_eq!(parts, 0, "all buffers of a frame are shown at once");
+            }
+            assert!(received == expected, "{polling:?}, packed {packed}");
+            let counted: Vec<u64> =
+                [&engine.counters.tx_packets, &engine.counters.rx_packets, &engine.counters.rx_dropped]
+                    .map(|counter| counter.load(Ordering::Relaxed))
+                    .to_vec();
+            assert_eq!(counted, [3000, 3000, 0]);
+            task.remove();
+            assert_eq!(worker.tasks(), 0);
+        }
+    }
+}
+
+/// An engine that notes its turns.
+struct Noted {
+    name: &'static str,
+    turns: Arc<Mutex<Vec<&'static str>>>,
+    left: AtomicU64,
+    panics: bool,
+    failed: AtomicBool,
+    outbox: Outbox,
+}
+
+impl Noted {
+    fn new(name: &'static str, left: u64, panics: bool, turns: &Arc<Mutex<Vec<&'static str>>>) -> Arc<Self> {
+        let outbox = Outbox::new(Arc::new(Silent));
+        let failed = AtomicBool::new(false);
+        Arc::new(Self { name, turns: turns.clone(), left: AtomicU64::new(left), panics, failed, outbox })
+    }
+}
+
+impl Engine for Noted {
+    fn turn(&self, _ask: bool) -> Turn {
+        assert!(!self.panics, "a defect");
+        if self.left.load(Ordering::Relaxed) == 0 {
+            return Turn::default();
+        }
+        let left = self.left.fetch_sub(1, Ordering::AcqRel) - 1;
+        self.turns.lock().unwrap().push(self.name);
+        Turn { worked: true, more: left > 0, watch: false }
+    }
+
+    fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
+    fn failed(&self, reason: &str) {
+        assert_eq!(reason, "a defect");
+        self.failed.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Holds the worker while the others are marked, so that they are all ready at once.
+struct Gate(Mutex<()>, Outbox);
+
+impl Engine for Gate {
+    fn turn(&self, _ask: bool) -> Turn {
+        drop(self.0.lock());
+        Turn::default()
+    }
+
+    fn outbox(&self) -> &Outbox {
+        &self.1
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
+    fn failed(&self, reason: &str) {
+        panic!("{reason}");
+    }
+}
+
+#[test]
+fn what_is_urgent_goes_first_and_equals_take_turns() {
+    for polling in POLLING {
+        let turns = Arc::default();
+        let worker = Worker::start("test", polling, &[]).unwrap();
+        let gate = Arc::new(Gate(Mutex::new(()), Outbox::new(Arc::new(Silent))));
+        let held = gate.0.lock().unwrap();
+        worker.add(gate.clone(), 0);
+        let engines = [Noted::new("a", 40, false, &turns), Noted::new("b", 40, false, &turns)];
+        let urgent = Noted::new("urgent", 20, false, &turns);
+        for engine in &engines {
+            worker.add(engine.clone(), 4);
+        }
+        worker.add(urgent.clone(), 1);
+        drop(held);
+        wait("all turns", || turns.lock().unwrap().len() == 100);
+        let turns = turns.lock().unwrap();
+        assert!(turns[..20].iter().all(|name| *name == "urgent"), "{polling:?}: {turns:?}");
+        // None of the two gets further ahead than a turn.
+        let ahead = turns[20..].iter().scan(0i32, |ahead, name| {
+            *ahead += if *name == "a" { 1 } else { -1 };
+            Some(ahead.abs())
+        });
+        assert!(ahead.max().unwrap() <= 1, "{polling:?}: {turns:?}");
+    }
+}
+
+#[test]
+fn an_engine_that_panics_ends_alone() {
+    let turns = Arc::default();
+    let worker = Worker::start("test", Polling::Notified, &[]).unwrap();
+    let (bad, good) = (Noted::new("bad", 1, true, &turns), Noted::new("good", 3, false, &turns));
+    let task = worker.add(bad.clone(), 0);
+    wait("its end", || bad.failed.load(Ordering::Relaxed));
+    task.mark();
+    worker.add(good.clone(), 0);
+    wait("the other's turns", || turns.lock().unwrap().len() == 3);
+    task.remove();
+}
+
+#[test]
+fn a_marked_task_is_never_forgotten() {
+    for polling in POLLING {
+        let turns = Arc::default();
+        let worker = Worker::start("test", polling, &[]).unwrap();
+        let engine = Noted::new("x", 0, false, &turns);
+        let task: Arc<Task> = worker.add(engine.clone(), 0);
+        for count in 1..3000 {
+            engine.left.store(1, Ordering::Release);
+            task.mark();
+            wait("a turn", || turns.lock().unwrap().len() == count);
+        }
+        worker.close();
+        // Of a worker that has ended.
+        task.mark();
+        task.remove();
+    }
+}
+
+#[test]
+fn a_filter_lets_through_what_it_is_told() {
+    let frame = |to: [u8; 6], tag: Option<u16>| {
+        let mut frame = [0; 16];
+        frame[..6].copy_from_slice(&to);
+        if let Some(tag) = tag {
+            frame[12..14].copy_from_slice(&[0x81, 0]);
+            frame[14..].copy_from_slice(&(0xe000 | tag).to_be_bytes());
+        }
+        frame
+    };
+    let (mine, other, group) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2], [3, 0, 0, 0, 0, 1]);
+    let filter = Filter { told: true, mac: mine, ..Filter::default() };
+    assert!(!filter.is_open());
+    let passes = |filter: &Filter, to| filter.passes(&frame(to, None));
+    assert!(passes(&filter, mine) && passes(&filter, [0xff; 6]));
+    assert!(!passes(&filter, other) && !passes(&filter, group));
+    let filter = Filter { all_unicast: true, multicast: [group].into(), no_broadcast: true, ..filter };
+    assert!(passes(&filter, other) && passes(&filter, group) && !passes(&filter, [0xff; 6]));
+    let filter = Filter { no_unicast: true, no_multicast: true, ..filter };
+    assert!(!passes(&filter, mine) && !passes(&filter, group));
+    let filter = Filter { vlans: Some([5].into()), ..Filter::default() };
+    assert!(!filter.is_open());
+    assert!(filter.passes(&frame(other, None)) && filter.passes(&frame(other, Some(5))));
+    assert!(!filter.passes(&frame(other, Some(6))));
+}
+
+#[test]
+fn a_disk_answers_what_a_buffer_would_with_many_under_way() {
+    const SECTORS: u64 = 512;
+    for packed in [false, true] {
+        let file = memfd(512 * SECTORS as usize);
+        // SAFETY: a duplicate of an open descriptor, owned by nobody else.
+        let fd = unsafe { OwnedFd::from_raw_fd(libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0)) };
+        let mut arena = Arena::new();
+        let queue = Arc::new(Queue::default());
+        let engine = match Blk::new(queue.clone(), fd, Arc::new(Silent)) {
+            Ok(engine) => Arc::new(engine),
+            Err(error) => return eprintln!("skipped: io_uring is not permitted here: {error}"),
+        };
+        engine.settings.capacity.store(SECTORS, Ordering::Release);
+        engine.settings.flush.store(true, Ordering::Release);
+        let (mut ring, _) = arena.ring(256, packed, &queue);
+        let worker = Worker::start("test", Polling::Notified, &[]).unwrap();
+        let task = worker.add(engine.clone(), 0);
+        let slots: Vec<u64> = (0..64).map(|_| arena.take(16 + 4096 + 1)).collect();
+        let mut numbers = Numbers(3);
+        let mut oracle = vec![0u8; 512 * SECTORS as usize];
+        for _ in 0..200 {
+            // Each in a part of the disk of its own, as those that are under way together have no order.
+            let mut asked = Vec::new();
+            for (place, &address) in slots.iter().enumerate() {
+                let (kind, sector) = (numbers.below(3) as u32, place as u64 * 8);
+                let size = 512 * (1 + numbers.below(8)) as usize;
+                let fill = numbers.below(256) as u8;
+                let kind = if kind == 2 { 4 } else { kind };
+                let head: Vec<u8> = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()[..]].concat();
+                arena.put(address, &head);
+                arena.put(address + 16, &vec![fill; 4097]);
+                let (data, status) = ((address + 16, size as u64), (address + 4112, 1));
+                let token = match kind {
+                    0 => ring.add(&[(address, 16)], &[data, status]),
+                    1 => ring.add(&[(address, 16), data], &[status]),
+                    _ => ring.add(&[(address, 16)], &[status]),
+                };
+                let Some(token) = token.unwrap() else { break };
+                if kind == 1 {
+                    let at = 512 * sector as usize;
+                    oracle[at..at + size].fill(fill);
+                }
+                asked.push((token, kind, sector, size, address));
+            }
+            let _ = ring.publish();
+            task.mark();
+            let mut finished = Vec::new();
+            wait("answers", || {
+                finished.extend(reap(&mut ring));
+                finished.len() == asked.len()
+            });
+            for (token, kind, sector, size, address) in asked {
+                let (_, written) = finished.iter().find(|(other, _)| *other == token).unwrap();
+                assert_eq!(*written as usize, if kind == 0 { size + 1 } else { 1 });
+                assert_eq!(arena.get(address + 4112, 1), [0]);
+                if kind == 0 {
+                    let at = 512 * sector as usize;
+                    assert_eq!(arena.get(address + 16, size), oracle[at..at + size]);
+                }
+            }
+        }
+        assert!(engine.outbox.requests(1).is_empty());
+        // Whoever stops it knows that nothing is under way.
+        for &address in &slots[..40] {
+            let _ = ring.add(&[(address, 16)], &[(address + 16, 4096), (address + 4112, 1)]).unwrap();
+        }
+        let _ = ring.publish();
+        task.mark();
+        queue.replace(None);
+        assert!(engine.settle(LIMIT));
+        task.remove();
+    }
+}

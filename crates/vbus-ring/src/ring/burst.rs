@@ -1,0 +1,260 @@
+//! Many requests at once, for whoever answers them right away: one allocation for all, and nothing kept for each.
+//!
+//! A `Chain` keeps the mappings of its memory. A burst keeps the tables of regions that its chains were translated by,
+//! of which there is one, usually, and so all mappings in them: it is to be held for a moment, or to be small.
+
+use std::sync::atomic::{AtomicU32, AtomicU8, Ordering};
+use std::sync::Arc;
+
+use super::chain::{Gather, Rules, Taken};
+use super::device::Chains;
+use super::Chain;
+use crate::mem::{Access, Segments, Table, VolatileSlice};
+use crate::violation::Violation;
+
+/// A range of driver memory that is contiguous in one mapping, which the burst keeps that it is of.
+#[derive(Debug)]
+pub struct Piece {
+    base: *mut u8,
+    address: u64,
+    size: u32,
+    region: u32,
+}
+
+impl Piece {
+    /// Bytes, at least one.
+    #[inline]
+    pub fn size(&self) -> usize {
+        self.size as usize
+    }
+
+    /// The first byte. Valid while the burst is.
+    #[inline]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base
+    }
+
+    /// Its bytes.
+    #[inline]
+    pub fn slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: inside a mapping, which the burst keeps that this was borrowed from.
+        unsafe { VolatileSlice::new(self.base, self.size as usize) }
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    head: u16,
+    span: u16,
+    table: u32,
+    first: u32,
+    /// Pieces that the device may read; those that it may write come behind.
+    readable: u32,
+    count: u32,
+    rules: Rules,
+}
+
+/// Chains that were taken together: read once, checked and translated.
+#[derive(Debug, Default)]
+pub struct Burst {
+    tables: Vec<Arc<Table>>,
+    entries: Vec<Entry>,
+    pieces: Vec<Piece>,
+}
+
+// SAFETY: the memory that pieces point to is shared with other processes anyway, and accessed by atomics and volatile
+// slices; the tables keep it mapped.
+unsafe impl Send for Burst {}
+// SAFETY: as above.
+unsafe impl Sync for Burst {}
+
+impl Burst {
+    /// How many chains.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are none.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Forget all chains, and let go of their memory.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.entries.clear();
+        self.pieces.clear();
+        self.tables.clear();
+    }
+
+    /// By it the driver knows a chain again.
+    #[inline]
+    pub fn head(&self, chain: usize) -> u16 {
+        self.entries[chain].head
+    }
+
+    /// Bytes that the device may read.
+    #[inline]
+    pub fn readable_total(&self, chain: usize) -> u64 {
+        self.entries[chain].rules.readable
+    }
+
+    /// Bytes that the device may write.
+    #[inline]
+    pub fn writable_total(&self, chain: usize) -> u64 {
+        self.entries[chain].rules.writable
+    }
+
+    /// What the device may read, in order.
+    #[inline]
+    pub fn readable(&self, chain: usize) -> &[Piece] {
+        let entry = &self.entries[chain];
+        let first = entry.first as usize;
+        &self.pieces[first..first + entry.readable as usize]
+    }
+
+    /// What the device may write, in order, in regions that allow it.
+    #[inline]
+    pub fn writable(&self, chain: usize) -> &[Piece] {
+        let entry = &self.entries[chain];
+        let first = entry.first as usize;
+        &self.pieces[first + entry.readable as usize..first + entry.count as usize]
+    }
+
+    /// Driver address and bytes of what the device may write.
+    pub fn ranges(&self, chain: usize) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.writable(chain).iter().map(|piece| (piece.address, u64::from(piece.size)))
+    }
+
+    /// What keeps the memory of a chain mapped.
+    pub fn table(&self, chain: usize) -> &Arc<Table> {
+        &self.tables[self.entries[chain].table as usize]
+    }
+
+    /// The same, to be kept by itself.
+    pub fn chain(&self, chain: usize) -> Chain {
+        let entry = &self.entries[chain];
+        let segments = |pieces: &[Piece]| {
+            let mut segments = Segments::default();
+            for piece in pieces {
+                self.table(chain).append(piece.region as usize, piece.address, piece.size, &mut segments);
+            }
+            segments
+        };
+        Chain::of(entry.head, entry.span, segments(self.readable(chain)), segments(self.writable(chain)))
+    }
+}
+
+/// The first three little-endian words of pieces, each byte read once; None when there are not as many.
+///
+/// In registers: what is stored byte by byte and loaded as words right after makes the processor wait.
+#[inline]
+pub fn read_words(pieces: &[Piece]) -> Option<[u32; 3]> {
+    if let Some(piece) = pieces.first() {
+        if piece.size() >= 12 && piece.base.align_offset(4) == 0 {
+            return Some([0, 4, 8].map(|at| {
+                // SAFETY: inside the piece, which is mapped, and aligned.
+                let word = unsafe { AtomicU32::from_ptr(piece.base.add(at).cast()) };
+                u32::from_le(word.load(Ordering::Relaxed))
+            }));
+        }
+    }
+    let mut bytes = [0; 12];
+    read_once(pieces, &mut bytes)
+        .then(|| [0, 4, 8].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))))
+}
+
+/// Copy bytes out of pieces, each read once; false when there are not as many.
+#[inline]
+pub fn read_once(pieces: &[Piece], into: &mut [u8]) -> bool {
+    let mut bytes = into.iter_mut();
+    for piece in pieces {
+        for at in 0..piece.size() {
+            let Some(byte) = bytes.next() else { return true };
+            // SAFETY: inside the piece, which is mapped.
+            *byte = unsafe { AtomicU8::from_ptr(piece.base.add(at)) }.load(Ordering::Relaxed);
+        }
+    }
+    bytes.len() == 0
+}
+
+impl Gather for Burst {
+    #[inline]
+    fn head(&self) -> u16 {
+        self.entries.last().map_or(0, |entry| entry.head)
+    }
+
+    #[inline]
+    fn end(&mut self, id: u16, span: u16) {
+        if let Some(entry) = self.entries.last_mut() {
+            (entry.head, entry.span) = (id, span);
+        }
+    }
+
+    #[inline]
+    fn push(&mut self, table: &Table, address: u64, size: u32, write: bool, most: u16) -> Result<(), Violation> {
+        let Some(entry) = self.entries.last_mut() else { return Ok(()) };
+        entry.rules.admit(entry.head, size, write)?;
+        let access = if write { Access::Write } else { Access::Read };
+        let pieces = &mut self.pieces;
+        table.pieces(address, size, access, |region, base, address, size| {
+            prefetch(base, write);
+            pieces.push(Piece { base, address, size, region: region as u32 });
+            entry.count += 1;
+            entry.readable += u32::from(!write);
+        })?;
+        entry.rules.count(entry.head, most)
+    }
+
+    #[inline]
+    fn taken(&self) -> Taken {
+        self.entries.last().map_or(Taken { head: 0, span: 0, cost: 0, writable: false }, |entry| Taken {
+            head: entry.head,
+            span: entry.span,
+            cost: entry.count as usize,
+            writable: entry.rules.writable > 0,
+        })
+    }
+}
+
+impl Chains for Burst {
+    #[inline]
+    fn count(&self) -> usize {
+        self.entries.len()
+    }
+
+    fn truncate(&mut self, count: usize) {
+        if let Some(entry) = self.entries.get(count) {
+            self.pieces.truncate(entry.first as usize);
+            self.entries.truncate(count);
+        }
+    }
+
+    #[inline]
+    fn open(&mut self, table: &Arc<Table>, name: u16) {
+        if !self.tables.last().is_some_and(|known| Arc::ptr_eq(known, table)) {
+            self.tables.push(table.clone());
+        }
+        let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
+        self.entries.push(Entry { head: name, span: 1, table, first, readable: 0, count: 0, rules: Rules::default() });
+    }
+}
+
+/// Have it near when it is needed. A hint: what it says of memory that is gone is nothing.
+#[inline(always)]
+fn prefetch(address: *const u8, write: bool) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: it has no effect that a program could see, whatever the address is.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0, _MM_HINT_T0};
+        if write {
+            _mm_prefetch::<{ _MM_HINT_ET0 }>(address.cast());
+        } else {
+            _mm_prefetch::<{ _MM_HINT_T0 }>(address.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (address, write);
+}
