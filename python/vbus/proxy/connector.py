@@ -252,7 +252,7 @@ class GuestConnector(ABC):
 
     @contextlib.contextmanager
     def lent_bell(self, device: RemoteDevice, index: int) -> Iterator[_core.Doorbell | None]:
-        """What the bus rings for this queue, for another to listen to than the loop; None where it has no such thing."""
+        """What the bus rings for this queue, for another to listen to than the loop; None where there is none."""
         yield None
 
     @abstractmethod

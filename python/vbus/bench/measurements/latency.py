@@ -51,9 +51,9 @@ class Latency(Measurement[LatencyPlan, Case, Variant]):
     template = """\
 A request of {size} bytes to a device in another process, written in Python, is answered after {notified:.1f} us
 (median; 99 of 100 within {notified_p99:.1f} us) when both sides sleep while they wait, and after {polled:.1f} us
-({polled_p99:.1f} us) when the driver polls. Most of it is the kernel's, which wakes a sleeper: one on the way there, and
-when the driver sleeps, one on the way back. Through a packed ring it takes {packed:.2f} times as long as through a split
-one.
+({polled_p99:.1f} us) when the driver polls. Most of it is the kernel's, which wakes a sleeper: one on the way there,
+and when the driver sleeps, one on the way back. Through a packed ring it takes {packed:.2f} times as long as through a
+split one.
 """
     figures = (
         Figure("p50_us", "P50", "microseconds", digits=1, compared=True, plotted=True),
