@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use vbus_engine::blk::Blk;
@@ -212,15 +212,16 @@ struct Noted {
     turns: Arc<Mutex<Vec<&'static str>>>,
     left: AtomicU64,
     panics: bool,
-    failed: AtomicBool,
+    failed: AtomicU64,
+    ended: AtomicU64,
     outbox: Outbox,
 }
 
 impl Noted {
     fn new(name: &'static str, left: u64, panics: bool, turns: &Arc<Mutex<Vec<&'static str>>>) -> Arc<Self> {
         let outbox = Outbox::new(Arc::new(Silent));
-        let failed = AtomicBool::new(false);
-        Arc::new(Self { name, turns: turns.clone(), left: AtomicU64::new(left), panics, failed, outbox })
+        let [failed, ended] = [0, 0].map(AtomicU64::new);
+        Arc::new(Self { name, turns: turns.clone(), left: AtomicU64::new(left), panics, failed, ended, outbox })
     }
 }
 
@@ -245,7 +246,11 @@ impl Engine for Noted {
 
     fn failed(&self, reason: &str) {
         assert_eq!(reason, "a defect");
-        self.failed.store(true, Ordering::Relaxed);
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn end(&self) {
+        self.ended.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -304,11 +309,131 @@ fn an_engine_that_panics_ends_alone() {
     let worker = Worker::start("test", Polling::Notified, &[]).unwrap();
     let (bad, good) = (Noted::new("bad", 1, true, &turns), Noted::new("good", 3, false, &turns));
     let task = worker.add(bad.clone(), 0);
-    wait("its end", || bad.failed.load(Ordering::Relaxed));
+    wait("its end", || bad.failed.load(Ordering::Relaxed) == 1);
     task.mark();
     worker.add(good.clone(), 0);
     wait("the other's turns", || turns.lock().unwrap().len() == 3);
     task.remove();
+}
+
+#[test]
+fn an_engine_that_panics_has_no_turn_more_and_is_ended() {
+    let turns = Arc::default();
+    let worker = Worker::start("test", Polling::Always, &[]).unwrap();
+    let (bad, good) = (Noted::new("bad", 1, true, &turns), Noted::new("good", 0, false, &turns));
+    let task = worker.add(bad.clone(), 0);
+    worker.add(good.clone(), 0);
+    wait("its end", || bad.ended.load(Ordering::Relaxed) == 1);
+    assert_eq!(worker.tasks(), 1);
+    // The worker goes round and round.
+    good.left.store(100, Ordering::Release);
+    wait("the other's turns", || good.left.load(Ordering::Acquire) == 0);
+    assert_eq!(bad.failed.load(Ordering::Relaxed), 1);
+    task.remove();
+    assert_eq!(bad.ended.load(Ordering::Relaxed), 1);
+}
+
+/// Has work without end, and does something in each turn.
+struct Endless<F> {
+    each: F,
+    outbox: Outbox,
+}
+
+impl<F: Fn() + Send + Sync> Endless<F> {
+    fn new(each: F) -> Arc<Self> {
+        Arc::new(Self { each, outbox: Outbox::new(Arc::new(Silent)) })
+    }
+}
+
+impl<F: Fn() + Send + Sync> Engine for Endless<F> {
+    fn turn(&self, _ask: bool) -> Turn {
+        (self.each)();
+        Turn { worked: true, more: true, watch: false }
+    }
+
+    fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
+    fn failed(&self, reason: &str) {
+        panic!("{reason}");
+    }
+}
+
+#[test]
+fn whoever_is_marked_without_end_starves_nobody_that_is_polled() {
+    for polling in POLLING {
+        let worker = Worker::start("test", polling, &[]).unwrap();
+        let (own, marks) = (Arc::new(OnceLock::<Arc<Task>>::new()), AtomicU64::new(0));
+        let mine = own.clone();
+        let flood = Endless::new(move || {
+            marks.fetch_add(1, Ordering::Relaxed);
+            if let Some(task) = mine.get() {
+                task.mark();
+            }
+        });
+        let turns = Arc::default();
+        let quiet = Noted::new("quiet", 0, false, &turns);
+        let task = worker.add(quiet.clone(), 3);
+        own.set(worker.add(flood.clone(), 3)).ok().unwrap();
+        for count in 1..100 {
+            quiet.left.store(1, Ordering::Release);
+            if polling != Polling::Always {
+                task.mark();
+            }
+            wait("a turn", || turns.lock().unwrap().len() == count);
+        }
+        own.get().unwrap().remove();
+    }
+}
+
+#[test]
+fn a_doorbell_of_what_is_urgent_is_heard_after_each_turn() {
+    let worker = Worker::start("test", Polling::Notified, &[]).unwrap();
+    let turns: Arc<Mutex<Vec<&'static str>>> = Arc::default();
+    let urgent = Noted::new("urgent", 0, false, &turns);
+    let bell = Arc::new(Doorbell::create().unwrap());
+    worker.add(urgent.clone(), 0).listen(&bell).unwrap();
+    let (noted, counted) = (turns.clone(), AtomicU64::new(0));
+    let endless = Endless::new(move || {
+        // Long, as turns go.
+        std::thread::sleep(Duration::from_millis(1));
+        let rings = counted.fetch_add(1, Ordering::Relaxed) % 3 == 2;
+        noted.lock().unwrap().push(if rings { "rings" } else { "other" });
+        if rings {
+            urgent.left.store(1, Ordering::Release);
+            bell.ring();
+        }
+    });
+    worker.add(endless.clone(), 4);
+    wait("many turns", || turns.lock().unwrap().len() > 60);
+    worker.close();
+    let turns = turns.lock().unwrap();
+    for pair in turns.windows(2) {
+        assert_eq!(pair[0] == "rings", pair[1] == "urgent", "{turns:?}");
+    }
+}
+
+#[test]
+fn a_priority_is_that_of_the_next_turns_however_a_worker_waits() {
+    for polling in POLLING {
+        let worker = Worker::start("test", polling, &[]).unwrap();
+        let turns = Arc::default();
+        let engines = [Noted::new("a", u64::MAX, false, &turns), Noted::new("b", u64::MAX, false, &turns)];
+        let tasks = engines.each_ref().map(|engine| worker.add(engine.clone(), 4));
+        for (index, name) in ["a", "b", "a"].into_iter().enumerate() {
+            tasks[index % 2].set_priority(3 - index as u32);
+            wait("turns of one alone", || {
+                let turns = std::mem::take(&mut *turns.lock().unwrap());
+                turns.len() > 10 && turns.iter().all(|other| *other == name)
+            });
+        }
+        worker.close();
+    }
 }
 
 #[test]
