@@ -108,8 +108,9 @@ impl Engine {
     }
 
     fn faults<'py>(&self, py: Python<'py>) -> PyResult<Vec<(usize, Bound<'py, PyAny>)>> {
-        let faults = self.engine.outbox().faults();
-        faults.into_iter().map(|fault| Ok((fault.queue, named(py, fault.name, &fault.detail)?))).collect()
+        let faults = self.engine.outbox().faults().into_iter();
+        let current = faults.filter(|(run, fault)| self.queues[fault.queue].run() == *run);
+        current.map(|(_, fault)| Ok((fault.queue, named(py, fault.name, &fault.detail)?))).collect()
     }
 
     fn errors(&self) -> Vec<i32> {

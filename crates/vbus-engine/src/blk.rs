@@ -38,6 +38,8 @@ const BATCH: usize = 16;
 const BUDGET: usize = 4;
 /// Buffers that one operation takes.
 const IOV_MAX: usize = 1024;
+/// Parts that there is room for in what is kept for its allocations.
+const SPARE_PARTS: usize = 256;
 /// How often an operation is tried again that was only interrupted.
 const TRIES: u32 = 1000;
 
@@ -87,6 +89,19 @@ struct Slot {
     readable: u64,
     writable: u32,
     tries: u32,
+}
+
+impl Slot {
+    /// It is over: nothing of the driver is kept, and no more room than most requests need.
+    fn clear(&mut self) {
+        self.table = None;
+        for parts in [&mut self.data, &mut self.left] {
+            parts.clear();
+            parts.shrink_to(SPARE_PARTS);
+        }
+        self.ranges.clear();
+        self.ranges.shrink_to(SPARE_PARTS);
+    }
 }
 
 // A slot stays where it is from its beginning to its end, and is moved about as a pointer.
@@ -430,8 +445,9 @@ impl Blk {
             Some(errno) => {
                 self.counters.io_errors.fetch_add(1, Ordering::Relaxed);
                 self.outbox.error(errno);
-                if slot.kind == Kind::Read {
-                    // The used length covers it: nothing of it may be left as it was.
+                if slot.kind == Kind::Read && errno != libc::EFAULT {
+                    // The used length covers it: nothing of it may be left as it was. What its driver took away is not
+                    // filled: the zeroes that are in its place then would be memory of this process.
                     clear(&slot.data);
                 }
                 STATUS_IOERR
@@ -446,8 +462,8 @@ impl Blk {
         }
     }
 
-    /// Give back what is finished; what to notify.
-    fn show(&self, state: &mut State) -> (Option<Arc<dyn Notify>>, Option<Fault>) {
+    /// Give back what is finished: what to notify, and what is wrong with which run.
+    fn show(&self, state: &mut State) -> (Option<Arc<dyn Notify>>, Option<(u64, Fault)>) {
         if state.done.is_empty() {
             return (None, None);
         }
@@ -471,22 +487,17 @@ impl Blk {
                         after.0 = notify.then(|| running.signal.clone());
                     }
                     Err(violation) => {
-                        after.1 = Some(Fault::of(0, &violation));
+                        after.1 = Some((run, Fault::of(0, &violation)));
                         stopped = current.take();
                     }
                 }
             }
         }
         drop(stopped);
-        state.done.iter_mut().for_each(|slot| slot.table = None);
+        state.done.iter_mut().for_each(|slot| slot.clear());
         state.spare.append(&mut state.done);
         self.tell(state.under_way);
         after
-    }
-
-    fn stop(&self, fault: Fault) {
-        self.queue.replace(None);
-        self.outbox.fault(fault);
     }
 }
 
@@ -552,7 +563,7 @@ impl Engine for Blk {
         let mut state = self.lock();
         let ring = &state.as_mut()?.ring;
         if let Err(error) = ring.submitter().register_enable_rings() {
-            self.outbox.fault(Fault { queue: 0, name: "engine-error", detail: error.to_string() });
+            self.failed(&error.to_string());
         }
         Some(ring.as_raw_fd())
     }
@@ -571,13 +582,13 @@ impl Engine for Blk {
             if let Some(signal) = signal {
                 signal.notify();
             }
-            if let Some(fault) = lost {
-                self.stop(fault);
+            if let Some((run, fault)) = lost {
+                self.outbox.fault(run, fault);
             }
             if state.under_way == 0 {
-                if let Some(fault) = state.fault.as_mut().and_then(|(_, fault)| fault.take()) {
+                if let Some((run, fault)) = state.fault.as_mut().and_then(|(run, fault)| Some((*run, fault.take()?))) {
                     // The device model stops the queue, behind requests that it has to answer itself.
-                    self.outbox.fault(fault);
+                    self.outbox.fault(run, fault);
                 }
             }
             turn.worked |= taken + over > 0;
@@ -615,6 +626,6 @@ impl Engine for Blk {
     }
 
     fn failed(&self, reason: &str) {
-        self.stop(Fault { queue: 0, name: "engine-error", detail: reason.to_owned() });
+        self.outbox.fault(self.queue.fail(), Fault { queue: 0, name: "engine-error", detail: reason.to_owned() });
     }
 }

@@ -76,6 +76,16 @@ impl Queue {
         drop(old);
     }
 
+    /// Something is wrong with the run that there is: it gives nothing any more, until it is replaced. Which run it is.
+    pub fn fail(&self) -> u64 {
+        let (old, run) = {
+            let mut current = self.lock();
+            (current.take(), self.run())
+        };
+        drop(old);
+        run
+    }
+
     /// Counts starts and stops: a request of another run is nobody's any more. It changes under the lock.
     pub fn run(&self) -> u64 {
         self.run.load(Ordering::Relaxed)

@@ -1,6 +1,7 @@
 //! Workers, and the engines that they run, driven through real rings.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -55,7 +56,7 @@ const ADDRESS: u64 = 0x1000_0000;
 
 impl Arena {
     fn new() -> Self {
-        let size = 4 << 20;
+        let size = 64 << 20;
         let mapping = Arc::new(Mapping::new(memfd(size).as_fd(), size, 0, true).unwrap());
         let memory = Arc::new(Memory::new(8, 1 << 40));
         memory.add(ADDRESS, &mapping, 0, size as u64, true).unwrap();
@@ -555,4 +556,101 @@ fn a_disk_answers_what_a_buffer_would_with_many_under_way() {
         assert!(engine.settle(LIMIT));
         task.remove();
     }
+}
+
+/// A disk whose reads are under way until somebody writes to its other end; None where io_uring is not permitted.
+fn slow_disk(queue: &Arc<Queue>) -> Option<(Arc<Blk>, File)> {
+    let mut ends = [0; 2];
+    // SAFETY: there is room for two descriptors.
+    assert_eq!(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
+    // SAFETY: both are new, and owned by nobody else.
+    let (disk, other) = unsafe { (OwnedFd::from_raw_fd(ends[0]), File::from_raw_fd(ends[1])) };
+    match Blk::new(queue.clone(), disk, Arc::new(Silent)) {
+        Ok(engine) => {
+            engine.settings.capacity.store(1 << 20, Ordering::Release);
+            Some((Arc::new(engine), other))
+        }
+        Err(error) => {
+            eprintln!("skipped: io_uring is not permitted here: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_run_that_is_over_is_nothing_to_the_next() {
+    for stops in [false, true] {
+        let queue = Arc::new(Queue::default());
+        let Some((engine, mut other)) = slow_disk(&queue) else { return };
+        let mut arena = Arena::new();
+        let (mut ring, _) = arena.ring(8, false, &queue);
+        let address = arena.take(4096);
+        arena.put(address, &[0; 16]);
+        let _ = ring.add(&[(address, 16)], &[(address + 16, 512), (address + 528, 1)]).unwrap();
+        let _ = ring.add(&[(address, 4)], &[(address + 529, 1)]).unwrap();
+        let _ = ring.publish();
+        engine.begin();
+        let turn = engine.turn(true);
+        assert!(turn.watch && engine.outbox.faults().is_empty(), "a read comes before what is wrong");
+        let run = queue.run();
+        if stops {
+            queue.replace(None);
+            assert!(!engine.settle(Duration::ZERO), "the kernel may still write there");
+        }
+        other.write_all(&[7; 512]).unwrap();
+        let mut faults = Vec::new();
+        wait("its end", || {
+            engine.turn(true);
+            faults.extend(engine.outbox.faults());
+            !faults.is_empty() && engine.settle(Duration::ZERO)
+        });
+        assert_eq!(faults.iter().map(|(of, fault)| (*of, fault.name)).collect::<Vec<_>>(), [(run, "blk-header-short")]);
+        assert_eq!(queue.run() == run, !stops);
+        assert_eq!(arena.get(address + 16, 512), [7; 512]);
+        engine.end();
+    }
+}
+
+#[test]
+fn what_was_refused_keeps_no_memory() {
+    let queue = Arc::new(Queue::default());
+    let Some((engine, _other)) = slow_disk(&queue) else { return };
+    engine.begin();
+    for _ in 0..3 {
+        let mut arena = Arena::new();
+        let (mut ring, _) = arena.ring(8, false, &queue);
+        let _ = ring.add(&[(1, 16)], &[(2, 1)]).unwrap();
+        let _ = ring.publish();
+        engine.turn(true);
+        let names: Vec<_> = engine.outbox.faults().into_iter().map(|(_, fault)| fault.name).collect();
+        assert_eq!(names, ["address-outside-memory"]);
+        queue.replace(None);
+        let mapping = Arc::downgrade(&arena.mapping);
+        drop((arena, ring));
+        assert!(mapping.upgrade().is_none());
+    }
+}
+
+#[test]
+fn requests_of_many_pieces_share_a_worker() {
+    const CHAINS: u64 = 12;
+    let (rx, tx) = (Arc::new(Queue::default()), Arc::new(Queue::default()));
+    let engine = Loopback::new(rx.clone(), tx.clone(), Arc::new(Silent));
+    engine.set_rules(open_rules());
+    let mut arena = Arena::new();
+    let (mut transmit, _) = arena.ring(32768, false, &tx);
+    let address = arena.take(1000);
+    arena.put(address, &[0; 1000]);
+    let pieces: Vec<_> = (0..1000).map(|at| (address + at, 1)).collect();
+    for _ in 0..CHAINS {
+        let _ = transmit.add(&pieces, &[]).unwrap().expect("room");
+    }
+    let _ = transmit.publish();
+    let mut seen = Vec::new();
+    while seen.last() != Some(&CHAINS) {
+        assert!(engine.turn(true).worked, "there are more");
+        seen.push(engine.counters.tx_packets.load(Ordering::Relaxed));
+    }
+    assert_eq!(seen, [5, 10, 12]);
+    assert_eq!(reap(&mut transmit).len() as u64, CHAINS);
 }

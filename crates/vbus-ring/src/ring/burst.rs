@@ -81,6 +81,12 @@ impl Burst {
         self.entries.is_empty()
     }
 
+    /// Pieces of all chains.
+    #[inline]
+    pub fn pieces(&self) -> usize {
+        self.pieces.len()
+    }
+
     /// Forget all chains, and let go of their memory.
     #[inline]
     pub fn clear(&mut self) {
@@ -229,7 +235,14 @@ impl Chains for Burst {
         if let Some(entry) = self.entries.get(count) {
             self.pieces.truncate(entry.first as usize);
             self.entries.truncate(count);
+            // What keeps memory for none of them would keep it for long.
+            self.tables.truncate(self.entries.last().map_or(0, |last| last.table as usize + 1));
         }
+    }
+
+    #[inline]
+    fn weight(&self) -> usize {
+        self.pieces.len()
     }
 
     #[inline]

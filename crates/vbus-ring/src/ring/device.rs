@@ -14,6 +14,9 @@ use crate::violation::{Rule, Violation};
 /// it, a large ring of chains that are each as long as the ring would take gigabytes.
 pub const MAX_BUFFERS: usize = 1 << 20;
 
+/// Pieces of memory in a burst after which it takes no further chain: long ones shall not keep others waiting.
+pub const HEAVY: usize = 4096;
+
 /// A chain that is used, as a layout shows it to the driver.
 #[derive(Clone, Copy, Debug)]
 pub struct Used {
@@ -94,6 +97,11 @@ pub(super) trait Chains: Gather {
 
     /// A new chain of this name, in memory of this table.
     fn open(&mut self, table: &Arc<Table>, name: u16);
+
+    /// Pieces of memory, where those that are taken together are limited by them, too.
+    fn weight(&self) -> usize {
+        0
+    }
 }
 
 /// What is in flight of one chain.
@@ -356,8 +364,9 @@ impl<L: Layout> Ring<L> {
         let table = table.get_or_insert_with(|| self.memory.snapshot());
         // It may have changed at this very moment: chains and the ring are found in one and the same.
         self.layout.follow(table, &self.setup)?;
+        let light = chains.weight() + HEAVY;
         for _ in 0..limit {
-            if !self.layout.look()? {
+            if chains.weight() >= light || !self.layout.look()? {
                 break;
             }
             let Self { layout, book, setup, .. } = self;

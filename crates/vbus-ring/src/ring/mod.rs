@@ -26,7 +26,7 @@ use crate::violation::Violation;
 
 pub use burst::{read_once, read_words, Burst, Piece};
 pub use chain::Chain;
-pub use device::MAX_BUFFERS;
+pub use device::{HEAVY, MAX_BUFFERS};
 pub use driver::{AddError, INDIRECT_ENTRIES};
 
 /// Largest size of a ring (sections 2.7 and 2.8.10.1).
@@ -130,7 +130,8 @@ impl DeviceRing {
         either!(self, ring => ring.poll(limit, chains))
     }
 
-    /// As `take` or, unless `ask`, `poll`, for whoever is done with the chains soon.
+    /// As `take` or, unless `ask`, `poll`, for whoever is done with the chains soon. Fewer than there are come when they
+    /// have `HEAVY` pieces of memory together.
     pub fn burst(&mut self, limit: usize, burst: &mut Burst, ask: bool) -> Result<(), Violation> {
         either!(self, ring => ring.burst(limit, burst, ask))
     }
