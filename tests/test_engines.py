@@ -321,6 +321,63 @@ def test_a_limit_is_kept_by_the_model(pair: Both, caplog: pytest.LogCaptureFixtu
     assert (bus.show("disk0")["engine"], device._counted("reads")) == ("native", 2)
 
 
+@contextlib.contextmanager
+def held(bus: Bus, name: str) -> Iterator[None]:
+    """What is submitted meanwhile is seen by an engine at one look."""
+    slot = bus.slot(name)
+    for queue in slot.queues:
+        queue.core.draining = True
+    yield
+    for queue in slot.queues:
+        queue.core.draining = False
+        slot.mark(queue)
+
+
+def test_what_an_engine_keeps_is_handed_over_when_limits_are_set(pair: Both) -> None:
+    device = Net(engine="native")
+    bus, remote = pair(net0=device)
+    end = remote.driver("net0", Unmerged)
+    with held(bus, "net0"):
+        buffers = [end.queue(0).submit([], 100) for _ in range(40)]
+        sent = [end.queue(1).submit([bytes(12) + bytes(500)], 0) for _ in range(40)]
+    assert {result(future) for future in sent} == {b""}
+    assert wait_until(lambda: device.rx_too_long == 40)
+    assert bus.slot("net0").queues[0].core.in_flight > 1, "taken ahead, and not filled"
+    bus.set("net0", "limit.iops", "1000000")
+    for n in range(40):
+        end.queue(1).submit([bytes(12) + MAC * 2 + bytes([8, 0, n])], 0).result(LIMIT)
+    assert [future.result(LIMIT)[-1] for future in buffers] == list(range(40))
+    assert device.rx_packets == 40
+    assert device._counted("rx_packets") == 0
+
+
+def test_frames_that_wait_in_an_engine_go_first_in_the_model(pair: Both) -> None:
+    device = Net(engine="native")
+    bus, remote = pair(net0=device)
+    end = remote.driver("net0", RawNet)
+
+    def send(n: int, size: int = 40) -> None:
+        end.queue(1).submit([bytes(12) + MAC * 2 + bytes([8, 0, n]) + bytes(size)], 0).result(LIMIT)
+
+    # The first is known to be wanted, as it has some of the buffers that it needs.
+    buffers = [end.queue(0).submit([], 50) for _ in range(2)]
+    send(0, 150)
+    for n in range(1, 4):
+        send(n)
+    assert wait_until(lambda: bus.slot("net0").queues[0].core.in_flight == 2)
+    # From now on no other would be.
+    end.queue(2).submit([b"\0\4\1"], 1).result(LIMIT)
+    end.queue(2).submit([b"\0\0\0"], 1).result(LIMIT)
+    bus.set("net0", "limit.iops", "1000000")
+    buffers += [end.queue(0).submit([], 60) for _ in range(5)]
+    send(4)
+    first = [future.result(LIMIT) for future in buffers[:4]]
+    whole = b"".join(first)
+    assert (whole[10:12], whole[26], len(whole)) == (b"\4\0", 0, 12 + 15 + 150)
+    assert wait_until(lambda: device.rx_filtered == 4)
+    assert (device.rx_packets, device.rx_dropped, device.tx_packets) == (1, 0, 5)
+
+
 def test_priorities_reach_an_engine(pair: Both) -> None:
     bus, remote = pair(net0=Net(engine="native"))
     bus.set("net0", "priority", "1")

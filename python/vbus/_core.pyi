@@ -440,6 +440,12 @@ class LoopbackEngine(Engine):
     """A pair of queues of a network device, which gives back what was sent."""
 
     def __new__(cls, receive: DeviceQueue, transmit: DeviceQueue, signal: Signal) -> LoopbackEngine: ...
+    def hand_over(self) -> tuple[bool, list[bytes]]:
+        """Give what it keeps to whoever serves the queues from now on, which it does not: buffers, which the receive
+        queue gives first, and frames without headers that wait for buffers, oldest first. The first of the two tells
+        whether the oldest frame is known to be wanted.
+        """
+
     def set_rules(
         self,
         *,

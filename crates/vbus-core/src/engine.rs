@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 use vbus_engine::net::{Filter, Rules};
 use vbus_engine::queue::Queue;
 use vbus_engine::worker::{self, Polling, PRIORITIES};
@@ -151,6 +151,11 @@ impl LoopbackEngine {
         let queues = vec![receive.shared.clone(), transmit.shared.clone()];
         let engine = Arc::new(loopback::Loopback::new(queues[0].clone(), queues[1].clone(), signal.0.clone()));
         PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine))
+    }
+
+    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyBytes>>) {
+        let (wanted, frames) = py.detach(|| self.0.hand_over());
+        (wanted, frames.iter().map(|frame| PyBytes::new(py, frame)).collect())
     }
 
     #[allow(clippy::too_many_arguments)]

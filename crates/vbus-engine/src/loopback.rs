@@ -3,6 +3,7 @@
 //! A frame is copied once, from the buffer that it was sent in to one that is to be received in. Only what finds no
 //! buffer there is copied twice, and kept for a while.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -72,6 +73,18 @@ impl Loopback {
     /// These hold from now on: no frame goes by others when this returns.
     pub fn set_rules(&self, rules: Rules) {
         self.lock().rules = rules;
+    }
+
+    /// Everything that it keeps of its queues, when others serve them: buffers wait for those in the queue. Gives the
+    /// frames that wait, oldest first, and whether the oldest is known to be wanted.
+    pub fn hand_over(&self) -> (bool, VecDeque<Vec<u8>>) {
+        let mut state = self.lock();
+        let mut receive = self.receive.lock();
+        let chains = state.receiver.hand_over();
+        if let Some(running) = receive.as_mut().filter(|_| state.run == self.receive.run()) {
+            running.put_off.extend(chains);
+        }
+        state.backlog.take()
     }
 
     fn batch(&self, ask: bool) -> After {
@@ -238,8 +251,7 @@ impl Engine for Loopback {
 
     fn forget(&self) {
         let mut state = self.lock();
-        count(&self.counters.rx_dropped, state.backlog.len() as u64);
-        state.backlog.clear();
+        count(&self.counters.rx_dropped, state.backlog.take().1.len() as u64);
         state.receiver.reset();
         drop(state);
         self.outbox.forget();

@@ -14,8 +14,8 @@ pub struct Running {
     pub ring: DeviceRing,
     /// To be called without the lock.
     pub signal: Arc<dyn Notify>,
-    /// Taken by a turn of the device model that made room before it came to them.
-    put_off: VecDeque<Chain>,
+    /// Taken by a turn of the device model that made room before it came to them, or by an engine that serves no more.
+    pub(crate) put_off: VecDeque<Chain>,
 }
 
 impl Running {
@@ -91,12 +91,15 @@ impl Queue {
         self.run.load(Ordering::Relaxed)
     }
 
-    /// Take up to `limit` chains, and which run they are of.
+    /// Take up to `limit` chains, first of those that wait for a turn, and which run they are of.
     pub fn take(&self, limit: usize, chains: &mut Vec<Chain>) -> Result<u64, Violation> {
         // The run is read under the lock: who stops the queue meanwhile ends the run that these are of.
         let mut current = self.lock();
-        if let Some(running) = current.as_mut() {
-            running.ring.take(limit, chains)?;
+        if let Some(Running { ring, put_off, .. }) = current.as_mut() {
+            chains.extend(put_off.drain(..limit.min(put_off.len())));
+            if chains.is_empty() {
+                ring.take(limit, chains)?;
+            }
         }
         Ok(self.run())
     }
