@@ -463,6 +463,20 @@ def test_without_io_uring_disks_are_served_in_python(
         bus.plug(Blk(memory=512, engine="native"), "disk1")
 
 
+def test_a_worker_that_cannot_start_is_told_and_leaves_nothing(make_bus: Callable[..., Bus], tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SECTOR))
+    bus = make_bus()
+    # It was there when the bus began, and has gone since.
+    bus.workers.affinity = (1023,)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="bus test: no worker can be started on CPU 1023: Invalid argument"):
+            bus.plug(Blk(path=image), "disk0")
+    bus.workers.affinity = ()
+    bus.plug(Blk(path=image), "disk0")
+    assert bus.slot("disk0").engine == "native"
+
+
 def test_workers_are_checked_and_share_the_load(make_bus: Callable[..., Bus]) -> None:
     for options, said in (
         ({"count": 65}, "workers 65 is out of range"),

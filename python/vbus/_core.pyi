@@ -432,6 +432,8 @@ class Engine:
         """Requests that the device model shall answer, at most `limit`, each with the queue."""
     def settle(self, timeout: float) -> bool:
         """Wait until nothing is under way in the driver's memory; False after `timeout` seconds."""
+    def end(self) -> None:
+        """Give back what it holds: one that no worker has had, whose workers do that."""
     def forget(self) -> None:
         """The driver is gone, and whatever waits for it."""
 

@@ -131,6 +131,10 @@ impl Engine {
         Ok(py.detach(|| self.engine.settle(timeout)))
     }
 
+    fn end(&self, py: Python<'_>) {
+        py.detach(|| self.engine.end());
+    }
+
     fn forget(&self, py: Python<'_>) {
         py.detach(|| self.engine.forget());
     }

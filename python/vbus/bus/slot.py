@@ -264,10 +264,17 @@ class Slot:
         return _core.Signal.local(self.actor.pool.scheduler, self._outbox_key)
 
     def adopt(self, engines: Sequence[Engine]) -> None:
-        """Have workers run these engines for queues of this device. In the turn that plugs it."""
+        """Have workers run these engines for queues of this device. In the turn that plugs it. UsageError."""
         for engine in engines:
+            try:
+                task = self.bus.workers.add(engine.core, min(self.queue_priorities[q.index] for q in engine.queues))
+            except Error:
+                # A worker ends those that it has; of the rest, nothing may be held any more.
+                for other in engines:
+                    if other not in self._engines:
+                        other.core.end()
+                raise
             self._engines.append(engine)
-            task = self.bus.workers.add(engine.core, min(self.queue_priorities[q.index] for q in engine.queues))
             self._tasks.update({queue.index: task for queue in engine.queues})
         self._use_engines()
 
