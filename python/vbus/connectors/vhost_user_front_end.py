@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from vbus import _core
@@ -198,13 +199,12 @@ class FrontEnd(Attachment):
             case ((Request.RESET_OWNER | Request.RESET_DEVICE), _):
                 self._reset(done)
             case Request.SET_MEM_TABLE, m.MemTable(regions=regions):
-                self._set_memory(list(regions), fds, done)
+                self._change_memory(self._guest.replacing(list(regions), fds.fds), done)
             case Request.ADD_MEM_REG, m.MemRegion() as region:
                 self._guest.add(m.Region(region.guest, region.size, region.user, region.offset), fds.fds[0])
                 done()
             case Request.REM_MEM_REG, m.MemRegion() as region:
-                self._guest.remove(region)
-                done()
+                self._change_memory(partial(self._guest.remove, region), done)
             case Request.SET_BACKEND_REQ_FD, _:
                 self._set_backend(fds.take())
                 done()
@@ -470,14 +470,14 @@ class FrontEnd(Attachment):
 
     # Memory.
 
-    def _set_memory(self, regions: list[m.Region], fds: _Descriptors, done: Callable[[], None]) -> None:
-        replace = self._guest.replacing(regions, fds.fds)
+    def _change_memory(self, change_it: Callable[[], None], done: Callable[[], None]) -> None:
+        """Take memory away, and perhaps give other: when this is answered, nothing uses what was taken."""
         resumed = self._wait()(done)
 
         def change() -> None:
             # In a turn of the device: none of its queues looks for memory now.
             try:
-                self.slot.undisturbed(replace)
+                self.slot.undisturbed(change_it)
             except Violation as violation:
                 self.part(str(violation))
             resumed()
