@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
+import struct
+import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -184,3 +189,72 @@ def test_buffers_that_wait_keep_no_more_memory_mapped_than_a_front_end_may_have(
     assert 509 <= mapped <= 2 * 509
     wait_until(lambda: bus.connectors["vm"].describe()["departed"] != [])
     assert "too-many-regions" in bus.connectors["vm"].describe()["departed"][-1]["reason"]
+
+
+class Served:
+    """A file system of one file, which this process serves: it could as well never answer."""
+
+    INIT, LOOKUP, GETATTR, OPEN, STATFS = 26, 1, 3, 14, 17
+    UNANSWERED = (2, 36, 42)
+    """FORGET, INTERRUPT, BATCH_FORGET."""
+    ROOT, FILE = 1, 2
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        options = f"fd={self.fd},rootmode=40000,user_id=0,group_id=0"
+        subprocess.run(
+            ("mount", "-i", "-t", "fuse", "-o", options, "test", str(folder)), check=True, pass_fds=[self.fd]
+        )
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _attributes(self, node: int) -> bytes:
+        mode = stat.S_IFDIR | 0o755 if node == self.ROOT else stat.S_IFREG | 0o600
+        return struct.pack("<6Q10I", node, SIZE, SIZE >> 9, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                asked = os.read(self.fd, 1 << 18)
+            except OSError:
+                return
+            _, request, token, node = struct.unpack_from("<IIQQ", asked)
+            error, answer = 0, b""
+            match request:
+                case self.INIT:
+                    answer = struct.pack("<4I2HIIHHI28x", 7, 31, 4096, 0, 10, 10, 1 << 16, 1, 1, 0, 0)
+                case self.LOOKUP:
+                    answer = struct.pack("<4Q2I", self.FILE, 0, 100, 100, 0, 0) + self._attributes(self.FILE)
+                case self.GETATTR:
+                    answer = struct.pack("<QII", 100, 0, 0) + self._attributes(node)
+                case self.OPEN:
+                    answer = struct.pack("<QII", 1, 0, 0)
+                case self.STATFS:
+                    answer = struct.pack("<5Q4I24x", 1, 1, 1, 1, 1, 4096, 255, 4096, 0)
+                case _:
+                    error = -errno.ENOSYS
+            if request not in self.UNANSWERED:
+                os.write(self.fd, struct.pack("<IiQ", 16 + len(answer), error, token) + answer)
+
+    def close(self) -> None:
+        subprocess.run(("umount", str(self.folder)), check=True)
+        self._thread.join()
+        os.close(self.fd)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="mounting takes CAP_SYS_ADMIN and FUSE")
+def test_memory_that_a_process_serves_is_refused(bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path) -> None:
+    front = fronts(Blk(memory=SECTOR, engine="native"))
+    front.set_up()
+    front.start()
+    served = Served(tmp_path / "served")
+    fd = os.open(served.folder / "file", os.O_RDWR)
+    front.say(Request.ADD_MEM_REG, m.MemRegion(FAR, 0x1000, USER + FAR, 0), fd)
+    os.close(fd)
+    assert front.is_closed()
+    wait_until(lambda: bus.connectors["vm"].describe()["departed"] != [])
+    reason = bus.connectors["vm"].describe()["departed"][-1]["reason"]
+    assert reason.startswith("region-not-mappable: the file is served by a process (FUSE)")
+    served.close()

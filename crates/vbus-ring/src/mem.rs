@@ -40,6 +40,9 @@ pub enum MapError {
         /// Bytes it would have.
         size: u64,
     },
+    /// A process serves the file (FUSE), perhaps the peer itself: whoever touches its memory waits for that one.
+    #[error("the file is served by a process (FUSE), which could make whoever touches its memory wait for ever")]
+    Served,
     /// The system refused.
     #[error(transparent)]
     System(#[from] io::Error),
@@ -70,7 +73,12 @@ impl Mapping {
 
     /// As `new`, of a file that its owner may truncate while it is mapped: touching what is not there any more gives
     /// zeroes in place of all of it, and it is lost from then on. Without this, it kills the process.
+    ///
+    /// A file of FUSE is refused, as there is no way out of a fault that its server does not answer.
     pub fn guarded(fd: BorrowedFd<'_>, size: usize, offset: u64, writable: bool) -> Result<Self, MapError> {
+        if file_system(fd)?.f_type as u64 == FUSE_MAGIC {
+            return Err(MapError::Served);
+        }
         let mut mapping = Self::map(fd, size, offset, writable)?;
         mapping.guard = Some(guard::Slot::take(mapping.as_ptr() as usize, size, writable)?);
         Ok(mapping)
@@ -128,16 +136,24 @@ impl Mapping {
     }
 }
 
-/// The size of a file's pages when they are huge ones. There, a part of a page can be mapped but never unmapped: a peer
-/// could make this process keep it for ever.
-fn huge_page(fd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+/// `FUSE_SUPER_MAGIC` of Linux, which libc does not have for all of its systems.
+const FUSE_MAGIC: u64 = 0x6573_5546;
+
+/// What the system says of the file system that a file is on.
+fn file_system(fd: BorrowedFd<'_>) -> io::Result<libc::statfs> {
     let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: the system fills in as many bytes as the structure has, or fails.
     if unsafe { libc::fstatfs(fd.as_raw_fd(), about.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: filled in.
-    let about = unsafe { about.assume_init() };
+    Ok(unsafe { about.assume_init() })
+}
+
+/// The size of a file's pages when they are huge ones. There, a part of a page can be mapped but never unmapped: a peer
+/// could make this process keep it for ever.
+fn huge_page(fd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+    let about = file_system(fd)?;
     // The types of both differ between systems.
     let huge = about.f_type as u64 == libc::HUGETLBFS_MAGIC as u64;
     Ok(huge.then_some(about.f_bsize as u64))
