@@ -56,7 +56,17 @@ class Unmerged(RawNet):
     wanted: ClassVar[tuple[str, ...]] = ("STATUS",)
 
 
-Both = Callable[..., tuple[Bus, Remote]]
+class Remotes:
+    """The driver's sides of hypervisors' devices, one each."""
+
+    def __init__(self, remotes: dict[str, Remote]) -> None:
+        self._remotes = remotes
+
+    def driver(self, name: str, cls: type[Any], *, packed: bool | None = None) -> Any:
+        return self._remotes[name].driver(name, cls, packed=packed)
+
+
+Both = Callable[..., tuple[Bus, Any]]
 
 
 @pytest.fixture
@@ -68,8 +78,14 @@ def pair(make_bus: Callable[..., Bus], tmp_path: Path) -> Iterator[Both]:
             bus = make_bus(**options or {})
             for name, device in devices.items():
                 bus.plug(device, name)
-            at = bus.connect(make_connector(connector, tmp_path)).address
-            return bus, stack.enter_context(vbus.attach(at))
+            if connector != "vhost-user":
+                at = bus.connect(make_connector(connector, tmp_path)).address
+                return bus, stack.enter_context(vbus.attach(at))
+            remotes = {}
+            for name, device in devices.items():
+                at = bus.connect(vbus.connectors.VhostUser(name, tmp_path / f"{name}.sock"), name).address
+                remotes[name] = stack.enter_context(vbus.attach(at, device_id=device.device_id, name=name))
+            return bus, Remotes(remotes)
 
         yield make
 
@@ -116,7 +132,7 @@ def some_request(rng: random.Random) -> tuple[list[bytes], int]:
     return cut(rng, HEADER.pack(kind, 0, sector) + data), room + 1
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("connector", [*CONNECTORS, "vhost-user"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_two_disks_answer_alike(pair: Both, tmp_path: Path, connector: str, packed: bool) -> None:
     rng = random.Random(f"{connector} {packed}")
@@ -212,7 +228,7 @@ def some_frame(rng: random.Random) -> tuple[bytes, bytes]:
 COUNTED = tuple(name for name in vbus.bus.attributes_of(Net) if name[:3] in ("rx_", "tx_"))
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("connector", [*CONNECTORS, "vhost-user"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("cls", [RawNet, Unmerged])
 def test_two_networks_give_back_alike(pair: Both, connector: str, packed: bool, cls: type[RawNet]) -> None:
