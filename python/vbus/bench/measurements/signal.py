@@ -248,8 +248,10 @@ the other: by an eventfd a queue (`direct`), or by events in rings of shared mem
 
 With {singles} devices of which each has one request outstanding, tunnelled signals ring {single_plain:.3f} times as
 often as direct ones without EVENT_IDX, and {single_event_idx:.3f} times as often with it, which has nothing to suppress
-there. With {devices} devices that have {depth} outstanding each, it is {plain:.3f} and {event_idx:.2f}. A saving counts only where throughput is at least {throughput:g}x and the
-99th percentile at most {p99:g}x of the other side's; where it does not, we lose, and the table says so.
+there. With {devices} devices that have {depth} outstanding each, it is {plain:.3f} and {event_idx:.2f}.
+
+A saving counts only where throughput is at least {throughput:g}x and the 99th percentile at most {p99:g}x of the other
+side's; where it does not, we lose, and the table says so.
 """
     figures = (
         Figure("requests_per_second", "REQUESTS/S"),
