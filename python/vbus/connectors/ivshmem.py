@@ -37,7 +37,7 @@ log = logging.getLogger("vbus.connector")
 DEFAULT_BAR = 64 << 20
 MAX_MACHINES = 16
 LOOK_AGAIN = 0.01
-"""Seconds between two looks at devices that are being reset for the next session."""
+"""Seconds between two looks at devices that are still being reset."""
 SESSION_PAUSE = 0.05
 """Seconds, at least, between the beginnings of two sessions: making an area anew takes time."""
 
