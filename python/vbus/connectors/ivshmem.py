@@ -47,8 +47,8 @@ class Ivshmem(PeerHost):
 
     `socket` is where QEMU connects (`vbus qemu-args` says with which options); by default a path that is printed.
     `memory` is how large the function's memory is, in bytes or as "64 MiB": a power of two, 32 MiB or more; what the
-    bus's own area leaves of it is the window for buffers. UsageError for a `signal` other than `tunnelled` or `direct`, or a `memory`
-    that cannot be.
+    bus's own area leaves of it is the window for buffers. UsageError for a `signal` other than `tunnelled` or `direct`,
+    or a `memory` that cannot be.
     """
 
     type_name: ClassVar[str] = "ivshmem"
@@ -81,10 +81,11 @@ class Ivshmem(PeerHost):
     def listen(self, bus: Bus, name: str) -> socket.socket:
         """Bind the socket. UsageError, too, when the bus's area leaves no window."""
         total = Geometry.plan(bus.max_sources).total
-        if total > self.memory // 2:
+        if self.memory - total < ivshmem.LEAST_WINDOW:
+            least = format_size(ivshmem.LEAST_WINDOW)
             raise UsageError(
-                f"memory {format_size(self.memory)}: the area of this bus takes {format_size(total)}, and buffers want as "
-                "much at least: give it more"
+                f"memory {format_size(self.memory)}: the area of this bus takes {format_size(total)}, "
+                f"and buffers want {least} at least: give it more"
             )
         if self.socket is None:
             self.socket = rundir.socket_path(bus.name, name)
