@@ -286,7 +286,7 @@ class Slot:
         return f"python ({'limits are set' if self._engines else self.device.no_engine})"
 
     def _use_engines(self, *, allowed: bool = True) -> None:
-        """Have queues served by engines, when there are any and there are no limits, or else all by the model's handlers.
+        """Have queues served by engines, when there are any and no limits; or else all by the model's handlers.
 
         What is under way ends where it is.
         """

@@ -52,7 +52,7 @@ class Receiver:
         return kept is not None
 
     def keep(self, packet: bytes) -> None:
-        """This one is wanted, and goes first."""
+        """Have a packet go first that is known to be wanted."""
         self._kept = memoryview(bytearray(packet))
 
     def has_room(self) -> bool:
