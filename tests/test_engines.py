@@ -62,7 +62,7 @@ class Remotes:
     def __init__(self, remotes: dict[str, Remote]) -> None:
         self._remotes = remotes
 
-    def driver(self, name: str, cls: type[Any], *, packed: bool | None = None) -> Any:
+    def driver(self, name: str, cls: type[Any], *, packed: bool = False) -> Any:
         return self._remotes[name].driver(name, cls, packed=packed)
 
 

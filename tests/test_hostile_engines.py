@@ -153,8 +153,7 @@ def test_buffers_that_wait_keep_no_more_memory_mapped_than_a_front_end_may_have(
     for index in range(2):
         ring = _core.DriverQueue(front.arena, index * 0x2_0000, GUEST, 64, event_idx=False, indirect=False)
         front.acked(Request.SET_VRING_NUM, m.VringState(index, ring.size))
-        places = (ring.desc, ring.device, ring.driver)
-        desc, used, avail = (place - GUEST + USER for place in places)
+        desc, used, avail = (place - GUEST + USER for place in (ring.desc, ring.device, ring.driver))
         front.acked(Request.SET_VRING_ADDR, m.VringAddr(index, 0, desc, used, avail, 0))
         front.acked(Request.SET_VRING_CALL, m.U64(index), front.call)
         front.acked(Request.SET_VRING_KICK, m.U64(index), front.kick)
