@@ -126,6 +126,14 @@ struct State {
 // SAFETY: pointers to memory that others write anyway, which the tables beside them keep mapped.
 unsafe impl Send for State {}
 
+/// What comes of giving back requests, to be done without locks.
+#[derive(Default)]
+struct Shown {
+    notify: Option<Arc<dyn Notify>>,
+    /// With the run of the queue.
+    fault: Option<(u64, Fault)>,
+}
+
 /// What the device model sets at any time.
 #[derive(Debug, Default)]
 pub struct Settings {
@@ -462,12 +470,12 @@ impl Blk {
         }
     }
 
-    /// Give back what is finished: what to notify, and what is wrong with which run.
-    fn show(&self, state: &mut State) -> (Option<Arc<dyn Notify>>, Option<(u64, Fault)>) {
+    /// Give back what is finished.
+    fn show(&self, state: &mut State) -> Shown {
+        let mut after = Shown::default();
         if state.done.is_empty() {
-            return (None, None);
+            return after;
         }
-        let mut after = (None, None);
         let mut stopped = None;
         {
             let mut current = self.queue.serve();
@@ -484,10 +492,10 @@ impl Blk {
                             written += u64::from(slot.writable);
                         }
                         self.queue.count(count, readable, written);
-                        after.0 = notify.then(|| running.signal.clone());
+                        after.notify = notify.then(|| running.signal.clone());
                     }
                     Err(violation) => {
-                        after.1 = Some((run, Fault::of(0, &violation)));
+                        after.fault = Some((run, Fault::of(0, &violation)));
                         stopped = current.take();
                     }
                 }
@@ -578,7 +586,7 @@ impl Engine for Blk {
             let taken = self.take(state, ask);
             self.submit(state);
             over += self.reap(state);
-            let (signal, lost) = self.show(state);
+            let Shown { notify: signal, fault: lost } = self.show(state);
             if let Some(signal) = signal {
                 signal.notify();
             }
