@@ -22,7 +22,7 @@ from vbus.bus.queue import MAX_QUEUE_SIZE
 from vbus.bus.slot import InUseError, SignalCounters
 from vbus.connectors.eventfd import is_eventfd
 from vbus.connectors.vhost_user_classes import owns
-from vbus.connectors.vhost_user_memory import MAX_MEMORY_SLOTS, GuestMemory, Inflight
+from vbus.connectors.vhost_user_memory import MAX_MEMORY_SLOTS, GuestMemory, Inflight, is_size
 from vbus.connectors.vhost_user_state import StateTransfer
 from vbus.errors import Error, Violation
 from vbus.vhost_user import codec, wire
@@ -224,7 +224,7 @@ class FrontEnd(Attachment):
             case Request.GET_INFLIGHT_FD, m.Inflight(num_queues=queues, queue_size=size):
                 self._make_inflight(queues, size)
             case Request.SET_INFLIGHT_FD, m.Inflight() as inflight:
-                self._inflight = Inflight.map(inflight, fds.fds[0], len(self.vrings))
+                self._inflight = Inflight.map(inflight, fds.fds[0], len(self.vrings), packed=self._is_packed)
                 done()
             case Request.SET_LOG_BASE, m.Log() as dirty:
                 self._guest.set_log(dirty, fds.fds[0])
@@ -245,7 +245,7 @@ class FrontEnd(Attachment):
             case Request.SET_VRING_NUM, m.VringState(index=index, num=num):
                 vring = self._vring(index)
                 # No message says what the device would like: guests of memory-mapped virtio take what QEMU has.
-                if not 0 < num <= MAX_QUEUE_SIZE or (num & (num - 1) and not self._is_packed):
+                if not is_size(num, packed=self._is_packed):
                     raise Violation("queue-size", f"queue {index}: {num}; powers of two to {MAX_QUEUE_SIZE}")
                 vring.size = num
             case Request.SET_VRING_ADDR, m.VringAddr(index=index) as addr:
@@ -486,12 +486,7 @@ class FrontEnd(Attachment):
 
     def _make_inflight(self, queues: int, queue_size: int) -> None:
         """Memory for requests under way: the front-end keeps it, and gives it to whoever serves it next."""
-        if queues > len(self.vrings):
-            raise Violation("inflight-size", f"{queues} queues; {self.slot.name} has {len(self.vrings)}")
-        if self._is_packed:
-            # No bytes: of packed rings nothing is kept.
-            self.answer(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, queues, queue_size))
-            return
+        Inflight.check(queues, queue_size, len(self.vrings), packed=self._is_packed)
         size = Inflight.room(queues, queue_size)
         fd = os.memfd_create("vbus-inflight", os.MFD_CLOEXEC)
         try:
@@ -622,7 +617,7 @@ class FrontEnd(Attachment):
             self._guest.guest_address(f"queue {index}: available ring", addr.avail),
             self._guest.guest_address(f"queue {index}: used ring", addr.used),
             vring.base,
-            self._inflight.of(index, vring.size) if self._inflight is not None and not self._is_packed else None,
+            self._inflight.of(index, vring.size, packed=self._is_packed) if self._inflight is not None else None,
             paused=not self._is_enabled(vring),
         )
 
