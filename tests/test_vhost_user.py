@@ -390,6 +390,36 @@ def test_a_packed_queue_goes_on_where_it_stopped(fronts: Callable[..., Front], b
         front.start()
 
 
+@pytest.mark.parametrize("answered", [0, 1, 3, 6, 7, 8, 20])
+def test_a_packed_queue_that_nobody_keeps_goes_on_where_it_was(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, answered: int
+) -> None:
+    bits = PACKED | 1 << features.RING_INDIRECT_DESC
+    front = fronts(Echo()).greet()
+    front.set_up(bits=bits, base=FIRST)
+    front.start()
+    for n in range(answered):
+        front.submit(b"request %d" % n)
+        front.ring_kick()
+        assert front.answered() == b"request %d" % n
+    # As a kill is seen from here; QEMU knows no more of a network's rings then than where they began.
+    front.hang_up()
+    wait_until(lambda: bus.slot("d0").owner is None)
+    for _ in range(2):
+        front.submit(b"and on")
+    front.connect(tmp_path / "d0.sock")
+    front.greet()
+    front.set_up(bits=bits, base=FIRST, fresh=False)
+    front.start()
+    for _ in range(8):
+        assert front.answered() == b"and on"
+        front.submit(b"and on")
+        front.ring_kick()
+    wait_until(lambda: front.ring.reap(8) != [] or front.ring.outstanding == 0)
+    place = (answered + 10) % 7 | (0 if (answered + 10) // 7 % 2 else 0x8000)
+    assert front.ask(Request.GET_VRING_BASE, m.VringState(0, 0)) == m.VringState(0, place * 0x1_0001)
+
+
 def test_a_packed_queue_that_never_ran_begins_at_its_beginning(fronts: Callable[..., Front]) -> None:
     front = fronts(Echo()).greet()
     front.acked(Request.SET_FEATURES, m.U64(PACKED))

@@ -10,7 +10,7 @@ use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
 use vbus_engine::queue::{Queue, Running};
-use vbus_ring::ring::{inflight_bytes, Chain, DeviceRing, DriverRing, Features, Setup, MAX_SIZE};
+use vbus_ring::ring::{inflight_bytes, packed, Chain, DeviceRing, DriverRing, Features, Setup, MAX_SIZE};
 use vbus_ring::signal::Notify;
 use vbus_ring::violation::{Rule, Violation};
 
@@ -207,6 +207,11 @@ impl DeviceQueue {
             return Err(PyValueError::new_err("a queue's size is 1 to 32768"));
         }
         Ok(inflight_bytes(size as u16, packed))
+    }
+
+    #[staticmethod]
+    fn find_place(memory: &Memory, size: u32, desc: u64, said: u32) -> u32 {
+        packed::find_place(&memory.0, desc, size, said)
     }
 
     #[getter]

@@ -76,6 +76,8 @@ class Vring:
         self.kicked_in_band = False
         self.enabled = False
         self.started = False
+        self.is_known = False
+        """Whether its front-end has seen it run here, and so knows where it goes on."""
         # The descriptor behind it is replaced when the front-end names another, while the ring goes on.
         fd = _nobody_listens()
         self.call = _core.Doorbell(fd)
@@ -611,15 +613,37 @@ class FrontEnd(Attachment):
         addr = vring.addr
         assert addr is not None
         index = vring.queue.index
+        packed = self._is_packed
+        inflight = self._inflight.of(index, vring.size, packed=packed) if self._inflight is not None else None
+        desc = self._guest.guest_address(f"queue {index}: descriptors", addr.desc)
+        base = vring.base
+        if inflight is None and packed and not vring.is_known:
+            base = self._find(vring, desc)
+        vring.is_known = True
         return Ring(
             vring.size,
-            self._guest.guest_address(f"queue {index}: descriptors", addr.desc),
+            desc,
             self._guest.guest_address(f"queue {index}: available ring", addr.avail),
             self._guest.guest_address(f"queue {index}: used ring", addr.used),
-            vring.base,
-            self._inflight.of(index, vring.size, packed=self._is_packed) if self._inflight is not None else None,
+            base,
+            inflight,
             paused=not self._is_enabled(vring),
         )
+
+    def _find(self, vring: Vring, desc: int) -> int:
+        """Where a packed ring goes on whose front-end may know no better than where it began.
+
+        Of a split ring that was served by a process that was killed, a front-end finds the place in the ring (QEMU does
+        so of a network, whose requests it keeps nowhere). Of a packed one it does not.
+        """
+        said = vring.base if vring.base is not None else PACKED_BASE
+        ring = features.of_ring(self.features or 0)
+        if ring["in_order"] or not ring["indirect"] or not self.slot.device.in_order:
+            return said
+        found = _core.DeviceQueue.find_place(self.memory, vring.size, desc, said)
+        if found != said:
+            log.info("%s: queue %d goes on at %#x, not at %#x", self.label, vring.queue.index, found, said)
+        return found
 
     def _stop(self, index: int) -> None:
         vring = self._vring(index)

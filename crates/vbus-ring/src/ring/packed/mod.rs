@@ -8,10 +8,12 @@
 mod device;
 mod driver;
 mod inflight;
+mod place;
 
 pub use device::DeviceRing;
 pub use driver::DriverRing;
 pub use inflight::inflight_bytes;
+pub use place::find_place;
 
 use super::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
 
