@@ -75,12 +75,24 @@ pub struct Packed {
     shown: u16,
     /// What our event suppression says.
     event: Option<u32>,
-    /// Where others find what is in flight.
-    inflight: Option<Box<Inflight>>,
+    /// What it takes to keep what is in flight for others.
+    tracked: Option<Box<Tracked>>,
+}
+
+/// What is in flight, for whoever serves the ring next, and from whoever did before.
+struct Tracked {
+    inflight: Inflight,
     /// What was in flight before this ring started, to be taken first; `span` has its descriptors.
     again: VecDeque<Again>,
     /// Whether that is not what the ring has from `used` on, because some of it was overtaken; until all of it is used.
     moved: bool,
+}
+
+impl Tracked {
+    /// What `look` has seen while there is something to be taken again: nothing of the ring.
+    fn seen(&self) -> Option<Rest> {
+        self.again.front().map(|chain| chain.descs[0].1)
+    }
 }
 
 impl Ring<Packed> {
@@ -151,9 +163,7 @@ impl Packed {
             before: used,
             shown: 0,
             event: None,
-            inflight: None,
-            again: VecDeque::new(),
-            moved: false,
+            tracked: None,
         }
     }
 
@@ -180,12 +190,15 @@ impl Packed {
         let next = used.after(span, setup.size as u16);
         let mut packed = Self::new(parts, setup, next, used, span);
         let mut place = used;
+        let mut moved = false;
         for (address, rest) in again.iter().flat_map(|chain| &chain.descs) {
             let at = DESC_BYTES * usize::from(place.index);
-            packed.moved |= packed.parts.desc.load64(at, Ordering::Relaxed) != *address || packed.slot(place) != *rest;
+            moved |= packed.parts.desc.load64(at, Ordering::Relaxed) != *address || packed.slot(place) != *rest;
             place = place.after(1, packed.size);
         }
-        (packed.inflight, packed.again) = (Some(Box::new(inflight)), again);
+        let tracked = Tracked { inflight, again, moved };
+        packed.seen = tracked.seen();
+        packed.tracked = Some(Box::new(tracked));
         packed
     }
 
@@ -251,6 +264,62 @@ impl Packed {
         Ok(())
     }
 
+    /// Read the next chain from the ring, and say what each of its descriptors was.
+    #[inline]
+    fn read(
+        &self,
+        table: &Table,
+        setup: &Setup,
+        chain: &mut impl Gather,
+        mut keep: impl FnMut(u64, Rest),
+    ) -> Result<(), Violation> {
+        let mut place = self.next;
+        let mut seen = self.seen;
+        for span in 1..=self.size - self.span {
+            let at = DESC_BYTES * usize::from(place.index);
+            // Relaxed: written before the flags of the first, see `look`. Each word is loaded once.
+            let rest = seen.take().unwrap_or_else(|| Rest(self.parts.desc.load64(at + 8, Ordering::Relaxed)));
+            let address = self.parts.desc.load64(at, Ordering::Relaxed);
+            if !rest.is_available(place.wrap) {
+                let detail = format!("{} of the chain at {}", place.index, self.next.index);
+                return Err(Violation::new(Rule::DescriptorNotAvailable, detail));
+            }
+            keep(address, rest);
+            self.gather(table, setup, chain, (address, rest))?;
+            if !rest.has(DESC_NEXT) {
+                chain.end(rest.id(), span);
+                return Ok(());
+            }
+            place = place.after(1, self.size);
+        }
+        let (rule, what) = if self.span == 0 {
+            (Rule::ChainTooLong, "is as long as the ring, and goes on")
+        } else {
+            (Rule::DescriptorInUse, "goes on in what is in flight")
+        };
+        Err(Violation::new(rule, format!("the chain at {} {what}", self.next.index)))
+    }
+
+    /// The next chain, of a predecessor or from the ring.
+    fn chain_tracked(
+        &self,
+        table: &Table,
+        setup: &Setup,
+        chain: &mut impl Gather,
+        tracked: &mut Tracked,
+    ) -> Result<(), Violation> {
+        let Some(again) = tracked.again.front() else {
+            tracked.inflight.open_chain();
+            return self.read(table, setup, chain, |address, rest| tracked.inflight.read(address, rest));
+        };
+        for desc in &again.descs {
+            self.gather(table, setup, chain, *desc)?;
+        }
+        let last = again.descs[again.descs.len() - 1].1;
+        chain.end(last.id(), again.descs.len() as u16);
+        Ok(())
+    }
+
     #[inline]
     fn store(&self, pending: Pending, order: Ordering) {
         self.parts.desc.store64(DESC_BYTES * usize::from(pending.place.index) + 8, pending.rest.0, order);
@@ -274,14 +343,14 @@ impl Layout for Packed {
         if table.generation() != self.parts.generation {
             self.parts = Parts::find(table, setup)?;
             // Of the memory from before.
-            self.seen = None;
+            self.seen = self.tracked.as_ref().and_then(|tracked| tracked.seen());
         }
         Ok(())
     }
 
     #[inline]
     fn look(&mut self) -> Result<bool, Violation> {
-        if self.seen.is_some() || !self.again.is_empty() {
+        if self.seen.is_some() {
             return Ok(true);
         }
         // All of the ring is taken: this is the first descriptor of that, whatever it says.
@@ -306,56 +375,25 @@ impl Layout for Packed {
 
     #[inline]
     fn chain(&mut self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation> {
-        if let Some(again) = self.again.front() {
-            for desc in &again.descs {
-                self.gather(table, setup, chain, *desc)?;
-            }
-            let last = again.descs[again.descs.len() - 1].1;
-            chain.end(last.id(), again.descs.len() as u16);
-            return Ok(());
-        }
-        if let Some(inflight) = &mut self.inflight {
-            inflight.open_chain();
-        }
-        let mut place = self.next;
-        let mut seen = self.seen;
-        for span in 1..=self.size - self.span {
-            let at = DESC_BYTES * usize::from(place.index);
-            // Relaxed: written before the flags of the first, see `look`. Each word is loaded once.
-            let rest = seen.take().unwrap_or_else(|| Rest(self.parts.desc.load64(at + 8, Ordering::Relaxed)));
-            let address = self.parts.desc.load64(at, Ordering::Relaxed);
-            if !rest.is_available(place.wrap) {
-                let detail = format!("{} of the chain at {}", place.index, self.next.index);
-                return Err(Violation::new(Rule::DescriptorNotAvailable, detail));
-            }
-            if let Some(inflight) = &mut self.inflight {
-                inflight.read(address, rest);
-            }
-            self.gather(table, setup, chain, (address, rest))?;
-            if !rest.has(DESC_NEXT) {
-                chain.end(rest.id(), span);
-                return Ok(());
-            }
-            place = place.after(1, self.size);
-        }
-        let (rule, what) = if self.span == 0 {
-            (Rule::ChainTooLong, "is as long as the ring, and goes on")
-        } else {
-            (Rule::DescriptorInUse, "goes on in what is in flight")
+        let Some(mut tracked) = self.tracked.take() else {
+            return self.read(table, setup, chain, |_, _| ());
         };
-        Err(Violation::new(rule, format!("the chain at {} {what}", self.next.index)))
+        let read = self.chain_tracked(table, setup, chain, &mut tracked);
+        self.tracked = Some(tracked);
+        read
     }
 
     #[inline]
     fn taken(&mut self, chain: Taken) {
-        if let Some(inflight) = &mut self.inflight {
-            if let Some(again) = self.again.pop_front() {
-                inflight.take_again(chain.head, &again);
+        self.seen = None;
+        if let Some(tracked) = &mut self.tracked {
+            if let Some(again) = tracked.again.pop_front() {
+                tracked.inflight.take_again(chain.head, &again);
+                self.seen = tracked.seen();
                 return;
             }
-            inflight.take(chain.head);
+            tracked.inflight.take(chain.head);
         }
-        self.seen = None;
         self.span += chain.span;
         self.next = self.next.after(chain.span, self.size);
     }
@@ -387,9 +425,9 @@ impl Layout for Packed {
         self.used = place.after(used.span, self.size);
         self.span -= used.span;
         self.put += used.span;
-        self.moved &= self.span > 0;
-        if let Some(inflight) = &mut self.inflight {
-            inflight.link(used.head);
+        if let Some(tracked) = &mut self.tracked {
+            tracked.inflight.link(used.head);
+            tracked.moved &= self.span > 0;
         }
         // A length is one only where something could be written.
         let flags = place.used() | if used.written > 0 { DESC_WRITE } else { 0 };
@@ -418,13 +456,13 @@ impl Layout for Packed {
         if let Some(last) = self.last.take() {
             self.store(last, Ordering::Relaxed);
         }
-        if let Some(inflight) = &self.inflight {
-            inflight.show(self.used);
+        if let Some(tracked) = &self.tracked {
+            tracked.inflight.show(self.used);
         }
         // Release: whoever sees these flags sees the used descriptors behind it, and what was written into the buffers.
         self.store(first, Ordering::Release);
-        if let Some(inflight) = &mut self.inflight {
-            inflight.shown(self.used);
+        if let Some(tracked) = &mut self.tracked {
+            tracked.inflight.shown(self.used);
         }
         (self.before, self.shown) = (first.place, std::mem::take(&mut self.put));
         true
@@ -444,23 +482,26 @@ impl Layout for Packed {
     }
 
     fn sound(&self) -> Result<(), Violation> {
-        match &self.inflight {
-            Some(inflight) if inflight.lost() => Err(lost()),
+        match &self.tracked {
+            Some(tracked) if tracked.inflight.lost() => Err(lost()),
             _ => Ok(()),
         }
     }
 
     fn next(&self) -> u32 {
-        let mut next = self.next;
-        if !self.again.is_empty() && !self.moved {
-            let again: usize = self.again.iter().map(|chain| chain.descs.len()).sum();
-            next = self.used.after(self.span - again as u16, self.size);
-        }
+        let next = match &self.tracked {
+            Some(tracked) if !tracked.moved => {
+                let again: usize = tracked.again.iter().map(|chain| chain.descs.len()).sum();
+                self.used.after(self.span - again as u16, self.size)
+            }
+            _ => self.next,
+        };
         u32::from(next.word()) | u32::from(self.used.word()) << 16
     }
 
     fn unused(&self, _in_flight: usize) -> Option<u32> {
-        (!self.moved).then(|| u32::from(self.used.word()) * 0x1_0001)
+        let moved = self.tracked.as_ref().is_some_and(|tracked| tracked.moved);
+        (!moved).then(|| u32::from(self.used.word()) * 0x1_0001)
     }
 }
 
