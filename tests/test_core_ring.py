@@ -739,11 +739,7 @@ def test_a_ring_that_was_in_use_is_gone_on_with(packed: bool) -> None:
 
 
 class TestInflight:
-    """What is in flight, kept in a region that outlives the queue: vhost-user's layout for split rings."""
-
-    def test_of_a_packed_ring_it_is_not_kept(self) -> None:
-        with pytest.raises(ValueError, match="packed"):
-            Pair(packed=True).start(inflight=(mapping(4096), 0))
+    """What is in flight, kept in a region that outlives the queue: vhost-user's layouts."""
 
     def test_what_is_in_flight_is_given_to_the_next(self, split: Pair) -> None:
         pair = split
@@ -769,6 +765,58 @@ class TestInflight:
         pair.queue.complete(requests)
         assert sorted(pair.driver.reap(10)) == sorted([(tokens[1], 4), *((tokens[n], 0) for n in (0, 2, 3))])
         assert (pair.queue.next, struct.unpack_from("<H", at, 14)) == (4, (4,))
+
+    @pytest.mark.parametrize("event_idx", [True, False])
+    @pytest.mark.parametrize("indirect", [True, False])
+    def test_of_a_packed_ring(self, event_idx: bool, indirect: bool) -> None:
+        pair = Pair(size=7, event_idx=event_idx, indirect=indirect, packed=True)
+        size = _core.DeviceQueue.inflight_size(7, packed=True)
+        assert (size, _core.DeviceQueue.inflight_size(1, packed=True)) == (256, 64)
+        region = mapping(4096)
+        at = memoryview(region)[size:]
+        pair.start(inflight=(region, size))
+        assert struct.unpack_from("<QHHHHHHBB", at) == (0, 1, 7, 0, 0, 0, 0, 1, 1)
+        given: list[int] = []
+        for turn in range(10):
+            tokens = [pair.add([(0, 4)], [(8, 4)]) for _ in range(3)]
+            first, second, third = pair.queue.take(3)
+            second.write(b"done")
+            pair.queue.complete([second])
+            assert pair.queue.in_flight == 2
+            del first, second, third
+
+            # As if the process had ended: the next one knows the region and nothing else.
+            pair.queue = _core.DeviceQueue(8)
+            pair.start(resume=77, inflight=(region, size))
+            requests = pair.queue.take(10)
+            assert [(request.readable_total, request.writable_total) for request in requests] == [(4, 4)] * 2
+            given += [request.index for request in requests]
+            pair.queue.complete(requests)
+            assert sorted(pair.driver.reap(10)) == sorted([(tokens[1], 4), (tokens[0], 0), (tokens[2], 0)])
+            taken = 3 * (turn + 1) * (1 if indirect else 2)
+            wrap = taken // 7 % 2 == 0
+            assert pair.queue.next == (taken % 7 | wrap << 15) * 0x1_0001
+            assert struct.unpack_from("<HHBB", at, 16) == (taken % 7, taken % 7, wrap, wrap)
+        assert len(given) == 20
+
+    def test_what_a_region_of_a_packed_ring_may_not_be(self) -> None:
+        pair = Pair(packed=True)
+        region = mapping(4096)
+        pair.start(inflight=(region, 0))
+        for place, number, name in [
+            (0, 1, "inflight-features"),
+            (8, 2, "inflight-version"),
+            (10, 16, "inflight-size"),
+            (14, 8, "inflight-next"),
+            (18, 8, "inflight-used-index"),
+            (34, 0, "inflight-loop"),
+        ]:
+            before = struct.unpack_from("<H", region, place)
+            struct.pack_into("<H", region, place, number)
+            assert violation(lambda: pair.start(inflight=(region, 0))) == name
+            assert not pair.queue.running
+            struct.pack_into("<H", region, place, *before)
+        pair.start(inflight=(region, 0))
 
     def test_what_a_region_may_not_be(self, split: Pair) -> None:
         pair = split

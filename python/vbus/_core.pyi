@@ -302,9 +302,10 @@ class DeviceQueue:
         suppression. With `in_order`, requests that are completed early are shown when all before them are.
 
         `inflight`: a writable mapping and the offset in it where this queue keeps what is in flight, as vhost-user lays
-        it out for split rings. What a predecessor left there is given by `take` first, in the order in which it was
-        taken. Then `resume` is not looked at: the ring goes on behind the used ring's index and what is in flight. A
-        region that was never used (version 0) begins at the used ring's index. ValueError for a packed ring.
+        it out for rings of its layout. What a predecessor left there is given by `take` first, in the order in which it
+        was taken. Then `resume` is not looked at: the ring goes on behind what is used and what is in flight, by the
+        region and, of a split ring, the used ring's index. A region that was never used (version 0) begins at what is
+        used: by that index, or by `resume`.
 
         Violation: queue-size (0, not a power of two in a split ring, above max_size), ring-position (`resume` is no
         place of such a ring), ring-misaligned, ring-outside-memory,
@@ -313,8 +314,14 @@ class DeviceQueue:
         region-lost, log-too-small.
         """
     @staticmethod
-    def inflight_size(size: int) -> int:
+    def inflight_size(size: int, *, packed: bool = False) -> int:
         """Bytes that a queue of this size takes of what is in flight, rounded up to 64. ValueError: 0, above 32768."""
+    @staticmethod
+    def find_place(memory: Memory, size: int, desc: int, said: int) -> int:
+        """Where a packed ring goes on whose device ended without a word, as `next` says it, of which a front-end that
+        may know no better says `said`. By the flags in its descriptors, of which `desc` is the address: for rings of
+        chains of one descriptor each, which were used in order. A ring that tells nothing goes on where it is said.
+        """
     @property
     def paused(self) -> bool:
         """Whether nothing more is to be taken for now: kept here for engines, `take` does not look."""

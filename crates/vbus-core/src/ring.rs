@@ -10,8 +10,7 @@ use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
 use vbus_engine::queue::{Queue, Running};
-use vbus_ring::ring::split::{self, inflight_bytes};
-use vbus_ring::ring::{Chain, DeviceRing, DriverRing, Features, Setup, MAX_SIZE};
+use vbus_ring::ring::{inflight_bytes, packed, Chain, DeviceRing, DriverRing, Features, Setup, MAX_SIZE};
 use vbus_ring::signal::Notify;
 use vbus_ring::violation::{Rule, Violation};
 
@@ -202,11 +201,17 @@ impl DeviceQueue {
     }
 
     #[staticmethod]
-    fn inflight_size(size: u32) -> PyResult<usize> {
+    #[pyo3(signature = (size, *, packed = false))]
+    fn inflight_size(size: u32, packed: bool) -> PyResult<usize> {
         if size == 0 || size > MAX_SIZE {
             return Err(PyValueError::new_err("a queue's size is 1 to 32768"));
         }
-        Ok(inflight_bytes(size as u16))
+        Ok(inflight_bytes(size as u16, packed))
+    }
+
+    #[staticmethod]
+    fn find_place(memory: &Memory, size: u32, desc: u64, said: u32) -> u32 {
+        packed::find_place(&memory.0, desc, size, said)
     }
 
     #[getter]
@@ -248,18 +253,13 @@ impl DeviceQueue {
         if inflight.as_ref().is_some_and(|(mapping, _)| !mapping.0.writable()) {
             return Err(PyValueError::new_err("what is in flight needs a writable mapping"));
         }
-        if packed && inflight.is_some() {
-            return Err(PyValueError::new_err("what is in flight of a packed ring is not kept"));
-        }
         self.shared.replace(None);
         let features = Features { packed, event_idx, indirect, in_order };
         let setup = Setup { size, desc, driver, device, features, resume };
         let memory = memory.0.clone();
         let ring = match inflight {
             None => DeviceRing::new(memory, self.max_size, setup),
-            Some((mapping, offset)) => {
-                split::DeviceRing::tracked(memory, self.max_size, setup, &mapping.0, offset).map(DeviceRing::Split)
-            }
+            Some((mapping, offset)) => DeviceRing::tracked(memory, self.max_size, setup, &mapping.0, offset),
         };
         let ring = ring.map_err(|violation| to_error(py, &violation))?;
         self.shared.replace(Some(Running::new(ring, signal.0.clone())));

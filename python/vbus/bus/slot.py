@@ -74,8 +74,8 @@ class Ring:
 
     `desc`, `driver`, `device`: descriptor table, available and used ring, or what a packed ring has instead. `resume`:
     where to go on in a ring that was in use before, as the core's `next` says it. `inflight`: the mapping, and the
-    offset in it, where requests under way are kept for a successor of this process; not of a packed ring. `paused`:
-    nothing is taken off it until `pause_queue` says so.
+    offset in it, where requests under way are kept for a successor of this process. `paused`: nothing is taken off it
+    until `pause_queue` says so.
     """
 
     size: int = 0

@@ -51,7 +51,7 @@ pub trait Layout {
     fn name(&self) -> u16;
 
     /// Read the next chain, which `look` has seen, into one that is new and has its name.
-    fn chain(&self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation>;
+    fn chain(&mut self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation>;
 
     /// It was good, and is taken.
     fn taken(&mut self, chain: Taken);
@@ -85,7 +85,8 @@ pub trait Layout {
     fn next(&self) -> u32;
 
     /// Where another could go on such that it is given again what is in flight: so many chains, the last that were taken.
-    fn unused(&self, in_flight: usize) -> u32;
+    /// None when there is no such place.
+    fn unused(&self, in_flight: usize) -> Option<u32>;
 }
 
 /// Where chains go that are taken: what is gathered is of the last.
@@ -283,7 +284,10 @@ impl<L: Layout> Ring<L> {
     /// As `next`, counting what is in flight as not taken, so that it is given again. None when there is no such place,
     /// because a chain was used before one that was taken earlier and is in flight.
     pub fn unused(&self) -> Option<u32> {
-        (!self.book.overtaken).then(|| self.layout.unused(self.book.in_flight))
+        if self.book.overtaken {
+            return None;
+        }
+        self.layout.unused(self.book.in_flight)
     }
 
     /// Chains taken and not shown as used.
