@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from vbus import _core
@@ -152,6 +152,22 @@ class Rings:
             return (0, 0, 0)
         signalled, sent, rung = vring.signal.counters
         return signalled, sent, vring.kicks if self._in_band else rung
+
+    @contextlib.contextmanager
+    def lent_bell(self, index: int) -> Iterator[_core.Doorbell | None]:
+        """A ring's call, which the loop does not listen to meanwhile; None where there is no eventfd."""
+        vring = self._vrings.get(index)
+        bell = vring.bells.get("call") if vring is not None else None
+        if vring is None or bell is None:
+            yield None
+            return
+        scheduler = self._loop.scheduler
+        scheduler.remove_fd(bell.fileno())
+        try:
+            yield bell
+        finally:
+            if self._vrings.get(index) is vring:
+                scheduler.add_fd(bell.fileno(), vring.keys[1])
 
     # Started and stopped.
 
