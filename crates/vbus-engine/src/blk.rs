@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{opcode, squeue, types, IoUring};
 use vbus_ring::mem::Table;
-use vbus_ring::ring::{read_once, Burst, Piece};
+use vbus_ring::ring::{read_words, Burst, Piece};
 use vbus_ring::signal::Notify;
 
 use crate::outbox::{Fault, Outbox};
@@ -38,6 +38,8 @@ const BATCH: usize = 16;
 const BUDGET: usize = 4;
 /// Buffers that one operation takes.
 const IOV_MAX: usize = 1024;
+/// Where the file is registered with its ring.
+const FILE: types::Fixed = types::Fixed(0);
 /// How often an operation is tried again that was only interrupted.
 const TRIES: u32 = 1000;
 
@@ -92,7 +94,7 @@ struct Slot {
 // A slot stays where it is from its beginning to its end, and is moved about as a pointer.
 #[allow(clippy::vec_box)]
 struct State {
-    fd: OwnedFd,
+    /// The file is registered with it, as its first.
     ring: IoUring,
     burst: Burst,
     slots: Vec<Option<Box<Slot>>>,
@@ -157,9 +159,11 @@ impl Blk {
     ///
     /// The error is the system's: io_uring is not permitted, or there is no memory for it.
     pub fn new(queue: Arc<Queue>, fd: OwnedFd, signal: Arc<dyn Notify>) -> io::Result<Self> {
+        let ring = make_ring(DEPTH as u32)?;
+        // The kernel looks it up once, and not for every operation.
+        ring.submitter().register_files(&[fd.as_raw_fd()])?;
         let state = State {
-            fd,
-            ring: make_ring(DEPTH as u32)?,
+            ring,
             burst: Burst::default(),
             slots: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH as u32).rev().collect(),
@@ -255,10 +259,7 @@ impl Blk {
     fn request(&self, state: &mut State, chain: usize, run: u64) -> Option<Box<Slot>> {
         let State { burst, spare, .. } = state;
         let (readable, writable) = (burst.readable_total(chain), burst.writable_total(chain));
-        let mut header = [0; HEADER];
-        read_once(burst.readable(chain), &mut header);
-        let [kind, _, low, high] =
-            [0, 4, 8, 12].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| header[at + byte])));
+        let [kind, _, low, high] = read_words(burst.readable(chain))?;
         let sector = u64::from(high) << 32 | u64::from(low);
         let settings = &self.settings;
         let (kind, bytes) = match kind {
@@ -322,7 +323,7 @@ impl Blk {
     /// Queue the operation of a request, or of what is left of it.
     fn push(&self, state: &mut State, index: u32) {
         let Some(slot) = &state.slots[index as usize] else { return };
-        let fd = types::Fd(state.fd.as_raw_fd());
+        let fd = FILE;
         let parts = if slot.left.is_empty() { &slot.data } else { &slot.left };
         let flags = if slot.through { libc::RWF_DSYNC } else { 0 };
         let entry = match (slot.kind, parts.as_slice()) {
@@ -593,6 +594,8 @@ impl Engine for Blk {
 
     fn end(&self) {
         let Some(mut state) = self.lock().take() else { return };
+        // At once, so that its lock is let go of: the ring goes later, and in its own time.
+        let _ = state.ring.submitter().unregister_files();
         if state.under_way > 0 {
             // The kernel may still write there: it stays mapped for good.
             std::mem::forget(std::mem::take(&mut state.slots));
