@@ -222,7 +222,7 @@ class Rings:
             if not vring.started:
                 continue
             answer, _ = self._link.ask(Request.GET_VRING_BASE, m.VringState, m.VringState(vring.index, 0))
-            if answer.index != vring.index or answer.num > 0xFFFF and not vring.packed:
+            if answer.index != vring.index or (answer.num > 0xFFFF and not vring.packed):
                 raise DriverError(errno.EPROTO, f"queue {vring.index} stopped, says the back-end, as {answer}")
             vring.started, vring.base = False, answer.num
 
