@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import vbus
+from conftest import WITHOUT_IO_URING
 from models import Echo, Lamp
 from vbus import _core
 from vbus.connectors import VhostUser
@@ -1141,6 +1142,8 @@ class Disk:
     """A disk of 64 blocks that an engine serves, and a front-end that reads them."""
 
     def __init__(self, bus: vbus.Bus, fronts: Callable[..., Front], path: Path, bits: int, base: int) -> None:
+        if WITHOUT_IO_URING:
+            pytest.skip(WITHOUT_IO_URING)
         path.write_bytes(b"".join(bytes([n]) * SECTOR for n in range(64)))
         self.device = Blk(path=path, engine="native")
         self.front = fronts(self.device).greet(ProtocolFeature.LOG_SHMFD)

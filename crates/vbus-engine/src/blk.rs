@@ -40,6 +40,9 @@ const BUDGET: usize = 4;
 const IOV_MAX: usize = 1024;
 /// Where the file is registered with its ring.
 const FILE: types::Fixed = types::Fixed(0);
+/// Operations that may block the kernel's threads at a time, of all disks of a worker: so many that those of a few disks
+/// that hang leave room for all others.
+const BLOCKED: u32 = 4096;
 /// How often an operation is tried again that was only interrupted.
 const TRIES: u32 = 1000;
 
@@ -392,7 +395,10 @@ impl Blk {
     /// An operation is over: go on with its request, or end that.
     fn over(&self, state: &mut State, index: u32, result: i32) {
         let Some(slot) = state.slots[index as usize].as_mut() else { return };
+        // Nobody waits for it any more, but for its end.
+        let stale = slot.run != self.queue.run();
         let failure = match result {
+            _ if stale => None,
             _ if [-libc::EINTR, -libc::EAGAIN].contains(&result) && slot.tries < TRIES => {
                 slot.tries += 1;
                 return self.push(state, index);
@@ -419,6 +425,7 @@ impl Blk {
             _ => None,
         };
         let status = match failure {
+            None if stale => STATUS_IOERR,
             None => {
                 let counter = match slot.kind {
                     Kind::Read => &self.counters.reads,
@@ -555,6 +562,8 @@ impl Engine for Blk {
         if let Err(error) = ring.submitter().register_enable_rings() {
             self.outbox.fault(Fault { queue: 0, name: "engine-error", detail: error.to_string() });
         }
+        // Older systems have no word for it (before Linux 5.15): there a disk that hangs may hold its neighbours.
+        let _ = ring.submitter().register_iowq_max_workers(&mut [BLOCKED, 0]);
         Some(ring.as_raw_fd())
     }
 
@@ -594,11 +603,12 @@ impl Engine for Blk {
 
     fn end(&self) {
         let Some(mut state) = self.lock().take() else { return };
-        // At once, so that its lock is let go of: the ring goes later, and in its own time.
-        let _ = state.ring.submitter().unregister_files();
         if state.under_way > 0 {
-            // The kernel may still write there: it stays mapped for good.
+            // The kernel may still write there: it stays mapped for good. The file is let go of when it does no more.
             std::mem::forget(std::mem::take(&mut state.slots));
+        } else {
+            // At once, and so its lock: the ring goes later, and in its own time.
+            let _ = state.ring.submitter().unregister_files();
         }
         self.tell(0);
     }
