@@ -297,6 +297,14 @@ def test_every_server_of_a_disk_reads_the_same(quick: Quick) -> None:
         assert works[0]["checksum"]
 
 
+def _read(path: Path) -> bytes:
+    """What is in a file, as long as it is there."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 @QSD
 @needs_io_uring
 def test_the_daemon_of_qemu_reads_the_same_as_io_uring_alone(tmp_path: Path) -> None:
@@ -309,6 +317,9 @@ def test_the_daemon_of_qemu_reads_the_same_as_io_uring_alone(tmp_path: Path) -> 
     packed = replace(blk.PEER, ring="packed")
     with pytest.raises(children.SideError, match="qemu-storage-daemon has no packed rings"):
         blk.MEASUREMENT.sample(blk.MEASUREMENT.plan(quick=True), deep, packed, tmp_path / blk.QSD)
+    # What a side has started ends with it, however that ends.
+    commands = Path("/proc").glob
+    assert wait_until(lambda: not any(str(tmp_path).encode() in _read(path) for path in commands("[0-9]*/cmdline")), 30)
 
 
 @HAS_FIO
