@@ -21,7 +21,14 @@ from vbus.proxy import Remote
 
 pytest_plugins = ["skips"] if (Path(__file__).parent / "skips.py").exists() else []
 
-CONNECTORS = ("process-tunnelled", "process-direct", "stream-unix", "stream-tcp")
+CONNECTORS = (
+    "process-tunnelled",
+    "process-direct",
+    "stream-unix",
+    "stream-tcp",
+    "ivshmem-tunnelled",
+    "ivshmem-direct",
+)
 
 
 def _without_io_uring() -> str:
@@ -58,6 +65,10 @@ def make_connector(kind: str, folder: Path, name: str = "c") -> Connector:
             return vbus.connectors.Stream(f"unix:{folder / name}.sock")
         case "stream-tcp":
             return vbus.connectors.Stream("tcp:127.0.0.1:0")
+        case "ivshmem-tunnelled":
+            return vbus.connectors.Ivshmem(folder / f"{name}.sock", keep=False)
+        case "ivshmem-direct":
+            return vbus.connectors.Ivshmem(folder / f"{name}.sock", signal="direct", keep=False)
     raise ValueError(kind)
 
 

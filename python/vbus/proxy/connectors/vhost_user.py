@@ -186,18 +186,16 @@ class VhostUserConnector(GuestConnector):
         on_answer: Callable[[R], None] | None = None,
         channel_priority: int | None = None,
     ) -> Question[R]:
-        """Translate a question, ask it where the back-end has to know, and answer at once. DriverError, as any
-        connector's.
-        """
+        """Translate a question, ask it where the back-end has to know, and wait: the answer is there. DriverError."""
         if self.loop.is_here:
             raise RuntimeError("this thread answers the bus and must not wait for it; use a hook")
-        future: Future[Any] = Future()
         with self._turn:
             if self.lost is not None:
                 raise DriverError(self.lost.errno or errno.ECONNRESET, self.lost.strerror)
             result = self._answer_to(body)
         if on_answer is not None and isinstance(result, answer):
             on_answer(result)
+        future: Future[msg.Body] = Future()
         future.set_result(result)
         return Question(body, answer, dev_num, 0, future)
 
