@@ -56,8 +56,7 @@ pub fn run(
             let at = work.place(asked) * size as u64;
             let read = opcode::Read::new(types::Fixed(0), place, size as u32).offset(at).build();
             // SAFETY: the buffers outlive the ring; there are as many places in it.
-            unsafe { ring.submission().push(&read.user_data(buffer as u64)) }
-                .map_err(|_| LoadError::NoRoom(depth))?;
+            unsafe { ring.submission().push(&read.user_data(buffer as u64)) }.map_err(|_| LoadError::NoRoom(depth))?;
             asked += 1;
             queued += 1;
         }
