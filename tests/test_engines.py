@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import random
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 
 import vbus
-from conftest import CONNECTORS, make_connector, wait_until
+from conftest import CONNECTORS, make_connector, needs_io_uring, wait_until
 from vbus import _core, virtio
 from vbus.bus import Bus
 from vbus.bus.workers import Workers
@@ -132,6 +131,7 @@ def some_request(rng: random.Random) -> tuple[list[bytes], int]:
     return cut(rng, HEADER.pack(kind, 0, sector) + data), room + 1
 
 
+@needs_io_uring
 @pytest.mark.parametrize("connector", [*CONNECTORS, "vhost-user"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_two_disks_answer_alike(pair: Both, tmp_path: Path, connector: str, packed: bool) -> None:
@@ -159,6 +159,7 @@ def test_two_disks_answer_alike(pair: Both, tmp_path: Path, connector: str, pack
     assert [dict(bus.slot(name).violations) for name in ("native", "python")] == [{}, {}]
 
 
+@needs_io_uring
 def test_many_requests_are_under_way_and_none_is_lost(pair: Both, tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(4 << 20))
@@ -175,37 +176,6 @@ def test_many_requests_are_under_way_and_none_is_lost(pair: Both, tmp_path: Path
     assert (device.writes, device.reads) == (1024, 1024)
     assert image.read_bytes() == b"".join(blocks.values())
     assert all(queue.core.in_flight == 0 for queue in bus.slot("disk0").queues)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes CAP_SYS_ADMIN: run as root")
-def test_a_full_disk_is_told_in_the_status_and_to_the_operator(
-    pair: Both, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(("mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)), check=True)
-    try:
-        image = folder / "disk.img"
-        os.close(os.open(image, os.O_CREAT | os.O_RDWR))
-        os.truncate(image, 1 << 20)
-        device = Blk(path=image, engine="native")
-        bus, remote = pair(disk0=device)
-        disk = remote.driver("disk0", RawDisk)
-        statuses = [
-            disk.queue(0).submit([HEADER.pack(RequestType.OUT, 0, n * 128), bytes(65536)], 1).result(LIMIT)
-            for n in range(4)
-        ]
-        assert statuses[0] == b"\0"
-        assert set(statuses[1:]) == {b"\1"}
-        assert (device.writes, device.io_errors) == (1, 3)
-        assert wait_until(lambda: os.strerror(errno.ENOSPC) in caplog.text)
-        assert caplog.text.count(os.strerror(errno.ENOSPC)) == 1, "told once"
-        assert disk.pread(100, 0) == bytes(100)
-        assert not bus.slot("disk0").violations
-        bus.unplug("disk0")
-    finally:
-        bus.stop()
-        subprocess.run(("umount", str(folder)), check=True)
 
 
 # Two networks.
@@ -277,6 +247,7 @@ def _counts(net: Net) -> dict[str, int]:
     return {name: getattr(net, name) for name in COUNTED}
 
 
+@needs_io_uring
 @pytest.mark.parametrize("polling", POLLING)
 @pytest.mark.parametrize("connector", ["process-tunnelled", "process-direct"])
 def test_however_a_worker_waits_nothing_is_left_behind(pair: Both, connector: str, polling: str) -> None:
@@ -317,6 +288,7 @@ def test_a_driver_that_breaks_a_rule_disturbs_no_other(pair: Both) -> None:
     assert len(future.result(LIMIT)) == 72
 
 
+@needs_io_uring
 def test_a_limit_is_kept_by_the_model(pair: Both, caplog: pytest.LogCaptureFixture) -> None:
     device = Blk(memory="1 MiB")
     bus, remote = pair(disk0=device)
@@ -404,6 +376,7 @@ def test_priorities_reach_an_engine(pair: Both) -> None:
     assert len(future.result(LIMIT)) == 72
 
 
+@needs_io_uring
 @pytest.mark.parametrize("surprise", [False, True])
 def test_a_disk_that_leaves_under_load_ends_every_request(pair: Both, tmp_path: Path, surprise: bool) -> None:
     image = tmp_path / "disk.img"

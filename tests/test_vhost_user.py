@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import vbus
+from conftest import WITHOUT_IO_URING
 from guests import Served
 from models import Echo, Lamp
 from vbus import _core
@@ -1281,6 +1282,8 @@ class Disk(Reader):
     """The disk as well, which an engine serves."""
 
     def __init__(self, bus: vbus.Bus, fronts: Callable[..., Front], path: Path, bits: int, base: int) -> None:
+        if WITHOUT_IO_URING:
+            pytest.skip(WITHOUT_IO_URING)
         path.touch()
         os.truncate(path, 64 * SECTOR)
         self.device = Blk(path=path, engine="native")

@@ -36,6 +36,7 @@ __all__ = [
     "Task",
     "Worker",
     "bench_calls",
+    "bench_reads",
 ]
 
 @final
@@ -636,6 +637,15 @@ class BenchRequest:
 
     @property
     def number(self) -> int: ...
+
+def bench_reads(
+    fd: int, arena: Mapping, total: int, size: int, places: int, seed: int, *, depth: int, batch: int
+) -> _LoadReport:
+    """The reads of `Load.random_reads`, from a file itself, by io_uring: `depth` under way, submitted up to `batch`
+    together. `arena` has room for `Load.bytes_needed(depth, 16 + size + 1)` bytes.
+
+    OSError: io_uring is not permitted, or the file cannot be read. RuntimeError: it is shorter.
+    """
 
 def bench_calls(function: Callable[..., object], queue: object, count: int, batch: int = 0) -> float:
     """Call `function(queue, BenchRequest)` `count` times, or `function(queue, list)` with `batch` of them each until

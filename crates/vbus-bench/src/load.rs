@@ -51,6 +51,8 @@ pub struct Report {
 
 /// Where the buffers of requests are.
 pub struct Buffers {
+    arena: Arc<Mapping>,
+    places: Vec<usize>,
     windows: Vec<Window>,
     addresses: Vec<u64>,
 }
@@ -59,9 +61,10 @@ impl Buffers {
     /// `depth` buffers of `size` bytes, each at a cache line of its own, in an arena from `offset`; its first byte has the
     /// driver address `address`. Panics when they are not inside.
     pub fn new(arena: &Arc<Mapping>, address: u64, offset: usize, depth: usize, size: usize) -> Self {
-        let places = (0..depth).map(|number| offset + number * Self::stride(size));
-        let windows = places.clone().map(|place| Window::new(arena.clone(), place, size)).collect();
-        Self { windows, addresses: places.map(|place| address + place as u64).collect() }
+        let places: Vec<usize> = (0..depth).map(|number| offset + number * Self::stride(size)).collect();
+        let windows = places.iter().map(|&place| Window::new(arena.clone(), place, size)).collect();
+        let addresses = places.iter().map(|&place| address + place as u64).collect();
+        Self { arena: arena.clone(), places, windows, addresses }
     }
 
     /// Bytes from one buffer to the next.
@@ -73,13 +76,24 @@ impl Buffers {
     pub fn depth(&self) -> usize {
         self.windows.len()
     }
+
+    /// One of them.
+    pub fn window(&self, buffer: usize) -> &Window {
+        &self.windows[buffer]
+    }
+
+    /// Where one is in this process, as long as these buffers are.
+    pub fn as_ptr(&self, buffer: usize) -> *mut u8 {
+        // SAFETY: inside the mapping, as its window is.
+        unsafe { self.arena.as_ptr().add(self.places[buffer]) }
+    }
 }
 
 /// What is under way in a buffer.
 #[derive(Clone, Copy, Default)]
-struct Request {
-    number: u64,
-    began: u64,
+pub(crate) struct Request {
+    pub number: u64,
+    pub began: u64,
 }
 
 /// Drive a ring until `total` requests are done.

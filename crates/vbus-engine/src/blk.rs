@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{opcode, squeue, types, IoUring};
 use vbus_ring::mem::Table;
-use vbus_ring::ring::{read_once, Burst, Piece};
+use vbus_ring::ring::{read_words, Burst, Piece};
 use vbus_ring::signal::Notify;
 
 use crate::outbox::{Fault, Outbox};
@@ -40,6 +40,11 @@ const BUDGET: usize = 4;
 const IOV_MAX: usize = 1024;
 /// Parts that there is room for in what is kept for its allocations.
 const SPARE_PARTS: usize = 256;
+/// Where the file is registered with its ring.
+const FILE: types::Fixed = types::Fixed(0);
+/// Operations that may block the kernel's threads at a time, of all disks of a worker: so many that those of a few disks
+/// that hang leave room for all others.
+const BLOCKED: u32 = 4096;
 /// How often an operation is tried again that was only interrupted.
 const TRIES: u32 = 1000;
 
@@ -107,7 +112,7 @@ impl Slot {
 // A slot stays where it is from its beginning to its end, and is moved about as a pointer.
 #[allow(clippy::vec_box)]
 struct State {
-    fd: OwnedFd,
+    /// The file is registered with it, as its first.
     ring: IoUring,
     burst: Burst,
     slots: Vec<Option<Box<Slot>>>,
@@ -180,9 +185,11 @@ impl Blk {
     ///
     /// The error is the system's: io_uring is not permitted, or there is no memory for it.
     pub fn new(queue: Arc<Queue>, fd: OwnedFd, signal: Arc<dyn Notify>) -> io::Result<Self> {
+        let ring = make_ring(DEPTH as u32)?;
+        // The kernel looks it up once, and not for every operation.
+        ring.submitter().register_files(&[fd.as_raw_fd()])?;
         let state = State {
-            fd,
-            ring: make_ring(DEPTH as u32)?,
+            ring,
             burst: Burst::default(),
             slots: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH as u32).rev().collect(),
@@ -278,10 +285,7 @@ impl Blk {
     fn request(&self, state: &mut State, chain: usize, run: u64) -> Option<Box<Slot>> {
         let State { burst, spare, .. } = state;
         let (readable, writable) = (burst.readable_total(chain), burst.writable_total(chain));
-        let mut header = [0; HEADER];
-        read_once(burst.readable(chain), &mut header);
-        let [kind, _, low, high] =
-            [0, 4, 8, 12].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| header[at + byte])));
+        let [kind, _, low, high] = read_words(burst.readable(chain))?;
         let sector = u64::from(high) << 32 | u64::from(low);
         let settings = &self.settings;
         let (kind, bytes) = match kind {
@@ -345,7 +349,7 @@ impl Blk {
     /// Queue the operation of a request, or of what is left of it.
     fn push(&self, state: &mut State, index: u32) {
         let Some(slot) = &state.slots[index as usize] else { return };
-        let fd = types::Fd(state.fd.as_raw_fd());
+        let fd = FILE;
         let parts = if slot.left.is_empty() { &slot.data } else { &slot.left };
         let flags = if slot.through { libc::RWF_DSYNC } else { 0 };
         let entry = match (slot.kind, parts.as_slice()) {
@@ -414,7 +418,10 @@ impl Blk {
     /// An operation is over: go on with its request, or end that.
     fn over(&self, state: &mut State, index: u32, result: i32) {
         let Some(slot) = state.slots[index as usize].as_mut() else { return };
+        // Nobody waits for it any more, but for its end.
+        let stale = slot.run != self.queue.run();
         let failure = match result {
+            _ if stale => None,
             _ if [-libc::EINTR, -libc::EAGAIN].contains(&result) && slot.tries < TRIES => {
                 slot.tries += 1;
                 return self.push(state, index);
@@ -441,6 +448,7 @@ impl Blk {
             _ => None,
         };
         let status = match failure {
+            None if stale => STATUS_IOERR,
             None => {
                 let counter = match slot.kind {
                     Kind::Read => &self.counters.reads,
@@ -573,6 +581,8 @@ impl Engine for Blk {
         if let Err(error) = ring.submitter().register_enable_rings() {
             self.failed(&error.to_string());
         }
+        // Older systems have no word for it (before Linux 5.15): there a disk that hangs may hold its neighbours.
+        let _ = ring.submitter().register_iowq_max_workers(&mut [BLOCKED, 0]);
         Some(ring.as_raw_fd())
     }
 
@@ -613,8 +623,11 @@ impl Engine for Blk {
     fn end(&self) {
         let Some(mut state) = self.lock().take() else { return };
         if state.under_way > 0 {
-            // The kernel may still write there: it stays mapped for good.
+            // The kernel may still write there: it stays mapped for good. The file is let go of when it does no more.
             std::mem::forget(std::mem::take(&mut state.slots));
+        } else {
+            // At once, and so its lock: the ring goes later, and in its own time.
+            let _ = state.ring.submitter().unregister_files();
         }
         self.tell(0);
     }

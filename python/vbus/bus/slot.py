@@ -50,8 +50,10 @@ PULLED_SECONDS = 5.0
 """How long a device may keep buffers of a pull queue that is to stop."""
 LOOK_AGAIN = 1.0
 """Seconds, at most, between two looks of a queue that waits for a limit."""
-SETTLE_SECONDS = 1.0
-"""Seconds between two looks at what an engine has under way."""
+SETTLE_SECONDS = 3.0
+"""How long whoever stops a queue waits for what an engine has under way: less than a driver waits for its answer."""
+LATE_SECONDS = 0.5
+"""Seconds between two looks at what should have ended by then."""
 HISTORY = 16
 """How many reasons a slot or a connector remembers."""
 
@@ -185,6 +187,8 @@ class Slot:
         """Queues that an engine serves no more, until the model has taken over."""
         self._holds = 0
         self._outbox_key: int | None = None
+        self._late_key: int | None = None
+        """There while a reset waits for an engine that has something under way for too long."""
         self._past: list[SignalCounters] = [((0, 0, 0), (0, 0, 0)) for _ in self.queues]
 
     def __repr__(self) -> str:
@@ -335,11 +339,26 @@ class Slot:
             log.warning("%s/%s: limits are set: it is served in Python", self.bus.name, self.name)
         self.completed()
 
-    def _settle(self, engines: Iterable[Engine] | None = None) -> None:
-        """Wait until nothing is under way in engines whose queues are stopped or held."""
-        for engine in self._engines if engines is None else engines:
-            while not engine.core.settle(SETTLE_SECONDS):
-                pass
+    def _settle(self, engines: Iterable[Engine] | None = None, seconds: float = SETTLE_SECONDS) -> bool:
+        """Wait until nothing is under way in engines whose queues are stopped or held; False when that takes longer."""
+        deadline = time.monotonic() + seconds
+        return all(
+            engine.core.settle(max(deadline - time.monotonic(), 0))
+            for engine in (self._engines if engines is None else engines)
+        )
+
+    def _hangs(self) -> None:
+        """What an engine has under way does not end: the driver's memory is in use for so long."""
+        self._need_reset("io-hangs", f"what is under way has not ended within {SETTLE_SECONDS:g} s", None)
+
+    def _reset_late(self) -> bool:
+        """Reset as soon as what is under way has ended. In a turn."""
+        if self._late_key is not None:
+            if self._settle(seconds=0):
+                self._end_reset()
+            else:
+                self.actor.mark_later(self._late_key, LATE_SECONDS)
+        return False
 
     @contextmanager
     def _engines_hold(self) -> Iterator[None]:
@@ -361,11 +380,18 @@ class Slot:
                 if queue.core.native:
                     self.mark(queue)
 
-    def undisturbed(self, change: Callable[[], None]) -> None:
-        """Call `change` in a turn of the device, when no engine uses the driver's memory."""
+    def undisturbed(self, change: Callable[[], None]) -> bool:
+        """Call `change` in a turn of the device, when no engine uses the driver's memory.
+
+        False when that does not come about: the device needs a reset then.
+        """
         with self._engines_hold():
-            self._settle()
-            change()
+            settled = self._settle()
+            if settled:
+                change()
+        if not settled:
+            self._hangs()
+        return settled
 
     def _read_outboxes(self) -> bool:
         """Do what engines leave to the device. In a turn."""
@@ -581,8 +607,9 @@ class Slot:
     def set_status(self, attachment: Attachment, value: int, reply: Callable[[int], None]) -> None:
         """Take a driver's status write; `reply` gets the status that came of it, perhaps from another thread.
 
-        Zero resets: the reply comes when nothing of the device is under way any more. Anything else claims the device
-        for this driver. InUseError when another has it.
+        Zero resets: the reply comes when nothing of the device is under way any more. When that does not end, the reply
+        is a status that says NEEDS_RESET, and not zero: the driver's memory is in use until the status is zero, as soon
+        as it can be. Anything else claims the device for this driver. InUseError when another has it.
         """
         with self._lock:
             if self.owner is not None and self.owner is not attachment:
@@ -592,6 +619,8 @@ class Slot:
                 raise InUseError(f"{self.name} is in use by {self.owner.label}")
             if value and not self.present:
                 raise RefusedError(f"{self.name} is being removed")
+            if value and self._late_key is not None:
+                raise RefusedError(f"{self.name} is being reset, and what is under way has not ended")
             if value:
                 self.owner = attachment
                 self.gate.members = attachment.accounts
@@ -777,10 +806,11 @@ class Slot:
         self.runner.hook(lambda: answers.append(self.device.queue_stopping(queue)), of=queue)
         return late or answers == [True]
 
-    def reset_queue(self, attachment: Attachment, index: int, done: Callable[[], None]) -> None:
+    def reset_queue(self, attachment: Attachment, index: int, done: Callable[[Error | None], None]) -> None:
         """Reset one queue (section 2.6.1): its driver gets nothing back of what is in flight, and may set it up anew.
 
-        `done` is called when nothing of the queue is under way any more. RefusedError without RING_RESET.
+        `done` is called when nothing of the queue is under way any more; with a RefusedError when that does not end.
+        RefusedError without RING_RESET.
         """
         queue = self.queue_at(index)
         with self._lock:
@@ -791,12 +821,15 @@ class Slot:
         def reset() -> None:
             if self.owner is attachment and self._rings.pop(index, None) is not None:
                 queue.core.stop()
-                self._settle(engine for engine in self._engines if queue in engine.queues)
+                if not self._settle(engine for engine in self._engines if queue in engine.queues):
+                    self._hangs()
+                    done(RefusedError(f"{self.name}: what is under way on queue {index} does not end"))
+                    return
                 self.runner.cancel(queue)
                 attachment.queue_reset(self, queue)
                 self._tell_queues()
                 self.completed()
-            done()
+            done(None)
 
         self.actor.post(reset)
 
@@ -806,7 +839,19 @@ class Slot:
 
     def _reset(self) -> None:
         self._stop_queues()
-        self._settle()
+        if self._settle():
+            self._end_reset()
+        elif self._late_key is None:
+            # Nobody is told that the driver's memory is free before it is.
+            self._hangs()
+            self._late_key = self.actor.key(self._reset_late, 0)
+            self.actor.mark_later(self._late_key, LATE_SECONDS)
+
+    def _end_reset(self) -> None:
+        """Forget the driver, with nothing of its memory in use any more."""
+        if self._late_key is not None:
+            self.actor.drop_key(self._late_key)
+            self._late_key = None
         for engine in self._engines:
             engine.core.forget()
         self.runner.cancel()
@@ -949,16 +994,17 @@ class Slot:
 
     def halt(self) -> None:
         """Stop serving at once, before the driver hears of it: from then on it may reuse its buffers."""
-        self.present = False
+        was, self.present = self.present, False
         self._stop_queues()
-        for engine in self._engines:
-            engine.core.settle(SETTLE_SECONDS)
+        if was and not self._settle():
+            log.error("%s/%s: what is under way does not end: it is left behind", self.bus.name, self.name)
 
     def remove(self, timeout: float) -> bool:
         """Stop the device for good; False when it hangs longer than `timeout` seconds (it is left behind then)."""
         self.halt()
-        ended = True
+        ended = self._settle(seconds=0)
         try:
+            # What has not ended keeps its memory mapped.
             self.actor.call(self._leave, timeout)
         except TimeoutError:
             ended = False
@@ -971,7 +1017,9 @@ class Slot:
         return ended
 
     def _leave(self) -> None:
-        self._reset()
+        self._stop_queues()
+        self._settle(seconds=LATE_SECONDS)
+        self._end_reset()
         self._use_engines(allowed=False)
         for engine in self._engines:
             self._tasks[engine.queues[0].index].remove()

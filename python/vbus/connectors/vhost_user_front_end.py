@@ -449,8 +449,16 @@ class FrontEnd(Attachment):
             done()
 
         resumed = then(forgotten)
+
+        def answered(status: int) -> None:
+            if status and not self.is_parted:
+                # Something of it does not end. The protocol has no word for that: the front-end waits.
+                self.slot.set_status(self, 0, answered)
+            else:
+                resumed()
+
         if self.slot.owner is self:
-            self.slot.set_status(self, 0, lambda _: resumed())
+            self.slot.set_status(self, 0, answered)
         else:
             resumed()
 
@@ -477,7 +485,8 @@ class FrontEnd(Attachment):
         def change() -> None:
             # In a turn of the device: none of its queues looks for memory now.
             try:
-                self.slot.undisturbed(change_it)
+                if not self.slot.undisturbed(change_it):
+                    self.part(f"its memory is in use: what is under way on {self.slot.name} does not end")
             except Violation as violation:
                 self.part(str(violation))
             resumed()

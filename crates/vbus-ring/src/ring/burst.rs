@@ -153,23 +153,22 @@ impl Burst {
     }
 }
 
-/// The first three little-endian words of pieces, each byte read once; None when there are not as many.
+/// The first little-endian words of pieces, each byte read once; None when there are not as many.
 ///
 /// In registers: what is stored byte by byte and loaded as words right after makes the processor wait.
 #[inline]
-pub fn read_words(pieces: &[Piece]) -> Option<[u32; 3]> {
+pub fn read_words<const WORDS: usize>(pieces: &[Piece]) -> Option<[u32; WORDS]> {
     if let Some(piece) = pieces.first() {
-        if piece.size() >= 12 && piece.base.align_offset(4) == 0 {
-            return Some([0, 4, 8].map(|at| {
+        if piece.size() >= 4 * WORDS && piece.base.align_offset(4) == 0 {
+            return Some(std::array::from_fn(|word| {
                 // SAFETY: inside the piece, which is mapped, and aligned.
-                let word = unsafe { AtomicU32::from_ptr(piece.base.add(at).cast()) };
+                let word = unsafe { AtomicU32::from_ptr(piece.base.add(4 * word).cast()) };
                 u32::from_le(word.load(Ordering::Relaxed))
             }));
         }
     }
-    let mut bytes = [0; 12];
-    read_once(pieces, &mut bytes)
-        .then(|| [0, 4, 8].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))))
+    let mut bytes = [[0; 4]; WORDS];
+    read_once(pieces, bytes.as_flattened_mut()).then(|| bytes.map(u32::from_le_bytes))
 }
 
 /// Copy bytes out of pieces, each read once; false when there are not as many.
