@@ -524,9 +524,14 @@ impl Table {
 
     /// Append a piece of a region, which `pieces` told of, to `segments`.
     pub(crate) fn append(&self, region: usize, address: u64, size: u32, segments: &mut Segments) {
+        let (mapping, offset) = self.place(region, address);
+        segments.push(mapping, address, offset, size as usize);
+    }
+
+    /// Where a driver address of a region, which `pieces` told of, lies: its mapping, and the offset in it.
+    pub(crate) fn place(&self, region: usize, address: u64) -> (&Arc<Mapping>, usize) {
         let region = &self.regions[region];
-        let offset = region.offset + (address - region.address) as usize;
-        segments.push(&region.mapping, address, offset, size as usize);
+        (&region.mapping, region.offset + (address - region.address) as usize)
     }
 
     /// The `size` bytes at `address`, when one mapping holds them in one piece.
