@@ -16,7 +16,7 @@ use vbus_ring::signal::Notify;
 use crate::memory::{Mapping, Memory};
 use crate::request::{complete, Request};
 use crate::scheduler::Scheduler;
-use crate::serve::{Others, Server};
+use crate::serve::{Others, Server, Vain};
 use crate::signal::Signal;
 use crate::violation::to_error;
 
@@ -29,6 +29,7 @@ fn value_error(error: impl std::fmt::Display) -> PyErr {
 pub struct DeviceQueue {
     pub shared: Arc<Queue>,
     max_size: u32,
+    vain: Vain,
 }
 
 #[pymethods]
@@ -38,7 +39,7 @@ impl DeviceQueue {
         if !max_size.is_power_of_two() || max_size > MAX_SIZE {
             return Err(PyValueError::new_err("a queue's size is a power of two, 1 to 32768"));
         }
-        Ok(Self { shared: Arc::default(), max_size })
+        Ok(Self { shared: Arc::default(), max_size, vain: Vain::default() })
     }
 
     #[staticmethod]
@@ -129,7 +130,7 @@ impl DeviceQueue {
         others: Option<(PyRef<'_, Scheduler>, u64, u32)>,
     ) -> PyResult<bool> {
         let others = others.map(|(scheduler, actor, priority)| Others::new(scheduler.0.clone(), actor, priority));
-        Server { py, shared: &self.shared, handler, queue, limit, batch, charge, others }.serve()
+        Server { py, shared: &self.shared, handler, queue, limit, batch, charge, others, vain: &self.vain }.serve()
     }
 
     fn complete(&self, py: Python<'_>, requests: Vec<Bound<'_, Request>>) -> PyResult<()> {

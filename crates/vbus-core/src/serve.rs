@@ -1,5 +1,6 @@
 //! A turn of a queue: requests are taken off the ring together, and Python is entered once for each, or once for all.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -68,10 +69,37 @@ pub fn call<'py>(function: &Bound<'py, PyAny>, one: &Bound<'py, PyAny>, two: &Bo
     Ok(())
 }
 
-/// Whether a driver may run beside us: with one CPU it does so only while we wait.
-fn can_linger() -> bool {
-    static CPUS: OnceLock<usize> = OnceLock::new();
-    *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from)) > 1
+/// How often a queue's turns looked in vain for what comes next, one after the other.
+///
+/// A driver that runs beside us is back soon; one that has to wait for our CPU never is while we look for it.
+#[derive(Default)]
+pub struct Vain(AtomicU32);
+
+impl Vain {
+    /// Turns that look in vain before only every so manieth does.
+    const FEW: u32 = 4;
+    const EVERY: u32 = 16;
+
+    /// How long a turn may look that has worked for so long: no longer than that, as a driver that asks one thing at a
+    /// time does not come back before it has its answer.
+    fn patience(&self, worked: Duration) -> Duration {
+        static CPUS: OnceLock<usize> = OnceLock::new();
+        let cpus = *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from));
+        let turns = self.0.load(Ordering::Relaxed);
+        if cpus > 1 && (turns < Self::FEW || turns % Self::EVERY == 0) {
+            worked.min(LINGER)
+        } else {
+            Duration::ZERO
+        }
+    }
+
+    fn found(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    fn found_nothing(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Serves what a queue holds: by `handler(queue, request)` or, for a `batch`, `handler(queue, requests)`.
@@ -86,6 +114,8 @@ pub struct Server<'a, 'py> {
     /// Told how many requests and bytes were taken off the ring, before they are handled.
     pub charge: Option<&'a Bound<'py, PyAny>>,
     pub others: Option<Others>,
+    /// Of this queue.
+    pub vain: &'a Vain,
 }
 
 impl Server<'_, '_> {
@@ -98,7 +128,7 @@ impl Server<'_, '_> {
     pub fn serve(mut self) -> PyResult<bool> {
         let began = Instant::now();
         let mut spare = Burst::default();
-        let mut patience = Duration::ZERO;
+        let mut patience = None;
         loop {
             let Some((turn, first)) = self.begin(spare, patience)? else { return Ok(false) };
             if self.batch {
@@ -112,29 +142,34 @@ impl Server<'_, '_> {
             if last || self.shared.paused() || self.shared.draining() || !alone() {
                 return Ok(true);
             }
-            // No longer than it has worked: what waits one by one for answers is not waited for in vain for long.
-            patience = if can_linger() { spent.min(LINGER) } else { Duration::ZERO };
+            patience = Some(self.vain.patience(spent));
             spare = Arc::into_inner(turn).and_then(|turn| Arc::into_inner(turn.burst)).unwrap_or_default();
         }
     }
 
-    /// What there is on the queue now or soon.
-    fn look(&self, mut spare: Burst, patience: Duration) -> Result<Begun, Violation> {
-        if !patience.is_zero() {
-            let began = Instant::now();
-            while began.elapsed() < patience {
-                match self.shared.begin(self.limit, spare, false)? {
-                    Begun::Nothing(burst) => spare = burst,
-                    begun => return Ok(begun),
+    /// What there is on the queue now or, for a turn that goes on, soon.
+    fn look(&self, mut spare: Burst, patience: Option<Duration>) -> Result<Begun, Violation> {
+        let Some(patience) = patience else { return self.shared.begin(self.limit, spare, true) };
+        let mut empty_since: Option<Instant> = None;
+        while empty_since.is_none_or(|since| since.elapsed() < patience) {
+            match self.shared.begin(self.limit, spare, false)? {
+                Begun::Nothing(burst) => spare = burst,
+                begun => {
+                    if empty_since.is_some() {
+                        self.vain.found();
+                    }
+                    return Ok(begun);
                 }
-                std::hint::spin_loop();
             }
+            empty_since.get_or_insert_with(Instant::now);
+            std::hint::spin_loop();
         }
+        self.vain.found_nothing();
         self.shared.begin(self.limit, spare, true)
     }
 
     /// What is to be done, and the first of it that is.
-    fn begin(&self, spare: Burst, patience: Duration) -> PyResult<Option<(Arc<Turn>, usize)>> {
+    fn begin(&self, spare: Burst, patience: Option<Duration>) -> PyResult<Option<(Arc<Turn>, usize)>> {
         let turn = |burst, run| Arc::new(Turn { queue: self.shared.clone(), run, burst });
         match self.look(spare, patience).map_err(|violation| to_error(self.py, &violation))? {
             Begun::Nothing(_) => Ok(None),

@@ -253,6 +253,12 @@ impl Window {
     word!(load32, store32, AtomicU32, u32);
     word!(load64, store64, AtomicU64, u64);
 
+    /// Have a byte near when it is read.
+    #[inline(always)]
+    pub fn prefetch(&self, offset: usize) {
+        prefetch(self.word::<u8>(offset), false);
+    }
+
     /// Set bits of a byte, whatever others do to it.
     pub fn or8(&self, offset: usize, bits: u8, order: Ordering) {
         assert!(self.mapping.writable, "a store to a read-only mapping");
@@ -260,6 +266,23 @@ impl Window {
         // SAFETY: as for a store.
         unsafe { AtomicU8::from_ptr(byte) }.fetch_or(bits, order);
     }
+}
+
+/// Have it near when it is needed. A hint: what it says of memory that is gone is nothing.
+#[inline(always)]
+pub(crate) fn prefetch(address: *const u8, write: bool) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: it has no effect that a program could see, whatever the address is.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0, _MM_HINT_T0};
+        if write {
+            _mm_prefetch::<{ _MM_HINT_ET0 }>(address.cast());
+        } else {
+            _mm_prefetch::<{ _MM_HINT_T0 }>(address.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (address, write);
 }
 
 /// A range of driver memory that is contiguous in one mapping.

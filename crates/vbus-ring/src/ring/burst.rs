@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::chain::{Gather, Rules, Taken};
 use super::device::Chains;
 use super::Chain;
-use crate::mem::{Access, Mapping, Segments, Table, VolatileSlice};
+use crate::mem::{prefetch, Access, Mapping, Segments, Table, VolatileSlice};
 use crate::violation::Violation;
 
 /// A range of driver memory that is contiguous in one mapping, which the burst keeps that it is of.
@@ -285,21 +285,4 @@ impl Chains for Burst {
         let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
         self.entries.push(Entry { head: name, span: 1, table, first, readable: 0, count: 0, rules: Rules::default() });
     }
-}
-
-/// Have it near when it is needed. A hint: what it says of memory that is gone is nothing.
-#[inline(always)]
-fn prefetch(address: *const u8, write: bool) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: it has no effect that a program could see, whatever the address is.
-    unsafe {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0, _MM_HINT_T0};
-        if write {
-            _mm_prefetch::<{ _MM_HINT_ET0 }>(address.cast());
-        } else {
-            _mm_prefetch::<{ _MM_HINT_T0 }>(address.cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (address, write);
 }

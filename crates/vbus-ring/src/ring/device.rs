@@ -44,6 +44,9 @@ pub trait Layout {
     /// Whether there is a chain to take.
     fn look(&mut self) -> Result<bool, Violation>;
 
+    /// Have what describes the next chains near, which `look` has seen, at most so many. A hint.
+    fn approach(&self, _limit: usize) {}
+
     /// By what the next chain, which `look` has seen, is known until it is read.
     fn name(&self) -> u16;
 
@@ -356,6 +359,7 @@ impl<L: Layout> Ring<L> {
         let table = table.get_or_insert_with(|| self.memory.snapshot());
         // It may have changed at this very moment: chains and the ring are found in one and the same.
         self.layout.follow(table, &self.setup)?;
+        self.layout.approach(limit);
         for _ in 0..limit {
             if !self.layout.look()? {
                 break;
