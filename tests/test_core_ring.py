@@ -438,7 +438,7 @@ class TestTurn:
             assert request.read(2) == b"ab"
             rest = bytearray(4)
             assert request.readinto(rest) == 4
-            assert (rest, request.readable) == (b"cdef", 3)
+            assert (bytes(rest), request.readable) == (b"cdef", 3)
             assert request.read() == b"ghi"
             assert request.read() == b""
             assert request.write(b"1") == 1

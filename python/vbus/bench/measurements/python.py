@@ -68,9 +68,10 @@ class Python(Measurement[PythonPlan, Case, Variant]):
 A device whose handler does nothing answers {handle:.0f} requests a second through a ring, and {batch:.0f} when it
 takes {size} at once, {looked:.0f} when it also looks at each. Bare calls of the same handlers from native code, with
 the smallest object for each request and neither ring nor completion, are the measure: the device reaches
-{handle_ratio:.2f}, {batch_ratio:.2f} and {looked_ratio:.2f} of their rate, and takes {handle_cpu:.1f}, {batch_cpu:.1f} and
-{looked_cpu:.1f} times their CPU time. A batch makes objects of Python only once somebody looks at one; that is where its
-gain comes from, and it is small as long as batches are: {small:.0f} requests a second come one by one.
+{handle_ratio:.2f}, {batch_ratio:.2f} and {looked_ratio:.2f} of their rate, and takes {handle_cpu:.1f},
+{batch_cpu:.1f} and {looked_cpu:.1f} times their CPU time. A batch makes objects of Python only once somebody looks at
+one; that is where its gain comes from, and it is small as long as batches are: {small:.0f} requests a second come one
+by one.
 """
     figures = (
         Figure("requests_per_second", "REQUESTS/S", "a second", compared=True, plotted=True),
