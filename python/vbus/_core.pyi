@@ -254,7 +254,11 @@ class Request:
     def write(self, data: _ReadableBuffer, /) -> int:
         """Append to the writable part. Violation buffer-too-small when it does not fit; nothing is written then."""
     def views(self) -> tuple[list[memoryview], list[memoryview]]:
-        """(readable, writable): the driver's own memory, from its beginning, without a copy."""
+        """(readable, writable): the driver's own memory, from its beginning, without a copy. The same ones each time.
+
+        They are released when the request is completed: to use one then is a ValueError, and so is `views` itself. What
+        was made of one (a slice, an array) never faults, but shows memory that is the driver's again.
+        """
     @property
     def done(self) -> bool:
         """Already completed, or its queue was stopped."""
@@ -369,15 +373,18 @@ class DeviceQueue:
         *,
         batch: bool,
         charge: Callable[[int, int], object] | None = None,
-        urgent: tuple[Scheduler, int, int] | None = None,
+        others: tuple[Scheduler, int, int] | None = None,
     ) -> bool:
         """Let `handler(queue, request)` answer requests, each completed when it returns; with `batch`, let
-        `handler(queue, requests)` answer all, completed together. True when there were some.
+        `handler(queue, requests)` answer all, completed together. False when there are none, or none any more;
+        notifications are on then.
 
         At most `limit` are taken from the ring, and none while some wait that a turn before put off: it does so with
-        those behind one whose handler raised, which is raised here, and when something more urgent waits: `urgent` is a
-        scheduler, the actor whose turn this is, and the priority of its key. `charge` is told of requests and bytes
-        that were taken, before they are handled. Violation: as `take` and `complete`.
+        those behind one whose handler raised, which is raised here, and when something more urgent waits. `others`: a
+        scheduler, the actor whose turn this is, and the priority of its key. As long as nobody else waits there, for a
+        millisecond at most, up to `limit` more are taken, again and again, and looked for a little before notifications
+        are asked for. `charge` is told of requests and bytes that were taken, before they are handled; nothing is taken
+        a second time then. Violation: as `take` and `complete`.
         """
     def complete(self, requests: Sequence[Request]) -> None:
         """Give requests back as used, published together, and signal when the driver wants it. Requests that

@@ -15,7 +15,8 @@ use vbus_engine::worker::{self, Polling, PRIORITIES};
 use vbus_engine::{blk, loopback};
 
 use crate::doorbell::Doorbell;
-use crate::ring::{DeviceQueue, Request};
+use crate::request::Request;
+use crate::ring::DeviceQueue;
 use crate::signal::Signal;
 use crate::violation::{named, os_error};
 
@@ -121,7 +122,7 @@ impl Engine {
         let requests = self.engine.outbox().requests(limit);
         let request = |(queue, run, chain)| {
             let of: &Arc<Queue> = &self.queues[queue];
-            (queue, Request::new(chain, of.clone(), run))
+            (queue, Request::own(chain, of.clone(), run))
         };
         requests.into_iter().map(request).collect()
     }

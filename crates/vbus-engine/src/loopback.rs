@@ -82,7 +82,7 @@ impl Loopback {
         let mut receive = self.receive.lock();
         let chains = state.receiver.hand_over();
         if let Some(running) = receive.as_mut().filter(|_| state.run == self.receive.run()) {
-            running.put_off.extend(chains);
+            running.left.extend(chains);
         }
         state.backlog.take()
     }

@@ -269,6 +269,12 @@ impl Window {
     word!(load32, store32, AtomicU32, u32);
     word!(load64, store64, AtomicU64, u64);
 
+    /// Have a byte near when it is read.
+    #[inline(always)]
+    pub fn prefetch(&self, offset: usize) {
+        prefetch(self.word::<u8>(offset), false);
+    }
+
     /// Set bits of a byte, whatever others do to it.
     pub fn or8(&self, offset: usize, bits: u8, order: Ordering) {
         assert!(self.mapping.writable, "a store to a read-only mapping");
@@ -276,6 +282,23 @@ impl Window {
         // SAFETY: as for a store.
         unsafe { AtomicU8::from_ptr(byte) }.fetch_or(bits, order);
     }
+}
+
+/// Have it near when it is needed. A hint: what it says of memory that is gone is nothing.
+#[inline(always)]
+pub(crate) fn prefetch(address: *const u8, write: bool) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: it has no effect that a program could see, whatever the address is.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0, _MM_HINT_T0};
+        if write {
+            _mm_prefetch::<{ _MM_HINT_ET0 }>(address.cast());
+        } else {
+            _mm_prefetch::<{ _MM_HINT_T0 }>(address.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (address, write);
 }
 
 /// A range of driver memory that is contiguous in one mapping.
@@ -540,9 +563,14 @@ impl Table {
 
     /// Append a piece of a region, which `pieces` told of, to `segments`.
     pub(crate) fn append(&self, region: usize, address: u64, size: u32, segments: &mut Segments) {
+        let (mapping, offset) = self.place(region, address);
+        segments.push(mapping, address, offset, size as usize);
+    }
+
+    /// Where a driver address of a region, which `pieces` told of, lies: its mapping, and the offset in it.
+    pub(crate) fn place(&self, region: usize, address: u64) -> (&Arc<Mapping>, usize) {
         let region = &self.regions[region];
-        let offset = region.offset + (address - region.address) as usize;
-        segments.push(&region.mapping, address, offset, size as usize);
+        (&region.mapping, region.offset + (address - region.address) as usize)
     }
 
     /// The `size` bytes at `address`, when one mapping holds them in one piece.

@@ -47,6 +47,9 @@ pub trait Layout {
     /// Whether there is a chain to take.
     fn look(&mut self) -> Result<bool, Violation>;
 
+    /// Have what describes the next chains near, which `look` has seen, at most so many. A hint.
+    fn approach(&self, _limit: usize) {}
+
     /// By what the next chain, which `look` has seen, is known until it is read.
     fn name(&self) -> u16;
 
@@ -369,6 +372,7 @@ impl<L: Layout> Ring<L> {
         // It may have changed at this very moment: chains and the ring are found in one and the same.
         self.layout.follow(table, &self.setup)?;
         let light = chains.weight() + HEAVY;
+        self.layout.approach(limit);
         for _ in 0..limit {
             if chains.weight() >= light || !self.layout.look()? {
                 break;

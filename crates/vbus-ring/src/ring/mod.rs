@@ -25,7 +25,7 @@ use crate::area::LayoutError;
 use crate::mem::{Mapping, Memory};
 use crate::violation::Violation;
 
-pub use burst::{read_once, read_words, Burst, Piece};
+pub use burst::{copy_in, copy_out, read_once, read_words, Burst, Piece};
 pub use chain::Chain;
 pub use device::{HEAVY, MAX_BUFFERS};
 pub use driver::{AddError, INDIRECT_ENTRIES};

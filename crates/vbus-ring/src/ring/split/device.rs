@@ -222,6 +222,18 @@ impl Layout for Split {
         Ok(ahead != 0)
     }
 
+    /// Descriptors lie anywhere in their table, and the driver has just written them: one after the other, each would be
+    /// waited for.
+    #[inline]
+    fn approach(&self, limit: usize) {
+        for ahead in 0..self.seen.wrapping_sub(self.next).min(limit as u16) {
+            let place = self.next.wrapping_add(ahead) & (self.size - 1);
+            let head = self.parts.avail.load16(ENTRIES + 2 * usize::from(place), Ordering::Relaxed);
+            // Only to come near it. What is used is read later, once, and checked.
+            self.parts.desc.prefetch(DESC_BYTES * usize::from(head & (self.size - 1)));
+        }
+    }
+
     #[inline]
     fn name(&self) -> u16 {
         let place = self.next & (self.size - 1);
