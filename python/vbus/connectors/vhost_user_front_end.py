@@ -643,7 +643,7 @@ class FrontEnd(Attachment):
         Of a split ring that was served by a process that was killed, a front-end finds the place in the ring (QEMU does
         so of a network, whose requests it keeps nowhere). Of a packed one it does not.
         """
-        said = vring.base if vring.base is not None else PACKED_BASE
+        said = vring.base if vring.base is not None else m.PACKED_BASE
         ring = features.of_ring(self.features or 0)
         if ring["in_order"] or not ring["indirect"] or not self.slot.device.in_order:
             return said
