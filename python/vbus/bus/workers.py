@@ -72,8 +72,8 @@ class Workers:
             worker = min(self._workers, key=lambda worker: worker.tasks)
             return worker.add(engine, priority)
 
-    def counters(self) -> list[tuple[int, int, int]]:
-        """(turns with work, turns without, times asleep) of each worker."""
+    def counters(self) -> list[tuple[int, int, int, int]]:
+        """(turns with work, turns without, times asleep, nanoseconds in turns with work) of each worker."""
         return [worker.counters for worker in self._workers]
 
     def close(self) -> None:
