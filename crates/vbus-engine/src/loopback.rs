@@ -14,9 +14,9 @@ use crate::queue::{Queue, Running};
 use crate::worker::{Engine, Turn};
 
 /// Frames that are shown together.
-const BATCH: usize = 32;
+const BATCH: usize = 16;
 /// Batches of a turn.
-const BUDGET: usize = 8;
+const BUDGET: usize = 16;
 /// The engine's queues, as faults name them.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::mem::{Access, Memory, Table, Window};
 use crate::ring::chain::{Gather, Taken};
-use crate::ring::device::{part, Layout, Ring, Used};
+use crate::ring::device::{part, Layout, Ring, Single, Used};
 use crate::ring::indirect::Entries;
 use crate::ring::{Setup, DESC_BYTES};
 use crate::violation::{Rule, Violation};
@@ -197,6 +197,11 @@ impl Layout for Packed {
         Ok(self.seen.is_some())
     }
 
+    #[inline]
+    fn ahead(&self, limit: usize) {
+        self.parts.desc.prepare(DESC_BYTES * usize::from(self.next.index) + 1, DESC_BYTES * limit, false);
+    }
+
     /// What it is called, the last descriptor says; until then the place of the first, for people.
     #[inline]
     fn name(&self) -> u16 {
@@ -236,6 +241,17 @@ impl Layout for Packed {
     }
 
     #[inline]
+    fn single(&self) -> Option<Single> {
+        let rest = self.seen?;
+        if rest.has(DESC_NEXT | DESC_INDIRECT) {
+            return None;
+        }
+        // Relaxed: written before the flags, see `look`.
+        let address = self.parts.desc.load64(DESC_BYTES * usize::from(self.next.index), Ordering::Relaxed);
+        Some(Single { head: rest.id(), address, size: rest.size(), write: rest.has(DESC_WRITE) })
+    }
+
+    #[inline]
     fn taken(&mut self, chain: Taken) {
         self.seen = None;
         self.span += chain.span;
@@ -261,6 +277,11 @@ impl Layout for Packed {
 
     fn asked(&self) -> (u64, u64) {
         (self.device, EVENT_BYTES as u64)
+    }
+
+    #[inline]
+    fn prepare(&self, count: usize) {
+        self.parts.desc.prepare(DESC_BYTES * usize::from(self.used.index), DESC_BYTES * count, true);
     }
 
     #[inline]
