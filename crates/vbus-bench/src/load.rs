@@ -69,6 +69,16 @@ impl Buffers {
         size.next_multiple_of(64)
     }
 
+    /// One of them.
+    pub fn window(&self, number: usize) -> &Window {
+        &self.windows[number]
+    }
+
+    /// Where the device finds it.
+    pub fn address(&self, number: usize) -> u64 {
+        self.addresses[number]
+    }
+
     /// How many.
     pub fn depth(&self) -> usize {
         self.windows.len()

@@ -19,7 +19,7 @@ mod violation;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::bench::{bench_calls, BenchRequest, EchoSide, Load, PingSide};
+    use crate::bench::{bench_calls, BenchRequest, EchoSide, Frames, Load, PingSide};
     #[pymodule_export]
     use crate::doorbell::Doorbell;
     #[pymodule_export]

@@ -47,8 +47,6 @@ PROTOCOL = (
 """What every class is offered with."""
 NEEDED_IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 """Without these the protocol has no in-band notifications."""
-PACKED_BASE = 0x8000_8000
-"""Where a packed ring begins: at descriptor 0 with a wrap counter of 1, for both sides."""
 LOOK_SECONDS = 0.5
 """How often to look whether a front-end that waits for an answer is there still."""
 REFUSED = 1
@@ -629,7 +627,7 @@ class FrontEnd(Attachment):
     def _stop(self, index: int) -> None:
         vring = self._vring(index)
         then = self._wait()
-        base = vring.base if vring.base is not None else PACKED_BASE if self._is_packed else 0
+        base = vring.base if vring.base is not None else m.PACKED_BASE if self._is_packed else 0
         ended: list[int | None] = []
 
         def stopped() -> None:
