@@ -15,12 +15,33 @@ from typing import Protocol
 import pytest
 
 import vbus
+from vbus import _core
 from vbus.bus import Bus, Connector, Device
 from vbus.proxy import Remote
 
 pytest_plugins = ["skips"] if (Path(__file__).parent / "skips.py").exists() else []
 
-CONNECTORS = ("process-tunnelled", "process-direct", "stream-unix", "stream-tcp")
+CONNECTORS = (
+    "process-tunnelled",
+    "process-direct",
+    "stream-unix",
+    "stream-tcp",
+    "ivshmem-tunnelled",
+    "ivshmem-direct",
+)
+
+
+def _without_io_uring() -> str:
+    """Why nothing that uses it can be tested here; empty where it can."""
+    try:
+        _core.BlkEngine.permitted()
+    except OSError as error:
+        return f"io_uring is not permitted here: {error.strerror}"
+    return ""
+
+
+WITHOUT_IO_URING = _without_io_uring()
+needs_io_uring = pytest.mark.skipif(bool(WITHOUT_IO_URING), reason=WITHOUT_IO_URING)
 
 
 # Behind a shell's `&` an interrupt is ignored, and would be in every process that a test starts.
@@ -44,6 +65,10 @@ def make_connector(kind: str, folder: Path, name: str = "c") -> Connector:
             return vbus.connectors.Stream(f"unix:{folder / name}.sock")
         case "stream-tcp":
             return vbus.connectors.Stream("tcp:127.0.0.1:0")
+        case "ivshmem-tunnelled":
+            return vbus.connectors.Ivshmem(folder / f"{name}.sock", keep=False)
+        case "ivshmem-direct":
+            return vbus.connectors.Ivshmem(folder / f"{name}.sock", signal="direct", keep=False)
     raise ValueError(kind)
 
 

@@ -7,5 +7,6 @@ pub mod bare;
 pub mod frames;
 pub mod load;
 pub mod pingpong;
+pub mod reads;
 pub mod wait;
 pub mod work;

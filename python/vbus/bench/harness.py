@@ -19,7 +19,7 @@ from vbus.bench.measure import Summary
 from vbus.bench.measurement import AnyMeasurement, C, Measurement, P, Row, Sample, Say, V
 from vbus.errors import UsageError
 
-NAMES = ("ring", "net", "latency", "python", "scale", "signal")
+NAMES = ("ring", "net", "latency", "python", "blk", "scale", "signal")
 """What can be measured: modules in `measurements`."""
 
 

@@ -68,8 +68,19 @@ ABOUT = {
         "Devices in Python, against bare calls of Python from native code.",
         """Measure a device in Python that does nothing, against bare calls of the same handler from native code.
 
-        One request at a time (`handle`), and 64 at once (`handle_batch`), which the device looks at or not.
+        One request at a time (`handle`), and 1, 8 and 64 at once (`handle_batch`), which the device looks at or not.
         """,
+    ),
+    "blk": About(
+        "A disk in another process: random reads through vhost-user.",
+        """Measure random reads of 4 KiB from a file in the page cache, through vhost-user, each side on its own CPU.
+
+        Served natively and in Python, through split and packed rings, notified and polling; 32 reads under way, and one
+        at a time, with a driver that sleeps and one that polls. The limit beside it is io_uring alone in the same
+        batches, and what fio finds where it is installed. With --peer, qemu-storage-daemon serves the same file. It
+        takes about five minutes.
+        """,
+        has_peer=True,
     ),
     "scale": About(
         "Many devices on one bus: to find them, to plug one, to have one.",

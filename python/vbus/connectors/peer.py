@@ -19,7 +19,7 @@ from vbus import _core, msg
 from vbus.bus import Account, Actor, Attachment, Bus, InUseError, RefusedError, Ring, Slot
 from vbus.channel import Mirror
 from vbus.connectors.peer_channels import PeerChannels
-from vbus.errors import Violation
+from vbus.errors import Error, Violation
 from vbus.virtio import Status, features
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class MessagePeer(Attachment):
     signal_kind: int
     max_message: int
     max_request = 0
+    extra_features = 0
+    """Bits of the transport's own, which are offered and taken beside those of every device."""
 
     def __init__(self, host: PeerHost, bus: Bus, label: str, accounts: list[Account]) -> None:
         self.host = host
@@ -224,7 +226,7 @@ class MessagePeer(Attachment):
                 answer(msg.NameResponse(slot.uuid, slot.name))
             case msg.GetDeviceFeatures(block_index=first, num_blocks=count):
                 # Blocks that the device has not are zero; `first` may be anything.
-                exposed = features.to_blocks(slot.exposed, FEATURE_BLOCKS)
+                exposed = features.to_blocks(slot.exposed | self.extra_features, FEATURE_BLOCKS)
                 count = min(count, MAX_BLOCKS)
                 blocks = [exposed[n] if n < FEATURE_BLOCKS else 0 for n in range(first, first + count)]
                 answer(msg.GetDeviceFeaturesResponse(first, count, tuple(blocks)))
@@ -233,7 +235,7 @@ class MessagePeer(Attachment):
                     raise RefusedError(f"{slot.name} has {FEATURE_BLOCKS} blocks of features")
                 mask = ((1 << 32 * len(blocks)) - 1) << 32 * first
                 bits = slot.negotiated & ~mask | features.from_blocks(blocks) << 32 * first
-                slot.set_driver_features(self, bits)
+                slot.set_driver_features(self, bits & ~self.extra_features)
                 answer(msg.SetDriverFeaturesResponse())
             case msg.GetConfig(offset=offset, length=length):
                 generation, data = slot.read_config(offset, min(length, self.limit - HEADROOM))
@@ -261,7 +263,14 @@ class MessagePeer(Attachment):
                 ring = Ring(size, desc, driver, device)
                 self.set_queue(slot, index, ring, lambda: answer(msg.SetVqueueResponse()))
             case msg.ResetVqueue(index=index):
-                slot.reset_queue(self, index, lambda: answer(msg.ResetVqueueResponse()))
+
+                def was_reset(error: Error | None) -> None:
+                    if error is None:
+                        answer(msg.ResetVqueueResponse())
+                    else:
+                        self.refuse(frame, errno.ETIMEDOUT, str(error))
+
+                slot.reset_queue(self, index, was_reset)
             case msg.GetShm(index=index):
                 answer(msg.GetShmResponse(index, 0, 0))
             case msg.Sources():
