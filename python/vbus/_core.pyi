@@ -24,6 +24,7 @@ __all__ = [
     "Engine",
     "EventReceiver",
     "EventSender",
+    "Frames",
     "LinkRing",
     "Load",
     "LoopbackEngine",
@@ -413,8 +414,8 @@ class Worker:
     def tasks(self) -> int:
         """Engines that it has."""
     @property
-    def counters(self) -> tuple[int, int, int]:
-        """Turns that found work, turns that found none, and how often it slept."""
+    def counters(self) -> tuple[int, int, int, int]:
+        """Turns that found work, turns that found none, how often it slept, and nanoseconds of turns with work."""
     def close(self) -> None:
         """End it, and its engines."""
 
@@ -600,6 +601,42 @@ class Load:
         """
     def random_reads(self, total: int, size: int, places: int, seed: int, bell: Doorbell | None = None) -> _LoadReport:
         """`total` reads of a disk of `places` times `size` bytes, at places that follow from `seed`."""
+
+class _FramesReport(TypedDict):
+    frames: int
+    checksum: int
+    """Of their numbers."""
+    alone_p50_ns: int
+    """Until a frame was back that was alone; of a burst, the first, and the last."""
+    alone_p99_ns: int
+    first_p50_ns: int
+    first_p99_ns: int
+    last_p50_ns: int
+    last_p99_ns: int
+    held_p50_ns: int
+    """What the first of a burst took more than the frame before it that was alone."""
+    held_p99_ns: int
+
+@final
+class Frames:
+    """A driver of a network card that gives back what it is sent, without Python in its loop.
+
+    Of both queues (receive, transmit): a driver's side with nothing outstanding, the arena that holds its buffers, the
+    driver address of the arena's first byte, and where in it they begin.
+    """
+
+    def __new__(
+        cls, receive: tuple[DriverQueue, Mapping, int, int], transmit: tuple[DriverQueue, Mapping, int, int]
+    ) -> Frames: ...
+    @staticmethod
+    def bytes_needed(burst: int, size: int) -> int:
+        """Bytes of each arena that the buffers of a burst take, for frames of `size` bytes."""
+    def run(self, count: int, burst: int, size: int) -> _FramesReport:
+        """A frame of `size` bytes alone and then `burst` of them at once, `count` times, each polled for.
+
+        ValueError: a frame that is too short, an arena without room. RuntimeError: a frame came back wrong, or none for
+        30 seconds. Violation: as `DriverQueue.reap`.
+        """
 
 class _Rounds(TypedDict):
     round_trips: int

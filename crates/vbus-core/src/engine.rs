@@ -53,9 +53,9 @@ impl Worker {
     }
 
     #[getter]
-    fn counters(&self) -> (u64, u64, u64) {
-        let [turns, idle_turns, sleeps] = self.0.counters();
-        (turns, idle_turns, sleeps)
+    fn counters(&self) -> (u64, u64, u64, u64) {
+        let [turns, idle_turns, sleeps, busy] = self.0.counters();
+        (turns, idle_turns, sleeps, busy)
     }
 
     fn close(&self, py: Python<'_>) {

@@ -20,7 +20,7 @@ mod violation;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::bench::{bench_calls, bench_reads, BenchRequest, EchoSide, Load, PingSide};
+    use crate::bench::{bench_calls, bench_reads, BenchRequest, EchoSide, Frames, Load, PingSide};
     #[pymodule_export]
     use crate::doorbell::Doorbell;
     #[pymodule_export]

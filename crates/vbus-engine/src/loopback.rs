@@ -16,9 +16,9 @@ use crate::queue::{Queue, Running};
 use crate::worker::{Engine, Turn};
 
 /// Frames that are shown together.
-const BATCH: usize = 32;
+const BATCH: usize = 16;
 /// Batches of a turn.
-const BUDGET: usize = 8;
+const BUDGET: usize = 16;
 /// Bytes of a batch after which its turn ends.
 const HEAVY_BYTES: u64 = 1 << 20;
 /// The engine's queues, as faults name them.

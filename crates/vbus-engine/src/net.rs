@@ -430,15 +430,32 @@ impl Receiver {
     }
 }
 
-/// Copy bytes that may overlap, few as they usually are.
+/// Copy bytes that may overlap; few, as they often are, by moves of a fixed size.
 ///
 /// # Safety
 ///
 /// As for `std::ptr::copy`.
 #[inline(always)]
 unsafe fn copy(from: *const u8, to: *mut u8, size: usize) {
+    /// Its first bytes and its last ones, which are all: read before anything is written.
+    #[inline(always)]
+    unsafe fn both<const PART: usize>(from: *const u8, to: *mut u8, size: usize) {
+        // SAFETY: as many bytes are there at least, by the caller's word, and at most twice as many.
+        unsafe {
+            let first = from.cast::<[u8; PART]>().read_unaligned();
+            let last = from.add(size - PART).cast::<[u8; PART]>().read_unaligned();
+            to.cast::<[u8; PART]>().write_unaligned(first);
+            to.add(size - PART).cast::<[u8; PART]>().write_unaligned(last);
+        }
+    }
     // SAFETY: by the caller's word.
-    unsafe { std::ptr::copy(from, to, size) }
+    unsafe {
+        match size {
+            32..=64 => both::<32>(from, to, size),
+            65..=128 => both::<64>(from, to, size),
+            _ => std::ptr::copy(from, to, size),
+        }
+    }
 }
 
 /// Frames that wait for buffers of a driver, copied.

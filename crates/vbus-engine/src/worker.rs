@@ -234,6 +234,7 @@ struct Shared {
     turns: AtomicU64,
     idle_turns: AtomicU64,
     sleeps: AtomicU64,
+    busy: AtomicU64,
 }
 
 fn owned(fd: RawFd) -> io::Result<OwnedFd> {
@@ -264,6 +265,7 @@ impl Shared {
             turns: AtomicU64::new(0),
             idle_turns: AtomicU64::new(0),
             sleeps: AtomicU64::new(0),
+            busy: AtomicU64::new(0),
         };
         shared.watch(shared.wake.as_raw_fd(), libc::EPOLLIN | libc::EPOLLET, WAKE)?;
         Ok(shared)
@@ -353,10 +355,10 @@ impl Worker {
         lock(&self.shared.tasks).len()
     }
 
-    /// Turns that had work, turns that had none, and how often it slept.
-    pub fn counters(&self) -> [u64; 3] {
-        let Shared { turns, idle_turns, sleeps, .. } = &*self.shared;
-        [turns, idle_turns, sleeps].map(|counter| counter.load(Ordering::Relaxed))
+    /// Turns that had work, turns that had none, how often it slept, and nanoseconds spent in turns that had work.
+    pub fn counters(&self) -> [u64; 4] {
+        let Shared { turns, idle_turns, sleeps, busy, .. } = &*self.shared;
+        [turns, idle_turns, sleeps, busy].map(|counter| counter.load(Ordering::Relaxed))
     }
 
     /// End it, and its engines.
@@ -421,6 +423,8 @@ struct Local {
     /// Of each priority: whether the next turn is first offered to those that are polled.
     polled_first: [bool; PRIORITIES],
     began: Instant,
+    /// What the clock said after the last turn, or sleep.
+    clock: u64,
     /// The last look at descriptors (nanoseconds), and turns since.
     looked: u64,
     turns: u32,
@@ -436,6 +440,7 @@ impl Local {
             next: [0; PRIORITIES],
             polled_first: [false; PRIORITIES],
             began: Instant::now(),
+            clock: 0,
             looked: 0,
             turns: 0,
             idle_turns: 0,
@@ -449,7 +454,7 @@ impl Local {
             }
             if self.step() {
                 self.turns += 1;
-                if self.turns >= TURNS || self.now() - self.looked >= UNSEEN.as_nanos() as u64 {
+                if self.turns >= TURNS || self.clock.saturating_sub(self.looked) >= UNSEEN.as_nanos() as u64 {
                     self.look(0);
                 }
                 continue;
@@ -582,7 +587,7 @@ impl Local {
             let place = (self.next[priority] + index) % count;
             let Some(task) = self.polled[priority].get(place).cloned() else { break };
             if self.turn(&task, false).worked {
-                task.last.store(self.now(), Ordering::Relaxed);
+                task.last.store(self.clock, Ordering::Relaxed);
                 self.next[priority] = (place + 1) % count;
                 return true;
             }
@@ -601,7 +606,7 @@ impl Local {
         };
         let turn = self.turn(task, ask);
         if turn.worked && self.shared.polling == Polling::Adaptive {
-            task.last.store(self.now(), Ordering::Relaxed);
+            task.last.store(self.clock, Ordering::Relaxed);
         }
         if task.gone.load(Ordering::Relaxed) {
             return;
@@ -615,7 +620,7 @@ impl Local {
 
     /// It was notified: how long since its last request? Would it have paid to wait for that?
     fn learn(&self, task: &Task) {
-        let gap = self.now().saturating_sub(task.last.load(Ordering::Relaxed));
+        let gap = self.clock.saturating_sub(task.last.load(Ordering::Relaxed));
         let window = task.window.load(Ordering::Relaxed);
         let (shortest, longest) = (SHORTEST.as_nanos() as u64, LONGEST.as_nanos() as u64);
         let window = if gap <= longest { (window * 2).clamp(shortest, longest) } else { window / 2 };
@@ -634,9 +639,17 @@ impl Local {
             // It is there, as long as the task is.
             let _ = self.shared.control(libc::EPOLL_CTL_MOD, fd, events, task.id | DESCRIPTOR);
         }
-        let counter = if turn.worked { &self.shared.turns } else { &self.shared.idle_turns };
+        // Once a turn: who polls has nothing else that would tell how busy it is.
+        let now = self.now();
+        let taken = now - std::mem::replace(&mut self.clock, now);
         // Nobody else counts.
-        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let add = |counter: &AtomicU64, more| counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+        if turn.worked {
+            add(&self.shared.turns, 1);
+            add(&self.shared.busy, taken);
+        } else {
+            add(&self.shared.idle_turns, 1);
+        }
         turn
     }
 
@@ -651,7 +664,7 @@ impl Local {
             if self.polled[priority].is_empty() {
                 continue;
             }
-            let now = self.now();
+            let now = self.clock;
             for task in self.polled[priority].clone() {
                 let waited = now.saturating_sub(task.last.load(Ordering::Relaxed));
                 if waited > task.window.load(Ordering::Relaxed) {
@@ -675,6 +688,7 @@ impl Local {
         if !self.shared.called.load(Ordering::Relaxed) {
             self.shared.sleeps.store(self.shared.sleeps.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             self.look(-1);
+            self.clock = self.now();
         }
         self.shared.asleep.store(false, Ordering::Relaxed);
     }

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU32, AtomicU8, Ordering};
 use std::sync::Arc;
 
 use super::chain::{Gather, Rules, Taken};
-use super::device::Chains;
+use super::device::{Chains, Single};
 use super::Chain;
-use crate::mem::{prefetch, Access, Mapping, Segments, Table, VolatileSlice};
+use crate::mem::{prefetch, Access, Mapping, Segments, Table, VolatileSlice, LINE};
 use crate::violation::Violation;
 
 /// A range of driver memory that is contiguous in one mapping, which the burst keeps that it is of.
@@ -250,7 +250,7 @@ impl Gather for Burst {
         let access = if write { Access::Write } else { Access::Read };
         let pieces = &mut self.pieces;
         table.pieces(address, size, access, |region, base, address, size| {
-            prefetch(base, write);
+            near(base, size, write);
             pieces.push(Piece { base, address, size, region: region as u32 });
             entry.count += 1;
             entry.readable += u32::from(!write);
@@ -296,5 +296,31 @@ impl Chains for Burst {
         }
         let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
         self.entries.push(Entry { head: name, span: 1, table, first, readable: 0, count: 0, rules: Rules::default() });
+    }
+
+    #[inline]
+    fn open_single(&mut self, table: &Arc<Table>, single: &Single) -> bool {
+        let &Single { head, address, size, write } = single;
+        let access = if write { Access::Write } else { Access::Read };
+        // Empty buffers are in no region.
+        let Some((region, base)) = table.piece(address, size, access) else { return false };
+        near(base, size, write);
+        if !self.tables.last().is_some_and(|known| Arc::ptr_eq(known, table)) {
+            self.tables.push(table.clone());
+        }
+        let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
+        self.pieces.push(Piece { base, address, size, region: region as u32 });
+        let rules = Rules::single(size, write);
+        self.entries.push(Entry { head, span: 1, table, first, readable: u32::from(!write), count: 1, rules });
+        true
+    }
+}
+
+/// Have the beginning of a piece near: a small frame behind its header, which begins anywhere in a line.
+#[inline(always)]
+fn near(base: *const u8, size: u32, write: bool) {
+    prefetch(base, write);
+    if size as usize > LINE {
+        prefetch(base.wrapping_add(LINE), write);
     }
 }
