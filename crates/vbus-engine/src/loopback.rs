@@ -19,8 +19,6 @@ use crate::worker::{Engine, Turn};
 const BATCH: usize = 16;
 /// Batches of a turn.
 const BUDGET: usize = 16;
-/// Bytes of a batch after which its turn ends.
-const HEAVY_BYTES: u64 = 1 << 20;
 /// The engine's queues, as faults name them.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -217,7 +215,7 @@ impl Loopback {
         }
         count(&counters.tx_packets, packets);
         count(&counters.tx_bytes, bytes);
-        after.heavy = sent.pieces() >= HEAVY || bytes >= HEAVY_BYTES;
+        after.heavy = sent.weight() >= HEAVY;
         result
     }
 }

@@ -48,6 +48,9 @@ impl Piece {
     }
 }
 
+/// Bytes that are moved in about the time that a piece of memory takes, wherever it is.
+const PIECE_BYTES: u64 = 256;
+
 #[derive(Debug)]
 struct Entry {
     head: u16,
@@ -66,6 +69,7 @@ pub struct Burst {
     tables: Vec<Arc<Table>>,
     entries: Vec<Entry>,
     pieces: Vec<Piece>,
+    bytes: u64,
 }
 
 // SAFETY: the memory that pieces point to is shared with other processes anyway, and accessed by atomics and volatile
@@ -87,10 +91,10 @@ impl Burst {
         self.entries.is_empty()
     }
 
-    /// Pieces of all chains.
+    /// How long serving all chains takes, roughly, in what a piece of memory takes.
     #[inline]
-    pub fn pieces(&self) -> usize {
-        self.pieces.len()
+    pub fn weight(&self) -> usize {
+        self.pieces.len() + (self.bytes / PIECE_BYTES) as usize
     }
 
     /// Forget all chains, and let go of their memory.
@@ -99,6 +103,7 @@ impl Burst {
         self.entries.clear();
         self.pieces.clear();
         self.tables.clear();
+        self.bytes = 0;
     }
 
     /// By it the driver knows a chain again.
@@ -247,6 +252,7 @@ impl Gather for Burst {
     fn push(&mut self, table: &Table, address: u64, size: u32, write: bool, most: u16) -> Result<(), Violation> {
         let Some(entry) = self.entries.last_mut() else { return Ok(()) };
         entry.rules.admit(entry.head, size, write)?;
+        self.bytes += u64::from(size);
         let access = if write { Access::Write } else { Access::Read };
         let pieces = &mut self.pieces;
         table.pieces(address, size, access, |region, base, address, size| {
@@ -277,6 +283,8 @@ impl Chains for Burst {
 
     fn truncate(&mut self, count: usize) {
         if let Some(entry) = self.entries.get(count) {
+            let rules = self.entries[count..].iter().map(|entry| &entry.rules);
+            self.bytes -= rules.map(|rules| rules.readable + rules.writable).sum::<u64>();
             self.pieces.truncate(entry.first as usize);
             self.entries.truncate(count);
             // What keeps memory for none of them would keep it for long.
@@ -286,7 +294,7 @@ impl Chains for Burst {
 
     #[inline]
     fn weight(&self) -> usize {
-        self.pieces.len()
+        self.weight()
     }
 
     #[inline]
@@ -311,6 +319,7 @@ impl Chains for Burst {
         let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
         self.pieces.push(Piece { base, address, size, region: region as u32 });
         let rules = Rules::single(size, write);
+        self.bytes += u64::from(size);
         self.entries.push(Entry { head, span: 1, table, first, readable: u32::from(!write), count: 1, rules });
         true
     }

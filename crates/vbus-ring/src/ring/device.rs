@@ -14,7 +14,7 @@ use crate::violation::{Rule, Violation};
 /// it, a large ring of chains that are each as long as the ring would take gigabytes.
 pub const MAX_BUFFERS: usize = 1 << 20;
 
-/// Pieces of memory in a burst after which it takes no further chain: long ones shall not keep others waiting.
+/// The weight of a burst at which it takes no further chain: long ones shall not keep others waiting.
 pub const HEAVY: usize = 4096;
 
 /// A chain that is used, as a layout shows it to the driver.
@@ -129,7 +129,7 @@ pub(super) trait Chains: Gather {
         false
     }
 
-    /// Pieces of memory, where those that are taken together are limited by them, too.
+    /// How long serving them takes, where as many are taken together as that allows.
     fn weight(&self) -> usize {
         0
     }
