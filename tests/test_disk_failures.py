@@ -193,6 +193,33 @@ def test_a_driver_that_leaves_a_hanging_disk_leaves_it_to_the_next_when_it_answe
 
 @needs_io_uring
 @needs_fuse
+def test_a_front_end_waits_for_the_end_of_what_hangs_and_goes_on_then(
+    make_bus: Callable[..., Bus], tmp_path: Path, hanging: Hanging
+) -> None:
+    bus = make_bus(workers=1)
+    bus.plug(Blk(path=hanging.held, read_only=True, engine="native"), "disk0")
+    bus.connect(vbus.connectors.VhostUser("disk0", tmp_path / "disk.sock"))
+    slot = bus.slot("disk0")
+    with vbus.attach(f"vhost-user:{tmp_path / 'disk.sock'}", timeout=2, device_id=2, name="disk0") as remote:
+        disk = remote.driver("disk0", RawDisk)
+        reads = hang(hanging, disk)
+        with pytest.raises(DriverError) as late:
+            disk.close()
+        assert late.value.errno == errno.ETIMEDOUT
+        assert {ended_by(future) for future in reads} == {errno.ESHUTDOWN}
+        assert wait_until(lambda: slot.violations == {"io-hangs": 1}, LIMIT)
+        # It waits on: for longer than one try of a reset takes.
+        with pytest.raises(DriverError):
+            remote.driver("disk0", RawDisk)
+        assert slot.status & Status.DEVICE_NEEDS_RESET
+        hanging.tell("go")
+        assert wait_until(lambda: slot.status == 0, LIMIT)
+        check_neighbours(remote.driver("disk0", RawDisk))
+    assert slot.violations == {"io-hangs": 1}
+
+
+@needs_io_uring
+@needs_fuse
 def test_a_disk_that_hangs_is_unplugged_and_left_behind(
     make_bus: Callable[..., Bus], attach: Callable[[Bus], Remote], hanging: Hanging
 ) -> None:
