@@ -606,8 +606,9 @@ impl Engine for Blk {
         turn
     }
 
-    fn end(&self) {
-        let Some(mut state) = self.lock().take() else { return };
+    fn end(&self) -> bool {
+        let Some(mut state) = self.lock().take() else { return true };
+        let over = state.under_way == 0;
         if state.under_way > 0 {
             // The kernel may still write there: it stays mapped for good. The file is let go of when it does no more.
             std::mem::forget(std::mem::take(&mut state.slots));
@@ -616,6 +617,7 @@ impl Engine for Blk {
             let _ = state.ring.submitter().unregister_files();
         }
         self.tell(0);
+        over
     }
 
     fn outbox(&self) -> &Outbox {
