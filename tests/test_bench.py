@@ -350,6 +350,22 @@ def test_fio_reads_as_much_as_io_uring_alone(tmp_path: Path) -> None:
     assert set(fio.values) < set(alone.values)
 
 
+@needs_io_uring
+def test_reads_of_a_file_itself_are_checked(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(os.urandom(8 * blk.SIZE))
+    with children.Child("vbus.bench.disk_side") as side:
+        shape = {"path": str(image), "total": 64, "depth": 4, "size": blk.SIZE, "seed": 1, "batch": 2}
+        told = side.ask("bare", places=8, **shape)
+        assert (told["requests"], told["bytes_received"]) == (64, 64 * blk.SIZE)
+        assert side.ask("bare", places=8, **shape | {"depth": 1})["checksum"] == told["checksum"]
+        assert side.ask("bare", places=8, **shape | {"seed": 2})["checksum"] != told["checksum"]
+        with pytest.raises(children.SideError, match="0 bytes were read of 4096"):
+            side.ask("bare", places=16, **shape)
+        with pytest.raises(children.SideError, match="multiples of 512"):
+            side.ask("bare", places=8, **shape | {"size": 100})
+
+
 def test_a_server_that_ends_is_what_it_said(tmp_path: Path) -> None:
     with children.Child("vbus.bench.disk_side") as side:
         command = ["sh", "-c", "echo no such disk >&2; false"]

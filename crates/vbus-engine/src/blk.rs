@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::{opcode, squeue, types, IoUring};
 use vbus_ring::mem::Table;
@@ -167,12 +167,20 @@ pub struct Counters {
     pub io_errors: AtomicU64,
 }
 
+/// What others may wait for the end of.
+#[derive(Debug, Default)]
+struct UnderWay {
+    count: usize,
+    /// How many wait: to wake nobody is a system call, too.
+    waiting: usize,
+}
+
 /// The engine of one queue.
 pub struct Blk {
     queue: Arc<Queue>,
     /// Until the engine has ended.
     state: Mutex<Option<State>>,
-    under_way: Mutex<usize>,
+    under_way: Mutex<UnderWay>,
     settled: Condvar,
     /// As the device model has them.
     pub settings: Settings,
@@ -204,7 +212,7 @@ impl Blk {
         Ok(Self {
             queue,
             state: Mutex::new(Some(state)),
-            under_way: Mutex::new(0),
+            under_way: Mutex::default(),
             settled: Condvar::new(),
             settings: Settings::default(),
             counters: Counters::default(),
@@ -213,17 +221,13 @@ impl Blk {
     }
 
     fn wait(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now().checked_add(timeout);
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-        while *under_way > 0 {
-            let left = deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return false;
-            }
-            let left = left.min(Duration::from_secs(1));
-            under_way = self.settled.wait_timeout(under_way, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        under_way.waiting += 1;
+        let busy = |under_way: &mut UnderWay| under_way.count > 0;
+        let waited = self.settled.wait_timeout_while(under_way, timeout, busy);
+        let (mut under_way, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        under_way.waiting -= 1;
+        under_way.count == 0
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<State>> {
@@ -232,8 +236,9 @@ impl Blk {
 
     /// Requests begin, or end.
     fn tell(&self, now: usize) {
-        *self.under_way.lock().unwrap_or_else(PoisonError::into_inner) = now;
-        if now == 0 {
+        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        under_way.count = now;
+        if now == 0 && under_way.waiting > 0 {
             self.settled.notify_all();
         }
     }
@@ -625,8 +630,9 @@ impl Engine for Blk {
         turn
     }
 
-    fn end(&self) {
-        let Some(mut state) = self.lock().take() else { return };
+    fn end(&self) -> bool {
+        let Some(mut state) = self.lock().take() else { return true };
+        let over = state.under_way == 0;
         if state.under_way > 0 {
             // The kernel may still write there: it stays mapped for good. The file is let go of when it does no more.
             std::mem::forget(std::mem::take(&mut state.slots));
@@ -635,6 +641,7 @@ impl Engine for Blk {
             let _ = state.ring.submitter().unregister_files();
         }
         self.tell(0);
+        over
     }
 
     fn outbox(&self) -> &Outbox {

@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -69,8 +70,11 @@ pub trait Engine: Send + Sync {
     /// without, somebody looks again.
     fn turn(&self, ask: bool) -> Turn;
 
-    /// The worker's thread has it no more: nothing is under way.
-    fn end(&self) {}
+    /// The worker's thread has it no more. False when the system still does something for it, and the thread cannot end
+    /// before that does.
+    fn end(&self) -> bool {
+        true
+    }
 
     /// Wait until nothing is under way in the memory of its queues, which were stopped; false when that takes longer.
     fn settle(&self, _timeout: Duration) -> bool {
@@ -305,7 +309,8 @@ impl Shared {
 /// A thread that gives engines their turns.
 pub struct Worker {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// And whether it can end, which it says at its end.
+    thread: Mutex<Option<(JoinHandle<()>, Receiver<bool>)>>,
 }
 
 impl Worker {
@@ -313,18 +318,18 @@ impl Worker {
     pub fn start(name: &str, polling: Polling, cpus: &[usize]) -> io::Result<Self> {
         let set = cpu_set(cpus)?;
         let shared = Arc::new(Shared::new(polling)?);
-        let (theirs, told) = (shared.clone(), std::sync::mpsc::channel());
+        let (theirs, told, ended) = (shared.clone(), channel(), channel());
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
             let begun = prepare(set.as_ref());
             let failed = begun.is_err();
             // The other end waits for it.
             let _ = told.0.send(begun);
             if !failed {
-                Local::new(theirs).run();
+                let _ = ended.0.send(Local::new(theirs).run());
             }
         })?;
         told.1.recv().map_err(|_| io::Error::other("the worker did not begin"))??;
-        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+        Ok(Self { shared, thread: Mutex::new(Some((thread, ended.1))) })
     }
 
     /// Give an engine its turns from now on; the first soon.
@@ -365,8 +370,11 @@ impl Worker {
     pub fn close(&self) {
         self.shared.closed.store(true, Ordering::Release);
         self.shared.call();
-        if let Some(thread) = lock(&self.thread).take() {
-            let _ = thread.join();
+        if let Some((thread, ended)) = lock(&self.thread).take() {
+            // One that cannot end is left behind, with nothing but its end to come. (It is an error that it panicked.)
+            if ended.recv() != Ok(false) {
+                let _ = thread.join();
+            }
         }
     }
 }
@@ -429,6 +437,7 @@ struct Local {
     looked: u64,
     turns: u32,
     idle_turns: u32,
+    can_end: bool,
 }
 
 impl Local {
@@ -444,10 +453,12 @@ impl Local {
             looked: 0,
             turns: 0,
             idle_turns: 0,
+            can_end: true,
         }
     }
 
-    fn run(mut self) {
+    /// Until the worker is closed; false when this thread cannot end.
+    fn run(mut self) -> bool {
         while !self.shared.closed.load(Ordering::Acquire) {
             if self.shared.called.load(Ordering::Relaxed) {
                 self.read_inbox();
@@ -475,6 +486,7 @@ impl Local {
             self.part(&task);
         }
         self.shared.ended.store(true, Ordering::Release);
+        self.can_end
     }
 
     fn now(&self) -> u64 {
@@ -521,7 +533,7 @@ impl Local {
             self.shared.unwatch(fd);
         }
         lock(&self.shared.tasks).remove(&task.id);
-        task.engine.end();
+        self.can_end &= task.engine.end();
     }
 
     /// Look at it no more.
