@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lzma
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,20 +38,23 @@ class Kernel:
         lines = (self.modules / "modules.builtin").read_text().splitlines()
         return {Path(line).stem.replace("-", "_") for line in lines}
 
-    def closure(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    def closure(self, modules: Collection[str | Path]) -> Iterator[tuple[str, bytes]]:
         """File names and contents of these modules and of those that they need, each after what it needs.
 
-        A module that the kernel has built in is left out; KeyError for one that it does not have.
+        A path is a module's that was built for this kernel; the others are the kernel's own. One that the kernel has
+        built in is left out; KeyError for one that it does not have.
         """
+        built = {module.stem.replace("-", "_"): module for module in modules if isinstance(module, Path)}
         done: set[str] = set()
-        for name in names:
-            yield from self._with_needs(name.replace("-", "_"), done)
+        for module in modules:
+            name = module.stem if isinstance(module, Path) else module
+            yield from self._with_needs(name.replace("-", "_"), self._files | built, done)
 
-    def _with_needs(self, name: str, done: set[str]) -> Iterator[tuple[str, bytes]]:
+    def _with_needs(self, name: str, files: Mapping[str, Path], done: set[str]) -> Iterator[tuple[str, bytes]]:
         if name in done or name in self._builtin:
             return
         done.add(name)
-        path = self._files[name]
+        path = files[name]
         module = path.read_bytes()
         if path.suffix == ".xz":
             module = lzma.decompress(module)
@@ -59,7 +62,7 @@ class Kernel:
         needs = re.search(rb"\0depends=([^\0]*)\0", module)
         for needed in needs[1].decode().split(",") if needs else []:
             if needed:
-                yield from self._with_needs(needed.replace("-", "_"), done)
+                yield from self._with_needs(needed.replace("-", "_"), files, done)
         yield f"{name}.ko", module
 
 
