@@ -28,7 +28,7 @@ struct window {
 	u64 address;
 	unsigned long pages;
 	size_t most;
-	spinlock_t lock;
+	spinlock_t lock;		/* see above */
 	struct window_page *page;
 	unsigned long *used;
 	unsigned long hint;

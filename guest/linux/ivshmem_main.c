@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * vbus_ivshmem: the bus behind QEMU's ivshmem-doorbell, a PCI function with memory that somebody else has mapped too.
+ * vbus_ivshmem: the bus behind QEMU's ivshmem-doorbell, a PCI function with memory that somebody
+ * else has mapped too.
  *
  *	BAR0	registers: which peer we are, and the doorbell
  *	BAR2	the shared area, then the window (ivshmem_window.c)
  *	MSI-X	vector 0: the link; 1 + p: events of priority p
  *
- * The host is peer 0, and has the same vectors, and vector 9: "make a session". Two words in the area's first page, each
- * written by one side, say which session there is:
+ * The host is peer 0, and has the same vectors, and vector 9: "make a session". Two words in the
+ * area's first page, each written by one side, say which session there is:
  *
  *	guest					host
  *	session_request := another number
@@ -15,11 +16,13 @@
  *						session := session_request
  *	HELLO, devices, ...		<-----	vector 0
  *
- * When the host's word is another one day, the host is gone, or a new one: then so are all devices, and it begins again. One
- * thread a function does that, from the first session to the last, in the order in which it can be read there.
+ * When the host's word is another one day, the host is gone, or a new one: then so are all devices,
+ * and it begins again. One thread a function does that, from the first session to the last, in the
+ * order in which it can be read there.
  *
- * The id of the function says nothing: all users of ivshmem have it. Only a function whose memory has the bus's magic, or is
- * still empty and then gets it, is ours; others are left alone, without a word.
+ * The id of the function says nothing: all users of ivshmem have it. Only a function whose memory
+ * has the bus's magic, or is still empty and then gets it, is ours; others are left alone, without
+ * a word.
  */
 #include <linux/bitfield.h>
 #include <linux/delay.h>
@@ -29,6 +32,7 @@
 #include <linux/module.h>
 #include <linux/pci.h>
 #include <linux/random.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 
 #include "ivshmem.h"
@@ -54,10 +58,12 @@
 #define SESSION			0xf40
 
 /* A window smaller than this serves nobody. */
-#define MIN_WINDOW		(1UL << 20)
+#define MIN_WINDOW		SZ_1M
 /* Between two looks at the session, in case an interrupt was lost or was not for us. */
 #define LOOK_MS			1000
-/* Between the end of a session and the beginning of the next, if that one cannot be begun at once. */
+/*
+ * Between the end of a session and the beginning of the next, if that one cannot be begun at once.
+ */
 #define FIRST_PAUSE_MS		100
 #define LAST_PAUSE_MS		10000
 
@@ -106,7 +112,7 @@ struct ivshmem {
 	bool over;
 	bool broken;
 	struct delayed_work watch;
-	spinlock_t lock;
+	spinlock_t lock;		/* see above */
 	struct vbus_proxy *proxy;
 };
 
@@ -139,10 +145,12 @@ static void ask_session(struct ivshmem *iv, u32 session)
 
 /* Doorbells and interrupts. */
 
-/* Whoever is rung sees what was written before: to write a register is to have written all of that. */
+/*
+ * Whoever is rung sees what was written before: to write a register is to have written all of that.
+ */
 static void ring(struct ivshmem *iv, unsigned int vector)
 {
-	virt_mb();
+	virt_mb();	/* also where the register is the hypervisor's to hear */
 	writel(FIELD_PREP(DOORBELL_PEER, HOST) | FIELD_PREP(DOORBELL_VECTOR, vector),
 	       iv->registers + REG_DOORBELL);
 }
@@ -194,7 +202,8 @@ static void iv_ring_events(struct vbus_connector *connector, unsigned int priori
 	ring(to_ivshmem(connector), VECTOR_EVENTS + priority);
 }
 
-static int iv_open_events(struct vbus_connector *connector, struct vbus_proxy *proxy, unsigned int priority)
+static int iv_open_events(struct vbus_connector *connector, struct vbus_proxy *proxy,
+			  unsigned int priority)
 {
 	struct ivshmem *iv = to_ivshmem(connector);
 	struct events_vector *vector = &iv->vectors[priority];
@@ -244,7 +253,10 @@ static const struct vbus_connector_ops iv_ops = {
 
 /* Sessions. */
 
-/* Whether the memory is a bus's, or could become one: the last thing that is known before anything is written to it. */
+/*
+ * Whether the memory is a bus's, or could become one: the last thing that is known before anything
+ * is written to it.
+ */
 static bool may_be_ours(struct ivshmem *iv)
 {
 	const struct vbus_area_header *header = iv->memory;
@@ -285,7 +297,10 @@ static int begin_session(struct ivshmem *iv)
 	return session_comes(iv, session_seconds) ? 0 : -ETIMEDOUT;
 }
 
-/* What there is in a session: an area of the layout that this side knows, and a window. Says what is wrong with it. */
+/*
+ * What there is in a session: an area of the layout that this side knows, and a window. Says what
+ * is wrong with it.
+ */
 static int check_area(struct ivshmem *iv, size_t *total)
 {
 	struct device *dev = &iv->pdev->dev;
@@ -300,7 +315,8 @@ static int check_area(struct ivshmem *iv, size_t *total)
 	} else if (err == -EPROTO) {
 		dev_err_ratelimited(dev, "the bus has an area that cannot be\n");
 	} else if (!err && iv->size - *total < MIN_WINDOW) {
-		dev_err_ratelimited(dev, "the area leaves only %zu bytes of window\n", iv->size - *total);
+		dev_err_ratelimited(dev, "the area leaves only %zu bytes of window\n",
+				    iv->size - *total);
 		err = -ENOSPC;
 	}
 	return err;
@@ -404,8 +420,10 @@ static int sessions(void *data)
 /* Before anything is written to it: whether it has what a bus's function has. */
 static bool has_the_form(struct pci_dev *pdev)
 {
-	return pci_resource_flags(pdev, 0) & IORESOURCE_MEM && pci_resource_flags(pdev, 2) & IORESOURCE_MEM &&
-	       pci_resource_len(pdev, 2) > VBUS_AREA_PAGE && pci_msix_vec_count(pdev) > VECTORS;
+	return pci_resource_flags(pdev, 0) & IORESOURCE_MEM &&
+	       pci_resource_flags(pdev, 2) & IORESOURCE_MEM &&
+	       pci_resource_len(pdev, 2) > VBUS_AREA_PAGE &&
+	       pci_msix_vec_count(pdev) > VECTORS;
 }
 
 static int map(struct ivshmem *iv)
@@ -415,8 +433,9 @@ static int map(struct ivshmem *iv)
 	iv->registers = pcim_iomap(pdev, 0, 0);
 	iv->size = pci_resource_len(pdev, 2);
 	/*
-	 * Write-back, as RAM: it is RAM of the host, which both sides' processors reach through their caches. (Where the
-	 * processor's own tables make it something slower, it is still as coherent.)
+	 * Write-back, as RAM: it is RAM of the host, which both sides' processors reach through
+	 * their caches. (Where the processor's own tables make it something slower, it is still as
+	 * coherent.)
 	 */
 	iv->memory = devm_memremap(&pdev->dev, pci_resource_start(pdev, 2), iv->size, MEMREMAP_WB);
 	if (!iv->registers || IS_ERR_OR_NULL(iv->memory))
@@ -426,7 +445,10 @@ static int map(struct ivshmem *iv)
 	return 0;
 }
 
-/* Vectors of the link and of events; those of events are used when there are queues of their priorities. */
+/*
+ * Vectors of the link and of events; those of events are used when there are queues of their
+ * priorities.
+ */
 static int listen(struct ivshmem *iv)
 {
 	struct pci_dev *pdev = iv->pdev;
@@ -449,7 +471,9 @@ static void unlisten(struct ivshmem *iv)
 	pci_clear_master(iv->pdev);
 }
 
-/* The first session. A bus that is known to be there may be late; who says nothing at all is none. */
+/*
+ * The first session. A bus that is known to be there may be late; who says nothing at all is none.
+ */
 static int knock(struct ivshmem *iv)
 {
 	const struct vbus_area_header *header = iv->memory;

@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The window: the part of the function's memory behind the shared area, where the device's side finds rings and buffers.
+ * The window: the part of the function's memory behind the shared area, where the device's side
+ * finds rings and buffers.
  *
- * The device's side sees nothing of this guest but this memory. Rings are allocated in it. Buffers are copied: into a place
- * of it when they are mapped, and back when they are unmapped or synchronised. The addresses that drivers are given for
- * that are offsets into the function's BAR.
+ * The device's side sees nothing of this guest but this memory. Rings are allocated in it. Buffers
+ * are copied: into a place of it when they are mapped, and back when they are unmapped or
+ * synchronised. The addresses that drivers are given for that are offsets into the function's BAR.
  *
  *	dma_map	-----> a place, bytes copied in -----> the device reads and writes there
  *	buffer <------ bytes copied out <------------- dma_unmap, dma_sync
  *
- * Places are whole pages, or pieces of 64 to 2048 bytes of a page that has only pieces of one size. Where a buffer came
- * from is kept outside of the window: nothing that the device's side can write is believed, neither addresses nor lengths.
+ * Places are whole pages, or pieces of 64 to 2048 bytes of a page that has only pieces of one size.
+ * Where a buffer came from is kept outside of the window: nothing that the device's side can write
+ * is believed, neither addresses nor lengths.
  *
- * When there is no place, mapping fails with DMA_MAPPING_ERROR, which drivers know: block requests wait and come again,
- * network frames are dropped.
+ * When there is no place, mapping fails with DMA_MAPPING_ERROR, which drivers know: block requests
+ * wait and come again, network frames are dropped.
  */
 #include <linux/bitmap.h>
 #include <linux/dma-map-ops.h>
@@ -28,11 +30,15 @@
 
 /* Pages of the window, which are the same everywhere. */
 #define WINDOW_SHIFT	12
-#define WINDOW_PAGE	(1UL << WINDOW_SHIFT)
+#define WINDOW_PAGE	BIT(WINDOW_SHIFT)
 /* Sizes of pieces: 64 << 0 to 64 << 5 bytes. */
 #define PIECE_SHIFT	6
+#define LEAST_PIECE	BIT(PIECE_SHIFT)
 #define SIZES		ARRAY_SIZE(((struct window *)NULL)->partial)
-/* A buffer has at most so many bytes, or a sixteenth of the window: a larger one would seldom find a place. */
+/*
+ * A buffer has at most so many bytes, or a sixteenth of the window: a larger one would seldom find
+ * a place.
+ */
 #define MAX_BUFFER	SZ_256K
 
 /* Where a buffer came from. */
@@ -147,7 +153,8 @@ static void give_piece(struct window *window, struct window_page *page, unsigned
 		list_add(&page->list, &window->partial[page->size]);
 	page->free |= BIT_ULL(piece);
 	/* The last page of its size stays: it will be wanted again. */
-	if (page->free == all_pieces(page->size) && !list_is_singular(&window->partial[page->size])) {
+	if (page->free == all_pieces(page->size) &&
+	    !list_is_singular(&window->partial[page->size])) {
 		list_del(&page->list);
 		kfree(page->origins);
 		page->origins = NULL;
@@ -160,8 +167,10 @@ static struct origin *take_place(struct window *window, size_t size, size_t *off
 {
 	long at;
 
+	if (size <= LEAST_PIECE)
+		return take_piece(window, 0, offset);
 	if (size <= WINDOW_PAGE / 2)
-		return take_piece(window, size <= BIT(PIECE_SHIFT) ? 0 : fls(size - 1) - PIECE_SHIFT, offset);
+		return take_piece(window, fls(size - 1) - PIECE_SHIFT, offset);
 	at = take_pages(window, DIV_ROUND_UP(size, WINDOW_PAGE));
 	if (at < 0)
 		return NULL;
@@ -169,7 +178,10 @@ static struct origin *take_place(struct window *window, size_t size, size_t *off
 	return &window->page[at].origin;
 }
 
-/* The origin of the place at @offset, which may be in the middle of it: then @offset becomes where it begins. */
+/*
+ * The origin of the place at @offset, which may be in the middle of it: then @offset becomes where
+ * it begins.
+ */
 static struct origin *find_place(struct window *window, size_t *offset)
 {
 	struct window_page *page = &window->page[*offset >> WINDOW_SHIFT];
@@ -217,8 +229,8 @@ static void copy(void *place, phys_addr_t memory, size_t size, bool in)
 static void copy_in(void *place, const struct origin *origin, enum dma_data_direction direction)
 {
 	/*
-	 * A device may write less than the buffer holds. What it leaves shall be neither what others had in this place, nor
-	 * this guest's own memory for the other side to read.
+	 * A device may write less than the buffer holds. What it leaves shall be neither what
+	 * others had in this place, nor this guest's own memory for the other side to read.
 	 */
 	if (direction == DMA_FROM_DEVICE)
 		memset(place, 0, origin->size);
@@ -248,8 +260,9 @@ static void copy_out(struct device *dev, dma_addr_t address, size_t size)
 
 /* The operations. */
 
-static dma_addr_t window_map_page(struct device *dev, struct page *page, unsigned long offset, size_t size,
-				  enum dma_data_direction direction, unsigned long attrs)
+static dma_addr_t window_map_page(struct device *dev, struct page *page, unsigned long offset,
+				  size_t size, enum dma_data_direction direction,
+				  unsigned long attrs)
 {
 	struct window *window = window_at(dev);
 	struct origin *origin;
@@ -354,7 +367,8 @@ static void window_sync_sg_for_device(struct device *dev, struct scatterlist *li
 }
 
 /* Rings: memory that both sides see all the time. */
-static void *window_alloc(struct device *dev, size_t size, dma_addr_t *address, gfp_t gfp, unsigned long attrs)
+static void *window_alloc(struct device *dev, size_t size, dma_addr_t *address, gfp_t gfp,
+			  unsigned long attrs)
 {
 	struct window *window = window_at(dev);
 	unsigned long flags;

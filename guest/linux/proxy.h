@@ -90,7 +90,7 @@ struct vbus_events {
 	const struct vbus_stats *stats_in;
 	__le32 *taken_in;
 	struct vbus_queue __rcu **listeners;
-	struct mutex open_lock;
+	struct mutex open_lock;		/* guards which rings are used */
 	struct vbus_ring rings[VBUS_PRIORITIES];
 };
 

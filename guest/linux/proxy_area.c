@@ -2,8 +2,9 @@
 /*
  * Where everything is in a shared area.
  *
- * A version of the area has one layout for a number of sources, so that the header is compared with what it must be
- * instead of being believed. Of what the device's side wrote nothing is used but the number of sources.
+ * A version of the area has one layout for a number of sources, so that the header is compared with
+ * what it must be instead of being believed. Of what the device's side wrote nothing is used but
+ * the number of sources.
  */
 #include <linux/align.h>
 #include <linux/export.h>
@@ -22,9 +23,12 @@ static u64 take(u64 *at, u64 size, u64 align)
 
 static void plan_events(struct vbus_events_places *places, u64 *at, u32 max_sources)
 {
-	places->slots = take(at, (u64)VBUS_PRIORITIES * max_sources * sizeof(struct vbus_slot), VBUS_AREA_PAGE);
-	places->stats = take(at, (u64)max_sources * sizeof(struct vbus_stats), 64);
-	places->taken = take(at, (u64)max_sources * sizeof(__le32), VBUS_AREA_PAGE);
+	const u64 sources = max_sources;
+
+	places->slots = take(at, VBUS_PRIORITIES * sources * sizeof(struct vbus_slot),
+			     VBUS_AREA_PAGE);
+	places->stats = take(at, sources * sizeof(struct vbus_stats), 64);
+	places->taken = take(at, sources * sizeof(__le32), VBUS_AREA_PAGE);
 	places->sleep = take(at, VBUS_PRIORITIES * sizeof(struct vbus_sleep), 64);
 }
 
@@ -76,15 +80,16 @@ static void write_header(struct vbus_area_header *header, const struct vbus_layo
 
 int vbus_area_read(const void *area, size_t size, u32 *version, struct vbus_layout *layout)
 {
+	const struct vbus_area_header *header = area;
 	struct vbus_area_header found, wanted;
 	u32 max_sources;
 
 	BUILD_BUG_ON(sizeof(found) != 0x98);
 	if (size < VBUS_AREA_PAGE)
 		return -ENOENT;
-	/* The magic was written last: what was written before is there when it is. */
-	if (READ_ONCE(((const struct vbus_area_header *)area)->magic) != cpu_to_le64(VBUS_AREA_MAGIC))
+	if (READ_ONCE(header->magic) != cpu_to_le64(VBUS_AREA_MAGIC))
 		return -ENOENT;
+	/* The magic was written last: what was written before is there when it is. */
 	virt_rmb();
 	memcpy(&found, area, sizeof(found));
 	/* What is checked is the copy. */
@@ -98,7 +103,9 @@ int vbus_area_read(const void *area, size_t size, u32 *version, struct vbus_layo
 		return -EPROTO;
 	plan(layout, max_sources);
 	write_header(&wanted, layout);
-	if (memcmp(&found, &wanted, sizeof(found)) || layout->total > size || layout->total > VBUS_AREA_MAX)
+	if (memcmp(&found, &wanted, sizeof(found)))
+		return -EPROTO;
+	if (layout->total > size || layout->total > VBUS_AREA_MAX)
 		return -EPROTO;
 	return 0;
 }

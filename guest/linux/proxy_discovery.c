@@ -2,14 +2,16 @@
 /*
  * Discovery and hotplug: which devices there are.
  *
- * The bus may announce and remove devices at any time and in any order, and as often as it likes. What it said is kept as
- * a bit a number, so that it costs nothing to hear; one work item, which may sleep, makes it true:
+ * The bus may announce and remove devices at any time and in any order, and as often as it likes.
+ * What it said is kept as a bit a number, so that it costs nothing to hear; one work item, which
+ * may sleep, makes it true:
  *
- *	announced, not known	ask what it is, register it		(it may be gone again: then let go of the number)
+ *	announced, not known	ask what it is, register it; if it is gone, let go of the number
  *	removed			unregister it, let go of the number
  *
- * Before a device that was removed is unregistered, its driver is told (vbus_device_gone()), by the work item of the link:
- * the driver may be waiting for the device, in the middle of being bound or unbound, and must not.
+ * Before a device that was removed is unregistered, its driver is told (vbus_device_gone()), by the
+ * work item of the link: the driver may be waiting for the device, in the middle of being bound or
+ * unbound, and must not.
  */
 #include <linux/bitmap.h>
 #include <linux/module.h>
@@ -178,7 +180,8 @@ void vbus_discovery_event(struct vbus_proxy *proxy, u16 number, u16 state)
 		set_bit(number, discovery->ready);
 	} else if (state == VBUS_DEVICE_REMOVED) {
 		set_bit(number, discovery->removed);
-		smp_mb__after_atomic();	/* the bit, before the look for the device: see add() */
+		/* The bit, before the look for the device: see add(). */
+		smp_mb__after_atomic();
 		mutex_lock(&discovery->lock);
 		device = xa_load(&discovery->devices, number);
 		if (device)

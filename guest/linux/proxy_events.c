@@ -2,9 +2,9 @@
 /*
  * Event rings: how one side tells the other "look at this queue", with few doorbells.
  *
- * There is a ring for each of eight priorities and both directions. A queue has at most one event outstanding, and a ring
- * has a slot for every queue of the bus: it never overflows, and nobody waits. A doorbell rings only for a consumer that
- * sleeps, which its sleep word says by being odd.
+ * There is a ring for each of eight priorities and both directions. A queue has at most one event
+ * outstanding, and a ring has a slot for every queue of the bus: it never overflows, and nobody
+ * waits. A doorbell rings only for a consumer that sleeps, which its sleep word says by being odd.
  *
  *	producer					consumer
  *	buffers are in the queue			an event is in the ring: count it in taken[]
@@ -15,22 +15,27 @@
  *	  the sleep word is odd: ring			FENCE D
  *							look at the ring once more, then sleep
  *
- * A meets B: either the producer sees that its last event was taken, or the consumer's look at the queue sees the buffers.
- * C meets D: either the producer sees the consumer asleep, or the consumer's last look sees the event. Each fence is
- * between a store and a load of another word. They are virt_mb(), which is a fence even where this kernel has only one
- * processor: the other side always has another. No shared word is the target of a read-modify-write, since those are no
+ * A meets B: either the producer sees that its last event was taken, or the consumer's look at the
+ * queue sees the buffers. C meets D: either the producer sees the consumer asleep, or the
+ * consumer's last look sees the event. Each fence is between a store and a load of another word.
+ * They are virt_mb(), which is a fence even where this kernel has only one processor: the other
+ * side always has another. No shared word is the target of a read-modify-write, since those are no
  * longer atomic on such a kernel; what processors of this side compete for is private.
  *
- * The consumer here works as NAPI does. The interrupt takes a few events at once, which is as early as can be, and leaves
- * the consumer awake; the poll in softirq goes on, and comes back until it finds nothing. In between the softirqs run
- * that the events started, so that all that becomes due meanwhile costs no interrupt. Only then it sleeps.
+ * The consumer here works as NAPI does. The interrupt takes a few events at once, which is as early
+ * as can be, and leaves the consumer awake; the poll in softirq goes on, and comes back until it
+ * finds nothing. In between the softirqs run that the events started, so that all that becomes due
+ * meanwhile costs no interrupt. Only then it sleeps.
  */
 #include <linux/export.h>
 #include <linux/slab.h>
 
 #include "proxy.h"
 
-/* Events that are taken before their queues are looked at: their count is told to the other side by one fence. */
+/*
+ * Events that are taken before their queues are looked at: their count is told to the other side by
+ * one fence.
+ */
 #define BATCH		16
 /* Events of one interrupt, and of one poll. */
 #define IRQ_BUDGET	32
@@ -44,24 +49,33 @@ static void count(u64 *counter, __le64 *shown)
 	WRITE_ONCE(*shown, cpu_to_le64(*counter));
 }
 
-static void publish(struct vbus_events *events, struct vbus_ring *ring, const struct vbus_queue *queue)
+static void publish(struct vbus_events *events, struct vbus_ring *ring,
+		    const struct vbus_queue *queue)
 {
 	/*
-	 * Full ordering: whatever earlier producers of this ring knew, this one knows. In the lap since this slot was last
-	 * written some queue came twice, so the consumer had taken its first event, and those before it.
+	 * Full ordering: whatever earlier producers of this ring knew, this one knows. In the lap
+	 * since this slot was last written some queue came twice, so the consumer had taken its
+	 * first event, and those before it.
 	 */
 	u32 position = atomic_fetch_inc(&ring->tail);
 	struct vbus_slot *slot = &ring->slots_out[position & (events->max_sources - 1)];
 
 	WRITE_ONCE(slot->source, cpu_to_le32(queue->source));
 	WRITE_ONCE(slot->generation, cpu_to_le32(queue->generation));
+	/* Whoever sees this number sees the two words. */
 	virt_store_release(&slot->sequence, cpu_to_le32(position + 1));
 }
 
-/* Whether an event was sent: not when one is outstanding, or when the device's side lies, which is its own loss. */
+/*
+ * Whether an event was sent: not when one is outstanding, or when the device's side lies, which is
+ * its own loss.
+ */
 static bool send(struct vbus_events *events, struct vbus_ring *ring, struct vbus_queue *queue)
 {
-	if (le32_to_cpu(virt_load_acquire(&events->taken_out[queue->source])) != queue->sent)
+	/* The consumer has read the slot when this is seen: it is written again a lap later. */
+	u32 taken = le32_to_cpu(virt_load_acquire(&events->taken_out[queue->source]));
+
+	if (taken != queue->sent)
 		return false;
 	queue->sent++;
 	count(&queue->sent_total, &events->stats_out[queue->source].sent);
@@ -114,10 +128,14 @@ EXPORT_SYMBOL_GPL(vbus_queue_signal);
 
 /* Towards the driver. */
 
-/* Whether there is an event at the head of a ring: 1, 0, or an error when events were overwritten before they were taken. */
+/*
+ * Whether there is an event at the head of a ring: 1, 0, or an error when events were overwritten
+ * before they were taken.
+ */
 static int look(const struct vbus_events *events, const struct vbus_ring *ring)
 {
 	const struct vbus_slot *slot = &ring->slots_in[ring->head & (events->max_sources - 1)];
+	/* The words of the slot are those that this number stands for. */
 	u32 sequence = le32_to_cpu(virt_load_acquire(&slot->sequence));
 	s32 ahead = sequence - (ring->head + 1);
 
@@ -128,8 +146,9 @@ static int look(const struct vbus_events *events, const struct vbus_ring *ring)
 }
 
 /*
- * The queue of the next event, which is counted as taken; NULL when the event is of an old generation, or of a queue that
- * nobody listens to; an error when it cannot be. The caller holds the ring's lock, and has looked.
+ * The queue of the next event, which is counted as taken; NULL when the event is of an old
+ * generation, or of a queue that nobody listens to; an error when it cannot be. The caller holds
+ * the ring's lock, and has looked.
  */
 static struct vbus_queue *take(struct vbus_events *events, struct vbus_ring *ring)
 {
@@ -153,8 +172,8 @@ static struct vbus_queue *take(struct vbus_events *events, struct vbus_ring *rin
 }
 
 /* Take up to a batch of events, at most @budget; how many slots were looked at. */
-static unsigned int take_batch(struct vbus_events *events, struct vbus_ring *ring, struct vbus_queue **batch,
-			       unsigned int *found, unsigned int budget)
+static unsigned int take_batch(struct vbus_events *events, struct vbus_ring *ring,
+			       struct vbus_queue **batch, unsigned int *found, unsigned int budget)
 {
 	struct vbus_queue *queue;
 	unsigned int seen = 0;
@@ -182,7 +201,10 @@ static unsigned int take_batch(struct vbus_events *events, struct vbus_ring *rin
 	return seen;
 }
 
-/* Take events of a priority and of those that are more urgent, the most urgent first, and look at their queues. */
+/*
+ * Take events of a priority and of those that are more urgent, the most urgent first, and look at
+ * their queues.
+ */
 static unsigned int drain(struct vbus_proxy *proxy, unsigned int least_urgent, unsigned int budget)
 {
 	struct vbus_events *events = &proxy->events;

@@ -2,14 +2,15 @@
 /*
  * Messages: the two rings of the link, questions and their answers.
  *
- * Whoever asks puts a message into the ring towards the device and sleeps. A work item, which the link's interrupt
- * starts, takes the messages out of the other ring, wakes whoever asked, and passes on what the bus says by itself.
+ * Whoever asks puts a message into the ring towards the device and sleeps. A work item, which the
+ * link's interrupt starts, takes the messages out of the other ring, wakes whoever asked, and
+ * passes on what the bus says by itself.
  *
  *	vbus_ask()  --> ring to device --> doorbell            the device's side answers
  *	    sleeps <--- complete() <------ link_work() <------ interrupt
  *
- * A message is copied before anybody looks at it, and lengths are those of the copy. Both counters are kept here too,
- * and the own one is never read back.
+ * A message is copied before anybody looks at it, and lengths are those of the copy. Both counters
+ * are kept here too, and the own one is never read back.
  */
 #include <linux/jiffies.h>
 #include <linux/module.h>
@@ -55,6 +56,7 @@ static void put(struct vbus_link_ring *ring, u32 *tail, const void *data, size_t
 /* Bytes that find room now; an error when the head cannot be true. */
 static int room(struct vbus_link *link)
 {
+	/* What the reader read before it moved its head is not written over before that is seen. */
 	u32 head = le32_to_cpu(virt_load_acquire(&link->out->head));
 	u32 used = link->tail - head;
 
@@ -103,7 +105,8 @@ static int send(struct vbus_proxy *proxy, struct vbus_request *request, u16 toke
 	if (size > READ_ONCE(proxy->max_msg))
 		return -EMSGSIZE;
 	mutex_lock(&link->send_lock);
-	if (!wait_event_timeout(link->room, has_room(link, aligned(size), &err), answer_seconds * HZ))
+	if (!wait_event_timeout(link->room, has_room(link, aligned(size), &err),
+				answer_seconds * HZ))
 		err = -ETIMEDOUT;
 	if (!err)
 		put_message(proxy, &header, request->body, request->size, request->more,
@@ -143,7 +146,10 @@ static int begin(struct vbus_link *link, struct call *call)
 	return err;
 }
 
-/* The result, if there is one yet. With the lock held: whoever completes a call takes it off the list. */
+/*
+ * The result, if there is one yet. With the lock held: whoever completes a call takes it off the
+ * list.
+ */
 static void finish(struct call *call, int result)
 {
 	list_del_init(&call->list);
@@ -156,8 +162,8 @@ static void finish(struct call *call, int result)
  * @proxy: the bus
  * @request: the question, and room for the answer
  *
- * Return: bytes of the answer's body, or an error: what the bus refused with, -ENODEV when it or the device is gone,
- * -ETIMEDOUT, -EPROTO for an answer that cannot be.
+ * Return: bytes of the answer's body, or an error: what the bus refused with, -ENODEV when it or
+ * the device is gone, -ETIMEDOUT, -EPROTO for an answer that cannot be.
  */
 int vbus_ask(struct vbus_proxy *proxy, struct vbus_request *request)
 {
@@ -227,18 +233,24 @@ static int refusal(const struct vbus_msg *message, size_t size)
 }
 
 /* Nobody waits any more when the question took too long; that is no mistake of the bus. */
-static void answered(struct vbus_link *link, const struct vbus_msg *message, size_t size, bool refused)
+static void answered(struct vbus_link *link, const struct vbus_msg *message, size_t size,
+		     bool refused)
 {
 	struct call *call;
 
 	spin_lock(&link->calls_lock);
 	call = call_of(link, le16_to_cpu(message->token));
-	if (call)
-		finish(call, refused ? refusal(message, size) : answer(call->request, message, size));
+	if (call && refused)
+		finish(call, refusal(message, size));
+	else if (call)
+		finish(call, answer(call->request, message, size));
 	spin_unlock(&link->calls_lock);
 }
 
-/* Without waiting for room: whoever waited here would keep the answers from those who wait for them. */
+/*
+ * Without waiting for room: whoever waited here would keep the answers from those who wait for
+ * them.
+ */
 static void pong(struct vbus_proxy *proxy, const struct vbus_msg *message, size_t size)
 {
 	struct vbus_link *link = &proxy->link;
@@ -252,7 +264,8 @@ static void pong(struct vbus_proxy *proxy, const struct vbus_msg *message, size_
 	mutex_unlock(&link->send_lock);
 }
 
-static const char *heard_of_bus(struct vbus_proxy *proxy, const struct vbus_msg *message, size_t size)
+static const char *heard_of_bus(struct vbus_proxy *proxy, const struct vbus_msg *message,
+				size_t size)
 {
 	const struct vbus_event_device *event = (const void *)(message + 1);
 
@@ -277,7 +290,8 @@ static const char *heard_of_bus(struct vbus_proxy *proxy, const struct vbus_msg 
 	}
 }
 
-static const char *heard_of_device(struct vbus_proxy *proxy, const struct vbus_msg *message, size_t size)
+static const char *heard_of_device(struct vbus_proxy *proxy, const struct vbus_msg *message,
+				   size_t size)
 {
 	const struct vbus_event_config *event = (const void *)(message + 1);
 
@@ -290,7 +304,10 @@ static const char *heard_of_device(struct vbus_proxy *proxy, const struct vbus_m
 	return NULL;
 }
 
-/* What is wrong with a message, if anything is. Events of kinds that are not known here are not looked at. */
+/*
+ * What is wrong with a message, if anything is. Events of kinds that are not known here are not
+ * looked at.
+ */
 static const char *heard(struct vbus_proxy *proxy, const struct vbus_msg *message)
 {
 	size_t size = le16_to_cpu(message->size) - sizeof(*message);
@@ -318,6 +335,7 @@ static void get(const struct vbus_link_ring *ring, u32 head, void *data, size_t 
 /* The next message, copied; NULL when there is none, an error when what is there cannot be. */
 static const struct vbus_msg *next_message(struct vbus_link *link)
 {
+	/* The bytes below it are those of messages. */
 	u32 tail = le32_to_cpu(virt_load_acquire(&link->in->tail));
 	u32 available = tail - link->head;
 	struct vbus_msg *message = (void *)link->message;

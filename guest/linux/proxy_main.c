@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * vbus_proxy: the bus type "vbus", its devices and what sysfs shows of them, and one bus's beginning and end.
+ * vbus_proxy: the bus type "vbus", its devices and what sysfs shows of them, and one bus's
+ * beginning and end.
  *
  *	/sys/bus/vbus/devices/vbus0-3/
  *		name address uuid device_id vendor_id priority
  *		to_device/ to_driver/		signalled sent rung taken
  *
- * The parts of a proxy: the link (messages), the event rings, the discovery. Whatever the other side says is checked in the
- * part that hears it; what cannot be ends the session (vbus_broken()).
+ * The parts of a proxy: the link (messages), the event rings, the discovery. Whatever the other
+ * side says is checked in the part that hears it; what cannot be ends the session (vbus_broken()).
  */
 #include <linux/ctype.h>
 #include <linux/idr.h>
@@ -99,7 +100,10 @@ static void to_device_counters(struct vbus_device *device, struct counters *sums
 		sums->signalled += READ_ONCE(queue->signalled);
 		sums->sent += READ_ONCE(queue->sent_total);
 		sums->rung += READ_ONCE(queue->rung);
-		/* The device's side counts a generation's events; those of older ones were as good as taken. */
+		/*
+		 * The device's side counts a generation's events; those of older ones were as good
+		 * as taken.
+		 */
 		sums->taken += READ_ONCE(queue->sent_total) -
 			       (READ_ONCE(queue->sent) != vbus_events_taken_out(queue));
 	}
@@ -234,7 +238,10 @@ void vbus_name_copy(char *to, const u8 *from, unsigned int length)
 	to[length] = 0;
 }
 
-/* A device as the bus describes it, not yet registered. Errors: what it says cannot be, or there is no memory. */
+/*
+ * A device as the bus describes it, not yet registered. Errors: what it says cannot be, or there is
+ * no memory.
+ */
 struct vbus_device *vbus_device_create(struct vbus_proxy *proxy, u16 number,
 				       const struct vbus_device_info *info,
 				       const struct vbus_name_answer *name)
@@ -290,7 +297,8 @@ fail:
  *
  * A device that is gone already is told of at once.
  */
-void vbus_device_listen(struct vbus_device *device, const struct vbus_device_events *events, void *data)
+void vbus_device_listen(struct vbus_device *device, const struct vbus_device_events *events,
+			void *data)
 {
 	mutex_lock(&device->lock);
 	device->events = events;

@@ -6,8 +6,9 @@
  *	the bus			vbus_proxy: discovery, hotplug, messages, events
  *	guest connector		vbus_ivshmem, which finds the shared area and rings doorbells
  *
- * A connector finds a shared area and makes a proxy of it, which lives as long as one session with the device's side. The
- * proxy discovers the devices and registers each on the bus type "vbus", where drivers bind to it.
+ * A connector finds a shared area and makes a proxy of it, which lives as long as one session with
+ * the device's side. The proxy discovers the devices and registers each on the bus type "vbus",
+ * where drivers bind to it.
  */
 #ifndef VBUS_H
 #define VBUS_H
@@ -44,16 +45,19 @@ struct vbus_connector {
  * struct vbus_connector_ops - what the proxy asks of a connector
  * @ring_link: ring for the messages that were put into the link's ring; in any context
  * @ring_events: ring for events of a priority; in any context
- * @open_events: from now on vbus_proxy_events_interrupt() is called when events of a priority have come; may sleep
+ * @open_events: from now on vbus_proxy_events_interrupt() is called when events of a priority have
+ *   come; may sleep
  * @close_events: not any more, and no such call is under way; may sleep
  * @use_memory: whether a kind of memory (VBUS_MEMORY_*) can be used; an error if not
  * @setup_dma: give a device the operations that make buffers visible to the device's side
- * @broken: the device's side does not keep to the protocol, or does not answer: the session shall end; in any context
+ * @broken: the device's side does not keep to the protocol, or does not answer: the session shall
+ *   end; in any context
  */
 struct vbus_connector_ops {
 	void (*ring_link)(struct vbus_connector *connector);
 	void (*ring_events)(struct vbus_connector *connector, unsigned int priority);
-	int (*open_events)(struct vbus_connector *connector, struct vbus_proxy *proxy, unsigned int priority);
+	int (*open_events)(struct vbus_connector *connector, struct vbus_proxy *proxy,
+			   unsigned int priority);
 	void (*close_events)(struct vbus_connector *connector, unsigned int priority);
 	int (*use_memory)(struct vbus_connector *connector, u8 kind);
 	void (*setup_dma)(struct vbus_connector *connector, struct vbus_device *device);
@@ -61,8 +65,9 @@ struct vbus_connector_ops {
 };
 
 /*
- * What an area's header says: 0 when it is one of the only layout that this version has. -ENOENT: there is no magic;
- * -EPROTONOSUPPORT: another version, which is told in @version; -EPROTO: sizes or offsets that this version cannot have.
+ * What an area's header says: 0 when it is one of the only layout that this version has. -ENOENT:
+ * there is no magic; -EPROTONOSUPPORT: another version, which is told in @version; -EPROTO: sizes
+ * or offsets that this version cannot have.
  */
 int vbus_area_check(const void *area, size_t size, u32 *version, size_t *total);
 
@@ -101,7 +106,8 @@ void vbus_proxy_destroy(struct vbus_proxy *proxy);
  * @signalled: how often the driver wanted to tell the device
  * @sent_total: how often that took an event
  * @rung: how often that took a doorbell
- * @taken: events of this generation that came from the device; guarded by the lock of the priority's ring
+ * @taken: events of this generation that came from the device; guarded by the lock of the
+ *   priority's ring
  * @taken_total: events that ever came
  */
 struct vbus_queue {
@@ -113,7 +119,7 @@ struct vbus_queue {
 	u8 priority;
 	u64 before[3];
 
-	spinlock_t lock;
+	spinlock_t lock;		/* see above */
 	bool open;
 	u32 sent;
 	u64 signalled;
@@ -150,7 +156,8 @@ struct vbus_device_events {
  * @known: how many of @queues were given a source and a priority
  * @dma_mask: for @dev
  * @gone: it was removed, or the bus is lost
- * @void_buffers: what it has not completed is not delivered: buffers that it should have written read as all ones
+ * @void_buffers: what it has not completed is not delivered: buffers that it should have written
+ *   read as all ones
  * @lock: guards @events and @data, and is held while they are called
  * @events: what the driver wants to hear
  * @data: the driver's
@@ -172,7 +179,7 @@ struct vbus_device {
 	bool gone;
 	bool void_buffers;
 
-	struct mutex lock;
+	struct mutex lock;		/* see above */
 	const struct vbus_device_events *events;
 	void *data;
 };
@@ -197,7 +204,8 @@ struct vbus_driver {
 int vbus_register_driver(struct vbus_driver *driver, struct module *owner);
 void vbus_unregister_driver(struct vbus_driver *driver);
 
-void vbus_device_listen(struct vbus_device *device, const struct vbus_device_events *events, void *data);
+void vbus_device_listen(struct vbus_device *device, const struct vbus_device_events *events,
+			void *data);
 void vbus_device_ignore(struct vbus_device *device);
 void vbus_device_broken(struct vbus_device *device, const char *why);
 

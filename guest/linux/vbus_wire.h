@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What the two sides of a bus must agree upon: the shared area, the event rings and the messages, as they are laid out
- * in memory. docs/protocol.md of the project is the definition; the names here are its names.
+ * What the two sides of a bus must agree upon: the shared area, the event rings and the messages,
+ * as they are laid out in memory. docs/protocol.md of the project is the definition; the names here
+ * are its names.
  *
- * Everything is little-endian. Whatever the device's side writes is read once (READ_ONCE, or a copy) and checked.
+ * Everything is little-endian. Whatever the device's side writes is read once (READ_ONCE, or a
+ * copy) and checked.
  */
 #ifndef VBUS_WIRE_H
 #define VBUS_WIRE_H
@@ -62,7 +64,10 @@ struct vbus_link_ring {
 	u8 data[VBUS_LINK_BYTES];
 };
 
-/* One event. The producer writes it; the sequence number, which is one more than its position, comes last. */
+/*
+ * One event. The producer writes it; the sequence number, which is one more than its position,
+ * comes last.
+ */
 struct vbus_slot {
 	__le32 sequence;
 	__le32 source;
@@ -98,7 +103,10 @@ struct vbus_msg {
 };
 
 #define VBUS_REVISION		1
-/* The largest message that this side takes, and sends: a quarter of what would fit into half of a ring. */
+/*
+ * The largest message that this side takes, and sends: a quarter of what would fit into half of a
+ * ring.
+ */
 #define VBUS_MAX_MSG		4096
 #define VBUS_NAME_MAX		63
 

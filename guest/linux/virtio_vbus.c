@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * virtio_vbus: a virtio transport over the bus. The kernel's own virtio drivers bind to what it registers.
+ * virtio_vbus: a virtio transport over the bus. The kernel's own virtio drivers bind to what it
+ * registers.
  *
- * Each of the transport's verbs is a question to the bus, so that they sleep; only notifications do not, which are events:
- * see proxy_events.c. Rings and buffers are made visible to the device by the DMA operations that the connector gave the
- * vbus device, which is the parent of the virtio device.
+ * Each of the transport's verbs is a question to the bus, so that they sleep; only notifications do
+ * not, which are events: see proxy_events.c. Rings and buffers are made visible to the device by
+ * the DMA operations that the connector gave the vbus device, which is the parent of the virtio
+ * device.
  *
- * A device that is gone, or that needs a reset, must not leave anybody waiting: its queues are broken, so that nothing more
- * is put into them, and requests of a disk that it has not answered are ended.
+ * A device that is gone, or that needs a reset, must not leave anybody waiting: its queues are
+ * broken, so that nothing more is put into them, and requests of a disk that it has not answered
+ * are ended.
  */
 #include <linux/blk-mq.h>
 #include <linux/module.h>
@@ -31,9 +34,9 @@ struct virtio_vbus_device {
 	struct virtio_device vdev;
 	struct vbus_device *device;
 	u32 generation;			/* of config space, as last read */
-	bool registered;		/* config changes may be told; guarded by the device's lock */
+	bool registered;		/* config changes may be told; by the device's lock */
 	bool missed;			/* there was one before; the same */
-	struct mutex queues_lock;	/* guards the list of queues against who breaks them, and: */
+	struct mutex queues_lock;	/* guards the queues against who breaks them, and: */
 	bool has_queues;		/* it has, or has had, some */
 	struct work_struct failed;
 };
@@ -46,7 +49,8 @@ static struct virtio_vbus_device *to_vv(struct virtio_device *vdev)
 	return container_of(vdev, struct virtio_vbus_device, vdev);
 }
 
-static int ask(struct virtio_vbus_device *vv, u8 id, const void *body, size_t size, void *answer, size_t room)
+static int ask(struct virtio_vbus_device *vv, u8 id, const void *body, size_t size, void *answer,
+	       size_t room)
 {
 	struct vbus_request request = {
 		.id = id,
@@ -68,7 +72,8 @@ struct config_answer {
 	u8 data[CONFIG_CHUNK];
 };
 
-static int read_chunk(struct virtio_vbus_device *vv, struct config_answer *answer, u32 offset, u32 length)
+static int read_chunk(struct virtio_vbus_device *vv, struct config_answer *answer, u32 offset,
+		      u32 length)
 {
 	struct vbus_config_range range = {
 		.offset = cpu_to_le32(offset),
@@ -113,8 +118,12 @@ static void vv_get(struct virtio_device *vdev, unsigned int offset, void *buf, u
 	kfree(answer);
 }
 
-/* A write is refused when config space has changed since it was last looked at; then it is written all the same. */
-static void vv_set(struct virtio_device *vdev, unsigned int offset, const void *buf, unsigned int len)
+/*
+ * A write is refused when config space has changed since it was last looked at; then it is written
+ * all the same.
+ */
+static void vv_set(struct virtio_device *vdev, unsigned int offset, const void *buf,
+		   unsigned int len)
 {
 	struct virtio_vbus_device *vv = to_vv(vdev);
 	struct config_answer *answer;
@@ -154,7 +163,10 @@ out:
 		dev_dbg(&vdev->dev, "config space at %u was not written: %d\n", offset, size);
 }
 
-/* Every read brings the generation with it; see the caller, who reads again when it is another behind the reads. */
+/*
+ * Every read brings the generation with it; see the caller, who reads again when it is another
+ * behind the reads.
+ */
 static u32 vv_generation(struct virtio_device *vdev)
 {
 	return READ_ONCE(to_vv(vdev)->generation);
@@ -188,7 +200,10 @@ static void vv_set_status(struct virtio_device *vdev, u8 status)
 		dev_err(&vdev->dev, "status %#x was not set: %d\n", status, err);
 }
 
-/* The answer comes when nothing of the device is under way any more: only then buffers may be used for something else. */
+/*
+ * The answer comes when nothing of the device is under way any more: only then buffers may be used
+ * for something else.
+ */
 static void vv_reset(struct virtio_device *vdev)
 {
 	struct virtio_vbus_device *vv = to_vv(vdev);
@@ -228,7 +243,10 @@ static int vv_finalize_features(struct virtio_device *vdev)
 		dev_err(&vdev->dev, "%s does not offer VERSION_1\n", vv->device->name);
 		return -EINVAL;
 	}
-	/* Without it the ring would be given the addresses of this side's memory, which mean nothing to the other. */
+	/*
+	 * Without it the ring would be given the addresses of this side's memory, which mean
+	 * nothing to the other.
+	 */
 	if (!__virtio_test_bit(vdev, VIRTIO_F_ACCESS_PLATFORM)) {
 		dev_err(&vdev->dev, "%s does not offer ACCESS_PLATFORM\n", vv->device->name);
 		return -EINVAL;
@@ -274,7 +292,9 @@ static int queue_size(struct virtio_vbus_device *vv, u32 index)
 	size = min_t(u32, le32_to_cpu(has.max_size), MAX_QUEUE_SIZE);
 	if (!size)
 		return -ENOENT;
-	return __virtio_test_bit(&vv->vdev, VIRTIO_F_RING_PACKED) ? size : rounddown_pow_of_two(size);
+	if (__virtio_test_bit(&vv->vdev, VIRTIO_F_RING_PACKED))
+		return size;
+	return rounddown_pow_of_two(size);
 }
 
 static int tell_queue(struct virtio_vbus_device *vv, struct virtqueue *vq, u32 index)
@@ -290,8 +310,8 @@ static int tell_queue(struct virtio_vbus_device *vv, struct virtqueue *vq, u32 i
 	return ask(vv, VBUS_SET_VQUEUE, &body, sizeof(body), NULL, 0);
 }
 
-static struct virtqueue *setup_queue(struct virtio_vbus_device *vv, u32 index, vq_callback_t *callback,
-				     const char *name, bool ctx)
+static struct virtqueue *setup_queue(struct virtio_vbus_device *vv, u32 index,
+				     vq_callback_t *callback, const char *name, bool ctx)
 {
 	struct vbus_queue *queue;
 	struct virtqueue *vq;
@@ -305,8 +325,8 @@ static struct virtqueue *setup_queue(struct virtio_vbus_device *vv, u32 index, v
 		return ERR_PTR(size);
 	mutex_lock(&vv->queues_lock);
 	vv->has_queues = true;
-	vq = vring_create_virtqueue(index, size, SMP_CACHE_BYTES, &vv->vdev, true, true, ctx, vv_notify,
-				    callback, name);
+	vq = vring_create_virtqueue(index, size, SMP_CACHE_BYTES, &vv->vdev, true, true, ctx,
+				    vv_notify, callback, name);
 	if (vq)
 		vq->priv = queue;
 	mutex_unlock(&vv->queues_lock);
@@ -431,9 +451,10 @@ static const struct virtio_config_ops vv_config_ops = {
 /* Devices that do not go on. */
 
 /*
- * Requests of a disk that will not be answered end with an error; else removing the disk would wait for them for ever. The
- * driver does that by itself only in newer kernels. What it gave the queue with a request is the request's private data.
- * The status, which the device should have written, reads as all ones, which is an error: see @void_buffers.
+ * Requests of a disk that will not be answered end with an error; else removing the disk would wait
+ * for them for ever. The driver does that by itself only in newer kernels. What it gave the queue
+ * with a request is the request's private data. The status, which the device should have written,
+ * reads as all ones, which is an error: see @void_buffers.
  */
 static void end_disk_requests(struct virtio_vbus_device *vv)
 {
@@ -449,7 +470,10 @@ static void end_disk_requests(struct virtio_vbus_device *vv)
 			blk_mq_complete_request(request);
 		}
 	}
-	/* The queue may have been full. The disk is still there: its driver deletes the queues before it lets go. */
+	/*
+	 * The queue may have been full. The disk is still there: its driver deletes the queues
+	 * before it lets go.
+	 */
 	if (stopped)
 		blk_mq_start_stopped_hw_queues(stopped, true);
 }
@@ -458,10 +482,16 @@ static void end_disk_requests(struct virtio_vbus_device *vv)
 static void end_requests(struct virtio_vbus_device *vv)
 {
 	mutex_lock(&vv->queues_lock);
-	/* Before there is a queue, nobody can be waiting, and the list of queues may not be one yet. */
+	/*
+	 * Before there is a queue, nobody can be waiting, and the list of queues may not be one
+	 * yet.
+	 */
 	if (vv->has_queues) {
 		virtio_break_device(&vv->vdev);
-		/* Whoever uses a queue has its lock, and interrupts off: now nobody is in the middle of it. */
+		/*
+		 * Whoever uses a queue has its lock, and interrupts off: now nobody is in the
+		 * middle of it.
+		 */
 		synchronize_rcu();
 		if (IS_ENABLED(CONFIG_BLOCK) && vv->vdev.id.device == VIRTIO_ID_BLOCK)
 			end_disk_requests(vv);
@@ -474,7 +504,9 @@ static void gone(void *data)
 	end_requests(data);
 }
 
-/* The device needs a reset, and gets it. Its driver has to be bound anew, since it does not know. */
+/*
+ * The device needs a reset, and gets it. Its driver has to be bound anew, since it does not know.
+ */
 static void failed_work(struct work_struct *work)
 {
 	struct virtio_vbus_device *vv = container_of(work, struct virtio_vbus_device, failed);

@@ -15,6 +15,9 @@ PACKAGES = {"amd64": "linux-image-amd64", "s390x": "linux-image-s390x", "ppc64el
 """The package, by Debian's name of the architecture, that depends on the newest kernel."""
 
 
+IMAGE = "linux-image-"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel and its modules."""
@@ -66,15 +69,22 @@ class Kernel:
         yield f"{name}.ko", module
 
 
-def stock(architecture: str) -> Kernel:
-    """Debian's kernel for an architecture. Raises FetchError."""
-    newest = cache() / architecture / "kernel"
-    if not newest.exists():
-        packages = [name for name in depends(architecture, PACKAGES[architecture]) if name.startswith("linux-image-")]
-        if not packages:
-            raise FetchError(f"{PACKAGES[architecture]} names no kernel")
-        newest.write_text(packages[0])
-    files = unpacked(architecture, [newest.read_text()], alone_without=True)
+def stock(architecture: str, *, backports: bool = False) -> Kernel:
+    """Debian's kernel for an architecture: the release's, or the newer one of its backports. Raises FetchError."""
+    name = newest(architecture, "linux-image-", backports=backports)
+    files = unpacked(architecture, [name], alone_without=True, backports=backports)
     images = sorted((files / "boot").glob("vmlinu[xz]-*"))
     modules = sorted((files / "lib/modules").iterdir())
     return Kernel(images[0], modules[0])
+
+
+def newest(architecture: str, kind: str, *, backports: bool = False) -> str:
+    """The package of a kind of the newest kernel: `linux-image-`, `linux-headers-`. Raises FetchError."""
+    known = cache() / architecture / ("kernel-backports" if backports else "kernel")
+    if not known.exists():
+        package = PACKAGES[architecture]
+        packages = [name for name in depends(architecture, package, backports=backports) if name.startswith(IMAGE)]
+        if not packages:
+            raise FetchError(f"{package} names no kernel")
+        known.write_text(packages[0])
+    return kind + known.read_text().removeprefix(IMAGE)
