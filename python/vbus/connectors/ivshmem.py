@@ -29,7 +29,7 @@ from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError
 from vbus.shmem import ivshmem
 from vbus.shmem.area import PRIORITIES, Area, Geometry, sealed_memfd
-from vbus.units import format_size
+from vbus.units import format_size, parse_size
 from vbus.virtio import features
 
 log = logging.getLogger("vbus.connector")
@@ -37,7 +37,7 @@ log = logging.getLogger("vbus.connector")
 DEFAULT_BAR = 64 << 20
 MAX_MACHINES = 16
 LOOK_AGAIN = 0.01
-"""Seconds between two looks at devices that are being reset for the next session."""
+"""Seconds between two looks at devices that are still being reset."""
 SESSION_PAUSE = 0.05
 """Seconds, at least, between the beginnings of two sessions: making an area anew takes time."""
 
@@ -46,9 +46,9 @@ class Ivshmem(PeerHost):
     """Lets a guest of QEMU drive the bus's devices through `-device ivshmem-doorbell`, with vbus's kernel modules.
 
     `socket` is where QEMU connects (`vbus qemu-args` says with which options); by default a path that is printed.
-    `memory` is how large the function's memory is, in bytes: a power of two, 32 MiB or more; what the bus's own area
-    leaves of it is the window for buffers. UsageError for a `signal` other than `tunnelled` or `direct`, or a `memory`
-    that cannot be.
+    `memory` is how large the function's memory is, in bytes or as "64 MiB": a power of two, 32 MiB or more; what the
+    bus's own area leaves of it is the window for buffers. UsageError for a `signal` other than `tunnelled` or `direct`,
+    or a `memory` that cannot be.
     """
 
     type_name: ClassVar[str] = "ivshmem"
@@ -59,16 +59,17 @@ class Ivshmem(PeerHost):
         *,
         devices: Iterable[str] | None = None,
         signal: Literal["tunnelled", "direct"] = "tunnelled",
-        memory: int = DEFAULT_BAR,
+        memory: int | str = DEFAULT_BAR,
     ) -> None:
         super().__init__(devices=devices)
         if signal not in ("tunnelled", "direct"):
             raise UsageError(f"signal {signal!r}: tunnelled or direct")
-        if memory & (memory - 1) or not ivshmem.LEAST_BAR <= memory <= ivshmem.MOST_BAR:
+        size = parse_size(memory, "memory")
+        if size & (size - 1) or not ivshmem.LEAST_BAR <= size <= ivshmem.MOST_BAR:
             least, most = format_size(ivshmem.LEAST_BAR), format_size(ivshmem.MOST_BAR)
             raise UsageError(f"memory {memory}: a power of two from {least} to {most}")
         self.signal = signal
-        self.memory = memory
+        self.memory = size
         self.socket = Path(socket) if socket is not None else None
         self._machines: list[Machine] = []
 
@@ -80,8 +81,12 @@ class Ivshmem(PeerHost):
     def listen(self, bus: Bus, name: str) -> socket.socket:
         """Bind the socket. UsageError, too, when the bus's area leaves no window."""
         total = Geometry.plan(bus.max_sources).total
-        if total > self.memory // 2:
-            raise UsageError(f"memory {self.memory}: the area of this bus takes {total} bytes, take four times as much")
+        if self.memory - total < ivshmem.LEAST_WINDOW:
+            least = format_size(ivshmem.LEAST_WINDOW)
+            raise UsageError(
+                f"memory {format_size(self.memory)}: the area of this bus takes {format_size(total)}, "
+                f"and buffers want {least} at least: give it more"
+            )
         if self.socket is None:
             self.socket = rundir.socket_path(bus.name, name)
         return self.unix_listener(self.socket, socket.SOCK_STREAM)

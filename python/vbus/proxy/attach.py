@@ -65,9 +65,9 @@ def attach(
 
             connector = ProcessConnector(where.path, loop, timeout)
         elif where.kind == "ivshmem":
-            from vbus.proxy.connectors.ivshmem import IvshmemConnector
+            from vbus.proxy.connectors.ivshmem import Function, IvshmemConnector
 
-            connector = IvshmemConnector(where.path, loop, timeout)
+            connector = IvshmemConnector(Function(where.path, timeout), loop)
         elif where.kind == "vhost-user":
             from vbus.proxy.connectors.vhost_user import FrontEndOptions, VhostUserConnector
 

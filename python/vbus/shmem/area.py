@@ -219,7 +219,7 @@ class Area:
         return int(value)
 
     def renew(self, session: int) -> None:
-        """Make the area anew, all zeroes, for this session. Nobody of this side may use it meanwhile. OSError.
+        """Make the area anew, all zeroes, for a session. Nobody of this side may use it meanwhile. OSError.
 
         The magic goes first and comes last, and the session behind it: whoever sees that has all of it. (Between these
         stores are system calls, and the processors that share memory with a guest keep the order of stores.)

@@ -36,6 +36,8 @@ SESSION_VECTOR = 1 + PRIORITIES
 VECTORS = SESSION_VECTOR + 1
 LEAST_BAR, MOST_BAR = 32 << 20, 1 << 36
 """Bytes of BAR2."""
+LEAST_WINDOW = 8 << 20
+"""Bytes that an area must leave of it."""
 
 
 def window_of(geometry: Geometry, bar: int) -> tuple[int, int]:

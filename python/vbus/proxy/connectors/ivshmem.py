@@ -18,71 +18,95 @@ from vbus.errors import DriverError, Violation
 from vbus.proxy.connectors.area import AreaConnector
 from vbus.proxy.loop import Loop
 from vbus.shmem import ivshmem
-from vbus.shmem.area import HEADER, HEADER_SIZE, PRIORITIES, SESSION, Area, Geometry, check_sealed
+from vbus.shmem.area import HEADER, PRIORITIES, Area, Geometry, check_sealed
 from vbus.shmem.arena import Arena
 
 LOOK_SECONDS = 0.01
 
 
-class IvshmemConnector(AreaConnector):
-    """A client of an `ivshmem` connector. DriverError when the bus is not there, or says nothing that makes sense."""
+class Function:
+    """What a guest has of a bus: memory, and doorbells each way. DriverError when the bus is not there or refuses."""
 
-    def __init__(self, path: Path, loop: Loop, timeout: float) -> None:
-        self._sock = _connect(path, timeout)
+    def __init__(self, path: Path, timeout: float) -> None:
+        self.timeout = timeout
+        self.sock = _connect(path, timeout)
+        self.fd = -1
+        self.closed = False
+        self._session = 0
         try:
-            fd, bells = _introduced(self._sock)
-            try:
-                self._header = _core.Mapping(fd, HEADER_SIZE)
-                size = check_sealed(fd, ivshmem.MOST_BAR)
-                inward, outward = bells[ivshmem.DRIVER_SIDE], bells[ivshmem.DEVICE_SIDE]
-                self._session = self._begin(outward[ivshmem.SESSION_VECTOR], timeout)
-                area = Area(os.dup(fd), _core.Mapping(fd, size), self._geometry(size))
-                super().__init__(loop, timeout, _arena(fd, area.geometry, size))
-            finally:
-                os.close(fd)
+            self.fd, bells = _introduced(self.sock)
+            self.inward, self.outward = bells[ivshmem.DRIVER_SIDE], bells[ivshmem.DEVICE_SIDE]
+            self.size = check_sealed(self.fd, ivshmem.MOST_BAR)
+            self.memory = _core.Mapping(self.fd, self.size)
+            self._view = memoryview(self.memory)
         except Violation as violation:
-            self._sock.close()
+            self.close()
             raise DriverError(errno.EPROTO, str(violation)) from None
         except TimeoutError:
-            self._sock.close()
+            self.close()
             raise DriverError(errno.ETIMEDOUT, f"ivshmem:{path}: the bus does not answer") from None
         except EOFError:
-            self._sock.close()
+            self.close()
             raise DriverError(errno.EACCES, f"ivshmem:{path}: the bus does not let this side in") from None
         except BaseException:
-            self._sock.close()
+            self.close()
             raise
+
+    def begin(self) -> Area:
+        """Ask for a session, and wait for it: the area, made anew. DriverError: ETIMEDOUT, EPROTO."""
+        taken = (0, *Area.sessions(self._view))
+        session = random.getrandbits(32)
+        while session in taken:
+            session = random.getrandbits(32)
+        Area.request_session(self._view, session)
+        self.outward[ivshmem.SESSION_VECTOR].ring()
+        deadline = time.monotonic() + self.timeout
+        while Area.sessions(self._view)[1] != session:
+            if time.monotonic() > deadline:
+                raise DriverError(errno.ETIMEDOUT, "the bus gives no session")
+            time.sleep(LOOK_SECONDS)
+        self._session = session
+        try:
+            geometry = Geometry.unpack(bytes(self._view[: HEADER.size]))
+            if self.size - geometry.total < ivshmem.LEAST_WINDOW:
+                raise Violation("area-geometry", f"{self.size} bytes of memory, and an area of {geometry.total}")
+        except Violation as violation:
+            raise DriverError(errno.EPROTO, str(violation)) from None
+        return Area(os.dup(self.fd), self.memory, geometry)
+
+    @property
+    def has_session(self) -> bool:
+        """Whether the bus has not ended it."""
+        return Area.sessions(self._view)[1] == self._session
+
+    def close(self) -> None:
+        """Part from the bus, which notices that the socket is closed."""
+        if not self.closed:
+            self.closed = True
+            self.sock.close()
+            if self.fd >= 0:
+                os.close(self.fd)
+
+
+class IvshmemConnector(AreaConnector):
+    """A session on a function, which is taken. DriverError, as `Function.begin`."""
+
+    def __init__(self, function: Function, loop: Loop) -> None:
+        self._function = function
+        try:
+            area = function.begin()
+        except BaseException:
+            function.close()
+            raise
+        super().__init__(loop, function.timeout, _arena(function.fd, area.geometry, function.size))
         area.close()
         link, first = ivshmem.LINK_VECTOR, ivshmem.FIRST_EVENT_VECTOR
+        inward, outward = function.inward, function.outward
         self._to_device = outward[first : first + PRIORITIES]
         self.connect(area, (outward[link], inward[link]), self._to_device, inward[first : first + PRIORITIES])
         self._socket_key = loop.key(self._socket_turn, 0)
-        self._sock.setblocking(False)
-        loop.scheduler.add_fd(self._sock.fileno(), self._socket_key)
-
-    def _begin(self, bell: _core.Doorbell, timeout: float) -> int:
-        """Ask for a session, and wait for it. TimeoutError."""
-        with memoryview(self._header) as view:
-            taken = (0, *Area.sessions(view))
-            session = next(number for number in iter(lambda: random.getrandbits(32), None) if number not in taken)
-            Area.request_session(view, session)
-            bell.ring()
-            deadline = time.monotonic() + timeout
-            while Area.sessions(view)[1] != session:
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                time.sleep(LOOK_SECONDS)
-        return session
-
-    def _geometry(self, size: int) -> Geometry:
-        with memoryview(self._header) as view:
-            geometry = Geometry.unpack(bytes(view[: HEADER.size]))
-        if geometry.total > size // 2:
-            raise Violation("area-geometry", f"{size} bytes of memory, and an area of {geometry.total}")
-        return geometry
-
-    def _is_ours(self) -> bool:
-        return int.from_bytes(memoryview(self._header)[SESSION : SESSION + 4], "little") == self._session
+        function.sock.setblocking(False)
+        loop.scheduler.add_fd(function.sock.fileno(), self._socket_key)
 
     def accept(self, hello: msg.HelloResponse) -> None:
         """Ring as the bus does. DriverError for memory of another kind."""
@@ -94,7 +118,7 @@ class IvshmemConnector(AreaConnector):
             self.rings.speak(self.sender)
 
     def _link_turn(self) -> bool:
-        if self.lost is None and not self._is_ours():
+        if self.lost is None and not self._function.has_session:
             self.broken("the bus ended the session")
         return super()._link_turn()
 
@@ -103,7 +127,7 @@ class IvshmemConnector(AreaConnector):
         if self.lost is not None:
             return False
         try:
-            said = self._sock.recv(64)
+            said = self._function.sock.recv(64)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -114,10 +138,10 @@ class IvshmemConnector(AreaConnector):
 
     def close(self) -> None:
         """Part from the bus, which notices that the socket is closed."""
-        self.loop.scheduler.remove_fd(self._sock.fileno())
-        self._sock.close()
+        self.loop.scheduler.remove_fd(self._function.sock.fileno())
+        self._function.close()
         super().close()
-        del self._header
+        del self._function
 
 
 def _arena(fd: int, geometry: Geometry, size: int) -> Arena:
