@@ -588,6 +588,7 @@ static int vv_probe(struct vbus_device *device)
 		return 0;
 	}
 	vbus_device_ignore(device);
+	set_status(vv, 0);
 	cancel_work_sync(&vv->failed);
 	put_device(&vv->vdev.dev);
 	return err;
@@ -601,6 +602,8 @@ static void vv_remove(struct vbus_device *device)
 	/* The driver may wait for the device: it has to hear when that is gone. */
 	unregister_virtio_device(&vv->vdev);
 	vbus_device_ignore(device);
+	/* Another may drive it from now on: so far it was acknowledged again, for the next driver. */
+	set_status(vv, 0);
 	cancel_work_sync(&vv->failed);
 	put_device(&vv->vdev.dev);
 }
