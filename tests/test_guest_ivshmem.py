@@ -304,9 +304,11 @@ def test_disks_come_and_go(here: Running) -> None:
 def test_a_disk_goes_by_surprise_while_it_works(here: Running) -> None:
     for _ in range(3):
         disk = plug(here)
+        # A node of our own: /dev loses its one, and dd would make a file there.
+        here.vm.run(f"rm -f /tmp/hot; mknod /tmp/hot b $(tr : ' ' </sys/block/{disk}/dev)")
         here.vm.run(
-            f"for i in 1 2; do (while dd if=/dev/{disk} of=/dev/null bs=256k iflag=direct; do :; done) & done "
-            f">/dev/null 2>&1; (while dd if=/dev/zero of=/dev/{disk} bs=256k count=40; do :; done) >/dev/null 2>&1 &"
+            "for i in 1 2; do (while dd if=/tmp/hot of=/dev/null bs=256k iflag=direct; do :; done) & done "
+            ">/dev/null 2>&1; (while dd if=/dev/zero of=/tmp/hot bs=256k count=40; do :; done) >/dev/null 2>&1 &"
         )
         served = here.bus.get("hot0", Blk)
         before = served.reads
