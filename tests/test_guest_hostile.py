@@ -34,7 +34,9 @@ pytestmark = pytest.mark.timeout(400)
 
 SECONDS = float(os.environ.get("VBUS_HOSTILE_SECONDS", "25"))
 MIB = 1 << 20
-CONCERNS = re.compile(r"BUG|WARNING|Oops|Call Trace|general protection|hung task|soft lockup|Redzone|Poison overwritten")
+CONCERNS = re.compile(
+    r"BUG|WARNING|Oops|Call Trace|general protection|hung task|soft lockup|Redzone|Poison overwritten"
+)
 
 
 class Stranger:
@@ -239,7 +241,7 @@ def test_a_hostile_bus_harms_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
                 "transmit",
                 lambda peer, message, priority: honest(peer, hostile.message(message), priority),
             )
-            modules = ["virtio_rng", "virtio_blk", "virtio_console", *bus_modules()]
+            modules: list[str | Path] = ["virtio_rng", "virtio_blk", "virtio_console", *bus_modules()]
             with Guest(args=function_args(connector), modules=modules, cpus=2, append="slub_debug=FZPU") as vm:
                 vm.run(
                     "(while :; do timeout 2 head -c 512 /dev/hwrng; timeout 2 dd if=/dev/vda of=/dev/null bs=64k "

@@ -602,7 +602,7 @@ static void vv_remove(struct vbus_device *device)
 	/* The driver may wait for the device: it has to hear when that is gone. */
 	unregister_virtio_device(&vv->vdev);
 	vbus_device_ignore(device);
-	/* Another may drive it from now on: so far it was acknowledged again, for the next driver. */
+	/* Another may drive it from now on: virtio has acknowledged it again, for its next driver. */
 	set_status(vv, 0);
 	cancel_work_sync(&vv->failed);
 	put_device(&vv->vdev.dev);

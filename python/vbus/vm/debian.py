@@ -105,7 +105,12 @@ class _Apt:
             *("-o", "Dpkg::Use-Pty=0", "-o", "Acquire::Languages=none", "-o", "Acquire::Retries=3"),
         ]
         if backports:
-            self._options += ["-o", "Dir::Etc::SourceList=/dev/null", "-o", f"Dir::Etc::SourceParts={self._backports()}"]
+            self._options += [
+                "-o",
+                "Dir::Etc::SourceList=/dev/null",
+                "-o",
+                f"Dir::Etc::SourceParts={self._backports()}",
+            ]
         stamp = self._root / "refreshed"
         if not stamp.exists() or time.time() - stamp.stat().st_mtime > FRESH:
             self.refresh()

@@ -120,8 +120,8 @@ class Guest:
     ...     guest.run("head -c 4 /dev/hwrng | xxd -p")
 
     `modules` are kernel modules beside the machine's own, loaded in their order: names of the kernel's, or files that
-    were built for it; `packages` are names of Debian packages; `files` are texts or bytes by path; `memory` is in MiB. Raises GuestError when it does not start
-    within `BOOT_SECONDS`.
+    were built for it; `packages` are names of Debian packages; `files` are texts or bytes by path; `memory` is in MiB.
+    Raises GuestError when it does not start within `BOOT_SECONDS`.
     """
 
     def __init__(
