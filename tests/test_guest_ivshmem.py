@@ -12,15 +12,17 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import wait_until
 from guests import bus_modules, file_served, function_args, namespace
-from vbus.bus import Bus
+from vbus.bus import Bus, Queue, Request
 from vbus.connectors import Ivshmem
 from vbus.devices import Blk, Console, Net, Rng
 from vbus.vm import Guest
@@ -41,15 +43,21 @@ CONCERNS = re.compile(r"BUG|WARNING|Oops|Call Trace|general protection|hung task
 FAULTY = "the handler fails, as it shall"
 
 
-class FlakyBlk(Blk):
-    """A disk that fails when it is told to."""
+class OwnBlk(Blk):
+    """A disk that fails, or that does nothing for a while, when it is told to."""
 
-    fails = False
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fails = False
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
 
-    def handle_batch(self, queue, requests):  # type: ignore[no-untyped-def]
+    def handle_batch(self, queue: Queue, requests: Sequence[Request]) -> None:
+        """Answer requests, or do what a good disk does not."""
+        assert self.may_go_on.wait(60)
         if self.fails:
             raise RuntimeError(FAULTY)
-        return super().handle_batch(queue, requests)
+        super().handle_batch(queue, requests)
 
 
 @dataclass
@@ -66,7 +74,7 @@ class Running:
 
     def path(self, name: str) -> str:
         """The directory in sysfs of a device, by its name on the bus."""
-        return self.vm.run(f"dirname $(grep -lx {name} /sys/bus/vbus/devices/*/name)").strip()
+        return self.vm.run(f"realpath $(dirname $(grep -lx {name} /sys/bus/vbus/devices/*/name))").strip()
 
     def read(self, name: str, attribute: str) -> str:
         """What an attribute of a device says in the guest."""
@@ -111,7 +119,7 @@ def plug_all(bus: Bus, folder: Path) -> None:
     bus.plug(Blk(folder / "tree.img", read_only=True), "disk1")
     bus.plug(Net(f"tap:{TAP}"), "net0", priority=2)
     bus.plug(Console(f"unix:{folder}/console.sock"), "console0", priority=0)
-    bus.plug(Blk(folder / "direct.img"), "direct0")
+    bus.plug(OwnBlk(folder / "direct.img", engine="python"), "direct0")
     bus.connect(Ivshmem(folder / "whole.sock", devices=[*TUNNELLED, "hot0", "flaky0"]), "tunnelled")
     bus.connect(Ivshmem(folder / "direct.sock", devices=["direct0"], signal="direct", memory="32 MiB"), "direct")
 
@@ -237,16 +245,21 @@ def test_a_disk_that_grows(here: Running) -> None:
 
 def test_a_window_that_is_full_loses_nothing(here: Running) -> None:
     """Writes that are under way want more than the 14 MiB that the direct function's window has."""
-    vm, disk = here.vm, here.block("direct0")
-    vm.run(f"mkfs.ext4 -q /dev/{disk} && mkdir -p /disks/d && mount /dev/{disk} /disks/d")
-    vm.run("head -c 6m /dev/urandom >/tmp/part", seconds=120)
-    vm.run(
-        "for i in 1 2 3 4 5; do (cp /tmp/part /disks/d/$i && fsync /disks/d/$i) & done; wait; sync; "
-        "echo 3 >/proc/sys/vm/drop_caches",
-        seconds=120,
-    )
-    vm.run("for i in 1 2 3 4 5; do cmp /tmp/part /disks/d/$i || exit 1; done", seconds=120)
-    vm.run(f"umount /disks/d && e2fsck -fn /dev/{disk} && rm /tmp/part")
+    vm, disk, device = here.vm, here.block("direct0"), here.bus.get("direct0", OwnBlk)
+    full = f"$(dirname {here.path('direct0')})/window/full"
+    before = int(vm.run(f"cat {full}"))
+    vm.run("head -c 32m /dev/urandom >/tmp/whole", seconds=120)
+    device.may_go_on.clear()
+    try:
+        vm.run(
+            f"(for i in 0 1 2 3 4 5 6 7; do dd if=/tmp/whole of=/dev/{disk} bs=4M skip=$i seek=$i count=1 "
+            "oflag=direct conv=notrunc & done; wait; touch /tmp/done) >/dev/null 2>&1 &"
+        )
+        vm.wait_for(f"test $(cat {full}) -gt {before}", seconds=40)
+    finally:
+        device.may_go_on.set()
+    vm.wait_for("test -e /tmp/done")
+    vm.run(f"dd if=/dev/{disk} bs=4M count=8 iflag=direct | cmp - /tmp/whole && rm /tmp/whole", seconds=120)
 
 
 def test_direct_is_one_notification_one_doorbell(here: Running) -> None:
@@ -287,7 +300,7 @@ def test_a_console(here: Running) -> None:
 
 def plug(here: Running, name: str = "hot0", **options: object) -> str:
     """Plug a disk of 16 MiB; its name in the guest."""
-    here.bus.plug(FlakyBlk(memory="16 MiB", **options), name)  # type: ignore[arg-type]
+    here.bus.plug(OwnBlk(memory="16 MiB", **options), name)
     return here.block(name)
 
 
@@ -325,7 +338,7 @@ def test_a_disk_goes_by_surprise_while_it_works(here: Running) -> None:
 
 def test_a_disk_that_fails_and_is_bound_again(here: Running) -> None:
     disk = plug(here, "flaky0", engine="python")
-    flaky = here.bus.get("flaky0", FlakyBlk)
+    flaky = here.bus.get("flaky0", OwnBlk)
     flaky.fails = True
     assert here.vm.ask(f"dd if=/dev/{disk} of=/dev/null bs=64k count=4 iflag=direct", seconds=30).status != 0
     assert "flaky0 failed and needs a reset" in here.vm.run("dmesg")

@@ -20,7 +20,9 @@ struct window_page;
  * @lock: guards what follows
  * @page: of each page, what it is used for
  * @used: a bit a page
+ * @in_use: how many of them are set
  * @hint: where to look for free pages first
+ * @full: how often there was no place
  * @partial: for each size of pieces, pages that have free ones
  */
 struct window {
@@ -31,12 +33,16 @@ struct window {
 	spinlock_t lock;		/* see above */
 	struct window_page *page;
 	unsigned long *used;
+	unsigned long in_use;
 	unsigned long hint;
+	unsigned long full;
 	struct list_head partial[6];
 };
 
 int window_init(struct window *window, void *memory, u64 address, size_t size);
 void window_free(struct window *window);
+unsigned long window_bytes(struct window *window);
+unsigned long window_bytes_used(struct window *window);
 void window_setup_dma(struct vbus_device *device);
 
 /* Of the function that a device is behind. */

@@ -61,11 +61,10 @@
 #define MIN_WINDOW		SZ_1M
 /* Between two looks at the session, in case an interrupt was lost or was not for us. */
 #define LOOK_MS			1000
-/*
- * Between the end of a session and the beginning of the next, if that one cannot be begun at once.
- */
+/* Between the end of a session and the beginning of the next; longer where sessions are short. */
 #define FIRST_PAUSE_MS		100
 #define LAST_PAUSE_MS		10000
+#define SHORT_MS		10000
 
 static unsigned int session_seconds = 5;
 module_param(session_seconds, uint, 0644);
@@ -276,8 +275,8 @@ static bool session_comes(struct ivshmem *iv, unsigned int seconds)
 	unsigned long end = jiffies + seconds * HZ;
 
 	do {
-		if (wait_event_timeout(iv->changed, host_session(iv) == iv->session ||
-				       (iv->thread && kthread_should_stop()), HZ / 20))
+		if (wait_event_idle_timeout(iv->changed, host_session(iv) == iv->session ||
+					    (iv->thread && kthread_should_stop()), HZ / 20))
 			break;
 	} while (time_before(jiffies, end));
 	return host_session(iv) == iv->session;
@@ -368,7 +367,7 @@ static int attach(struct ivshmem *iv)
 	if (err)
 		vbus_proxy_lost(proxy);
 	else
-		wait_event(iv->changed, READ_ONCE(iv->over) || kthread_should_stop());
+		wait_event_idle(iv->changed, READ_ONCE(iv->over) || kthread_should_stop());
 	vbus_proxy_stop(proxy);
 	set_proxy(iv, NULL);
 	cancel_delayed_work_sync(&iv->watch);
@@ -399,18 +398,23 @@ static int sessions(void *data)
 {
 	struct ivshmem *iv = data;
 	unsigned int pause = FIRST_PAUSE_MS;
-	int err = 0;
+	unsigned long began;
+	int err;
 
 	while (!kthread_should_stop()) {
+		began = jiffies;
+		err = 0;
 		if (!iv->session || host_session(iv) != iv->session)
 			err = begin_session(iv);
 		if (!err)
 			err = serve(iv);
-		pause = err ? min(2 * pause, LAST_PAUSE_MS) : FIRST_PAUSE_MS;
-		/* Whatever it was about, this session is spent. */
+		if (!err && time_after(jiffies, began + msecs_to_jiffies(SHORT_MS)))
+			pause = FIRST_PAUSE_MS;
+		/* Whatever became of it, this session is spent. */
 		WRITE_ONCE(iv->session, 0);
-		wait_event_timeout(iv->changed, kthread_should_stop(), msecs_to_jiffies(pause));
-		err = 0;
+		wait_event_idle_timeout(iv->changed, kthread_should_stop(),
+					msecs_to_jiffies(pause));
+		pause = min(2 * pause, LAST_PAUSE_MS);
 	}
 	return 0;
 }
@@ -546,6 +550,49 @@ static void iv_remove(struct pci_dev *pdev)
 	unlisten(iv);
 }
 
+/* What sysfs shows of the window: bytes, and how often a buffer found no place. */
+
+static ssize_t size_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	struct ivshmem *iv = dev_get_drvdata(dev);
+
+	return sysfs_emit(buf, "%lu\n", window_bytes(&iv->window));
+}
+static DEVICE_ATTR_RO(size);
+
+static ssize_t used_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	struct ivshmem *iv = dev_get_drvdata(dev);
+
+	return sysfs_emit(buf, "%lu\n", window_bytes_used(&iv->window));
+}
+static DEVICE_ATTR_RO(used);
+
+static ssize_t full_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	struct ivshmem *iv = dev_get_drvdata(dev);
+
+	return sysfs_emit(buf, "%lu\n", READ_ONCE(iv->window.full));
+}
+static DEVICE_ATTR_RO(full);
+
+static struct attribute *window_attrs[] = {
+	&dev_attr_size.attr,
+	&dev_attr_used.attr,
+	&dev_attr_full.attr,
+	NULL,
+};
+
+static const struct attribute_group window_group = {
+	.name = "window",
+	.attrs = window_attrs,
+};
+
+static const struct attribute_group *iv_groups[] = {
+	&window_group,
+	NULL,
+};
+
 static const struct pci_device_id iv_ids[] = {
 	{ PCI_DEVICE(PCI_VENDOR_ID_IVSHMEM, PCI_DEVICE_ID_IVSHMEM) },
 	{ }
@@ -557,6 +604,7 @@ static struct pci_driver iv_driver = {
 	.id_table = iv_ids,
 	.probe = iv_probe,
 	.remove = iv_remove,
+	.dev_groups = iv_groups,
 };
 module_pci_driver(iv_driver);
 

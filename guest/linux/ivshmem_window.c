@@ -92,9 +92,12 @@ static long take_pages(struct window *window, unsigned int count)
 	at = bitmap_find_next_zero_area(window->used, window->pages, window->hint, count, 0);
 	if (at >= window->pages)
 		at = bitmap_find_next_zero_area(window->used, window->pages, 0, count, 0);
-	if (at >= window->pages)
+	if (at >= window->pages) {
+		window->full++;
 		return -ENOSPC;
+	}
 	bitmap_set(window->used, at, count);
+	window->in_use += count;
 	window->hint = at + count;
 	for (i = 0; i < count; i++)
 		window->page[at + i].first = at;
@@ -105,6 +108,7 @@ static long take_pages(struct window *window, unsigned int count)
 static void give_pages(struct window *window, unsigned long first)
 {
 	bitmap_clear(window->used, first, window->page[first].count);
+	window->in_use -= window->page[first].count;
 }
 
 static struct window_page *new_page_of_pieces(struct window *window, unsigned int size)
@@ -426,6 +430,16 @@ void window_setup_dma(struct vbus_device *device)
 	set_dma_ops(&device->dev, &window_ops);
 }
 
+unsigned long window_bytes(struct window *window)
+{
+	return window->pages << WINDOW_SHIFT;
+}
+
+unsigned long window_bytes_used(struct window *window)
+{
+	return READ_ONCE(window->in_use) << WINDOW_SHIFT;
+}
+
 /* The beginning and the end. */
 
 int window_init(struct window *window, void *memory, u64 address, size_t size)
@@ -435,7 +449,9 @@ int window_init(struct window *window, void *memory, u64 address, size_t size)
 	window->memory = memory;
 	window->address = address;
 	window->pages = size >> WINDOW_SHIFT;
+	window->in_use = 0;
 	window->hint = 0;
+	window->full = 0;
 	window->most = min_t(size_t, MAX_BUFFER, size / 16);
 	spin_lock_init(&window->lock);
 	for (i = 0; i < SIZES; i++)

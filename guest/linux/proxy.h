@@ -109,7 +109,8 @@ struct vbus_discovery {
 	unsigned long *removed;		/* numbers whose device was removed */
 	struct xarray devices;		/* by number */
 	struct mutex lock;		/* guards @devices against removal, and @over */
-	unsigned int count;
+	unsigned int count;		/* of devices */
+	unsigned int queues;		/* that these have */
 	bool over;
 };
 

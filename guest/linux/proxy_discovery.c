@@ -85,6 +85,9 @@ static struct vbus_device *make(struct vbus_proxy *proxy, u16 number)
 	err = ask_about(proxy, number, &info, &name);
 	if (err)
 		return ERR_PTR(err);
+	/* Each queue has an event source, of which there are so many. */
+	if (le32_to_cpu(info.max_virtqueues) > proxy->events.max_sources - proxy->discovery.queues)
+		return ERR_PTR(-EPROTO);
 	return vbus_device_create(proxy, number, &info, &name);
 }
 
@@ -109,6 +112,7 @@ static void add(struct vbus_proxy *proxy, u16 number)
 	mutex_unlock(&discovery->lock);
 	if (!err) {
 		discovery->count++;
+		discovery->queues += device->num_queues;
 		/* It was removed before anybody could have found it to be told so. */
 		if (test_bit(number, discovery->removed))
 			vbus_device_gone(device);
@@ -120,6 +124,7 @@ static void add(struct vbus_proxy *proxy, u16 number)
 		xa_erase(&discovery->devices, number);
 		mutex_unlock(&discovery->lock);
 		discovery->count--;
+		discovery->queues -= device->num_queues;
 	}
 	put_device(&device->dev);
 	release(proxy, number);
@@ -135,6 +140,7 @@ static void drop(struct vbus_proxy *proxy, struct vbus_device *device)
 	xa_erase(&discovery->devices, device->number);
 	mutex_unlock(&discovery->lock);
 	discovery->count--;
+	discovery->queues -= device->num_queues;
 	put_device(&device->dev);
 }
 

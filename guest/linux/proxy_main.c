@@ -250,8 +250,6 @@ struct vbus_device *vbus_device_create(struct vbus_proxy *proxy, u16 number,
 	unsigned int i;
 	int err;
 
-	if (le32_to_cpu(info->max_virtqueues) > proxy->events.max_sources)
-		return ERR_PTR(-EPROTO);
 	device = kzalloc(sizeof(*device), GFP_KERNEL);
 	if (!device)
 		return ERR_PTR(-ENOMEM);

@@ -251,6 +251,12 @@ static int vv_finalize_features(struct virtio_device *vdev)
 		dev_err(&vdev->dev, "%s does not offer ACCESS_PLATFORM\n", vv->device->name);
 		return -EINVAL;
 	}
+	/*
+	 * A packed ring of these kernels is not whole any more when a buffer finds no place: what
+	 * was mapped before it stays available. In a window that happens.
+	 */
+	if (vbus_device_memory(vv->device) == VBUS_MEMORY_WINDOW)
+		__virtio_clear_bit(vdev, VIRTIO_F_RING_PACKED);
 	taken.features[0] = cpu_to_le32(lower_32_bits(vdev->features));
 	taken.features[1] = cpu_to_le32(upper_32_bits(vdev->features));
 	return ask(vv, VBUS_SET_FEATURES, &taken, sizeof(taken), NULL, 0);
@@ -272,10 +278,13 @@ static void heard(struct vbus_queue *queue)
 		vring_interrupt(0, vq);
 }
 
-/* Callbacks are called in interrupts, or behind rcu_read_lock(). */
+/*
+ * Callbacks are called in interrupts, or behind rcu_read_lock(). Expedited: a bus may go with a
+ * thousand devices, one after the other.
+ */
 static void vv_synchronize_cbs(struct virtio_device *vdev)
 {
-	synchronize_rcu();
+	synchronize_rcu_expedited();
 }
 
 /* As large as it can be; with split rings a power of two. */
@@ -492,7 +501,7 @@ static void end_requests(struct virtio_vbus_device *vv)
 		 * Whoever uses a queue has its lock, and interrupts off: now nobody is in the
 		 * middle of it.
 		 */
-		synchronize_rcu();
+		synchronize_rcu_expedited();
 		if (IS_ENABLED(CONFIG_BLOCK) && vv->vdev.id.device == VIRTIO_ID_BLOCK)
 			end_disk_requests(vv);
 	}
@@ -602,7 +611,7 @@ static void vv_remove(struct vbus_device *device)
 	/* The driver may wait for the device: it has to hear when that is gone. */
 	unregister_virtio_device(&vv->vdev);
 	vbus_device_ignore(device);
-	/* Another may drive it from now on: virtio has acknowledged it again, for its next driver. */
+	/* Others may drive it from now on: virtio has acknowledged it for its next driver. */
 	set_status(vv, 0);
 	cancel_work_sync(&vv->failed);
 	put_device(&vv->vdev.dev);
