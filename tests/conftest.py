@@ -52,9 +52,9 @@ def make_connector(kind: str, folder: Path, name: str = "c") -> Connector:
         case "stream-tcp":
             return vbus.connectors.Stream("tcp:127.0.0.1:0")
         case "ivshmem-tunnelled":
-            return vbus.connectors.Ivshmem(folder / f"{name}.sock")
+            return vbus.connectors.Ivshmem(folder / f"{name}.sock", keep=False)
         case "ivshmem-direct":
-            return vbus.connectors.Ivshmem(folder / f"{name}.sock", signal="direct")
+            return vbus.connectors.Ivshmem(folder / f"{name}.sock", signal="direct", keep=False)
     raise ValueError(kind)
 
 

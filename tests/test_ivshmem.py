@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,7 @@ def served(make_bus: Callable[..., Bus], tmp_path: Path) -> tuple[Bus, Ivshmem]:
     """A bus with an echo behind a function."""
     bus = make_bus(max_sources=SOURCES)
     bus.plug(Echo(), "echo")
-    return bus, bus.connect(Ivshmem(tmp_path / "guest.sock"))
+    return bus, bus.connect(Ivshmem(tmp_path / "guest.sock", keep=False))
 
 
 @pytest.fixture
@@ -63,6 +65,11 @@ def drive(function: Function) -> Remote:
     remote = Remote(connector, hello)
     remote.discover()
     return remote
+
+
+def is_lost(remote: Remote) -> bool:
+    """Whether its bus has ended the session."""
+    return remote.connector.lost is not None
 
 
 def abandon(remote: Remote) -> None:
@@ -104,7 +111,7 @@ def test_a_guest_that_is_still_there_hears_that_its_session_ended(
     remote = drive(Again(function))
     driver = remote.driver("echo", EchoDriver)
     function.begin()
-    assert wait_until(lambda: remote.connector.lost is not None)
+    assert wait_until(partial(is_lost, remote))
     with pytest.raises(DriverError):
         driver.echo(b"x")
     remote.close()
@@ -215,7 +222,7 @@ def test_one_notification_is_one_doorbell_where_signals_are_direct(
     for signal in ("direct", "tunnelled"):
         bus = make_bus(signal, max_sources=SOURCES)
         bus.plug(Echo(), "echo")
-        connector = bus.connect(Ivshmem(tmp_path / f"{signal}.sock", signal=signal))
+        connector = bus.connect(Ivshmem(tmp_path / f"{signal}.sock", signal=signal, keep=False))
         with vbus.attach(connector.address) as remote:
             driver = remote.driver("echo", EchoDriver)
             futures = [driver.queue(0).submit([b"x"], 1) for _ in range(2000)]
@@ -245,7 +252,7 @@ def test_what_cannot_be_is_said_in_a_line(make_bus: Callable[..., Bus], tmp_path
 def test_what_a_machine_may_have_mapped_is_limited(make_bus: Callable[..., Bus], tmp_path: Path) -> None:
     bus = make_bus(max_sources=SOURCES)
     bus.set_member(f"uid:{os.getuid()}", "limit.memory", "100 MiB")
-    connector = bus.connect(Ivshmem(tmp_path / "guest.sock", memory="64 MiB"))
+    connector = bus.connect(Ivshmem(tmp_path / "guest.sock", memory="64 MiB", keep=False))
     assert connector.socket is not None
     first = Function(connector.socket, 10)
     first.begin()
@@ -304,3 +311,102 @@ def test_qemu_takes_the_function_as_it_is_told(tmp_path: Path) -> None:
     finally:
         bus.terminate()
         assert bus.wait(20) == 0
+
+
+def serve(folder: Path, **options: object) -> tuple[Bus, Ivshmem]:
+    """A bus with an echo, whose guests outlive it."""
+    bus = Bus("lasting", max_sources=SOURCES)
+    bus.plug(Echo(), "echo")
+    connector = bus.connect(Ivshmem(folder / "guest.sock", **options))  # type: ignore[arg-type]
+    bus.start()
+    return bus, connector
+
+
+def keepers(folder: Path) -> list[int]:
+    """The processes that keep something for the connector here."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"vbus.shmem.keeper" not in (entry / "cmdline").read_bytes():
+                continue
+            held = {os.readlink(link) for link in (entry / "fd").iterdir()}
+            if held & sockets(folder):
+                found.append(int(entry.name))
+    return found
+
+
+def sockets(folder: Path) -> set[str]:
+    """The Unix sockets with a path in this folder, as /proc has them."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return {f"socket:[{line.split()[6]}]" for line in lines if line.endswith(f"{folder}/guest.sock.keeper")}
+
+
+def test_a_guest_outlives_the_process_that_serves_it(tmp_path: Path) -> None:
+    bus, connector = serve(tmp_path)
+    assert connector.socket is not None
+    function = Function(connector.socket, 10)
+    remote = drive(Again(function))
+    assert remote.driver("echo", EchoDriver).echo(b"first") == b"first"
+    for life in range(3):
+        bus.stop()
+        assert wait_until(partial(is_lost, remote))
+        abandon(remote)
+        assert len(keepers(tmp_path)) == 1
+        bus, connector = serve(tmp_path)
+        remote = drive(Again(function))
+        assert remote.driver("echo", EchoDriver).echo(b"%d" % life) == b"%d" % life
+    bus.stop()
+    abandon(remote)
+    remote.close()
+    function.sock.shutdown(socket.SHUT_RDWR)
+    function.close()
+    assert wait_until(lambda: not keepers(tmp_path)), "it ends when there is nothing to keep"
+    assert not (tmp_path / "guest.sock.keeper").exists()
+
+
+def test_a_process_that_is_killed_is_followed_by_another(tmp_path: Path) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text(FILE + f'socket = "{tmp_path}/guest.sock"\n')
+
+    def run() -> subprocess.Popen[bytes]:
+        served = subprocess.Popen([*VBUS, "run", str(file)], stdout=subprocess.DEVNULL)
+        assert wait_until(lambda: command("ls", "machine", cwd=tmp_path).returncode == 0)
+        return served
+
+    served = run()
+    function = Function(tmp_path / "guest.sock", 10)
+    function.timeout = 30
+    abandon(drive(Again(function)))
+    for _ in range(3):
+        served.kill()
+        served.wait()
+        # Asked for while nobody serves: it is heard as soon as somebody does.
+        Area.request_session(memoryview(function.memory), 7)
+        function.outward[ivshmem.SESSION_VECTOR].ring()
+        served = run()
+        assert wait_until(lambda: Area.sessions(memoryview(function.memory))[1] == 7)
+        remote = drive(Again(function))
+        assert [device.name for device in remote] == ["rng0"]
+        abandon(remote)
+    served.terminate()
+    assert served.wait(20) == 0
+    function.sock.shutdown(socket.SHUT_RDWR)
+    function.close()
+    assert wait_until(lambda: not keepers(tmp_path))
+
+
+def test_a_bus_of_another_shape_does_not_go_on_with_a_guest(tmp_path: Path) -> None:
+    bus, connector = serve(tmp_path)
+    assert connector.socket is not None
+    function = Function(connector.socket, 10)
+    function.begin()
+    bus.stop()
+    bus, connector = serve(tmp_path, memory="128 MiB")
+    try:
+        assert "start its guest anew" in departed(connector)[-1]
+        # The keeper has let go, and so has the bus.
+        assert function.sock.recv(1) == b""
+    finally:
+        bus.stop()
+        function.close()
+    assert wait_until(lambda: not keepers(tmp_path))

@@ -269,6 +269,8 @@ def libvirt_xml_command(what: str | None, machine: str, no_reconnect: bool) -> N
     """
     found = find(what)
     found.notes += [f"connector {name} of type ivshmem: see vbus qemu-args" for name in found.functions]
+    if not found.devices:
+        raise UsageError(f"{found.source}: no connector of type vhost-user: libvirt has no word for others")
     from vbus.vm import libvirt
     from vbus.vm.options import device_options
 

@@ -10,25 +10,33 @@ towards the guest are eventfds that QEMU, or the kernel, turns into MSI-X interr
                       ──> what was there before is parted from, the area is made anew
                       ──> IvshmemPeer: the session, a driver's side like any other
 ```
+
+QEMU cannot connect again, and goes on with the memory and the doorbells that it has. So a keeper (`vbus.shmem.keeper`)
+has copies of them, and of the socket: whoever serves the connector next goes on with the machine, whose guest begins a
+session then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from vbus import _core, msg, rundir
-from vbus.bus import Account, Actor, Bus, reserve_all
+from vbus.bus import Account, Actor, Bus, peer_credentials, reserve_all
 from vbus.connectors.area_peer import AreaPeer
 from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError
-from vbus.shmem import ivshmem
-from vbus.shmem.area import PRIORITIES, Area, Geometry, sealed_memfd
+from vbus.shmem import handshake, ivshmem
+from vbus.shmem.area import PRIORITIES, VERSION, Area, Geometry, sealed_memfd
+from vbus.shmem.keeper import KEY_SIZE, Keeper, Kept
 from vbus.units import format_size, parse_size
 from vbus.virtio import features
 
@@ -47,8 +55,9 @@ class Ivshmem(PeerHost):
 
     `socket` is where QEMU connects (`vbus qemu-args` says with which options); by default a path that is printed.
     `memory` is how large the function's memory is, in bytes or as "64 MiB": a power of two, 32 MiB or more; what the
-    bus's own area leaves of it is the window for buffers. UsageError for a `signal` other than `tunnelled` or `direct`,
-    or a `memory` that cannot be.
+    bus's own area leaves of it is the window for buffers. With `keep`, guests outlive this process: the one that serves
+    the same socket next goes on with them. UsageError for a `signal` other than `tunnelled` or `direct`, or a `memory`
+    that cannot be.
     """
 
     type_name: ClassVar[str] = "ivshmem"
@@ -60,6 +69,7 @@ class Ivshmem(PeerHost):
         devices: Iterable[str] | None = None,
         signal: Literal["tunnelled", "direct"] = "tunnelled",
         memory: int | str = DEFAULT_BAR,
+        keep: bool = True,
     ) -> None:
         super().__init__(devices=devices)
         if signal not in ("tunnelled", "direct"):
@@ -71,6 +81,8 @@ class Ivshmem(PeerHost):
         self.signal = signal
         self.memory = size
         self.socket = Path(socket) if socket is not None else None
+        self.keep = keep
+        self.keeper: Keeper | None = None
         self._machines: list[Machine] = []
 
     @property
@@ -89,7 +101,54 @@ class Ivshmem(PeerHost):
             )
         if self.socket is None:
             self.socket = rundir.socket_path(bus.name, name)
-        return self.unix_listener(self.socket, socket.SOCK_STREAM)
+        listener = self.unix_listener(self.socket, socket.SOCK_STREAM)
+        if self.keep:
+            try:
+                self.keeper = Keeper(rundir.check_socket_path(self.socket.with_name(f"{self.socket.name}.keeper")))
+            except BaseException:
+                listener.close()
+                self.socket.unlink(missing_ok=True)
+                raise
+        return listener
+
+    def start(self) -> None:
+        """Go on with the machines that the last process had, and accept others."""
+        super().start()
+        for kept in self._take_kept():
+            self._go_on(kept)
+
+    def _take_kept(self) -> list[Kept]:
+        """What the keeper had, once."""
+        if self.keeper is None:
+            return []
+        kept, self.keeper.kept = self.keeper.kept, []
+        return kept
+
+    def _go_on(self, kept: Kept) -> None:
+        bus = self.bus
+        assert bus is not None
+        try:
+            parts = Parts.of(kept, bus, self.memory)
+            with contextlib.ExitStack() as stack:
+                stack.callback(parts.sock.close)
+                who = peer_credentials(parts.sock)
+                label = f"{self.name}: {who if who is not None else 'unknown'}"
+                if not self.admits(bus, who):
+                    parts.close()
+                    raise OSError(f"{label} is not a member of this bus any more")
+                self._machines.append(Machine(self, bus, label, bus.accounts_of(who), parts))
+                stack.pop_all()
+        except OSError as error:
+            self._note(self.name, f"a machine cannot be gone on with: {error}")
+            self.forget(kept.key)
+
+    def forget(self, key: bytes) -> None:
+        """Have a machine kept no more."""
+        if self.keeper is not None:
+            try:
+                self.keeper.drop(key)
+            except OSError as error:
+                log.warning("%s: the keeper is gone: %s", self.name, error)
 
     def has_place(self) -> bool:
         """Whether one more machine can be taken."""
@@ -98,7 +157,19 @@ class Ivshmem(PeerHost):
 
     def greet(self, sock: socket.socket, bus: Bus, label: str, accounts: list[Account]) -> None:
         """Give QEMU the memory and the doorbells; the guest's sessions come as they like."""
-        self._machines.append(Machine(self, bus, label, accounts, sock))
+        parts = Parts.new(bus, self.memory, sock)
+        machine = Machine(self, bus, label, accounts, parts)
+        try:
+            parts.introduce()
+        except OSError:
+            machine.part("it does not take what it is told")
+            raise
+        self._machines.append(machine)
+        if self.keeper is not None:
+            try:
+                self.keeper.keep(parts.kept(bus))
+            except OSError as error:
+                log.warning("%s: the keeper is gone: this guest will not outlive this process: %s", self.name, error)
 
     def refuse(self, sock: socket.socket, reason: str) -> None:
         """There are no words for it: the connection is closed, and the reason is in the log."""
@@ -107,59 +178,115 @@ class Ivshmem(PeerHost):
         """Part from all guests, and from their machines."""
         super().stop()
         for machine in self._machines:
-            machine.part("the bus stopped")
+            machine.part("the bus stopped", kept=True)
+        for kept in self._take_kept():
+            handshake.close_all(kept.fds)
+        if self.keeper is not None:
+            self.keeper.close()
+            self.keeper = None
+
+
+@dataclass
+class Parts:
+    """What a machine is made of: its socket, the memory, doorbells towards the bus and doorbells towards the guest."""
+
+    key: bytes
+    sock: socket.socket
+    memory: int
+    bells: list[int]
+    """Descriptors, as many each way as there are vectors."""
+
+    @classmethod
+    def new(cls, bus: Bus, memory: int, sock: socket.socket) -> Parts:
+        """Memory, and doorbells that were not rung. OSError."""
+        fd = sealed_memfd(f"vbus-{bus.name}-bar", memory)
+        bells: list[int] = []
+        try:
+            while len(bells) < 2 * ivshmem.VECTORS:
+                bells.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        except BaseException:
+            handshake.close_all([fd, *bells])
+            raise
+        return cls(os.urandom(KEY_SIZE), sock, fd, bells)
+
+    @classmethod
+    def of(cls, kept: Kept, bus: Bus, memory: int) -> Parts:
+        """Those of a machine that another process served. OSError when that was otherwise: they are closed then."""
+        fds = list(kept.fds)
+        words = _words(bus, memory)
+        if kept.words != words or len(fds) != 2 + 2 * ivshmem.VECTORS:
+            handshake.close_all(fds)
+            raise OSError("the memory of the function or the bus's max_sources is another now: start its guest anew")
+        return cls(kept.key, socket.socket(fileno=fds[0]), fds[1], fds[2:])
+
+    def kept(self, bus: Bus) -> Kept:
+        """What the keeper gets."""
+        words = _words(bus, os.fstat(self.memory).st_size)
+        return Kept(self.key, words, [self.sock.fileno(), self.memory, *self.bells])
+
+    def introduce(self) -> None:
+        """What the protocol has a client told, without waiting for one that does not read. OSError."""
+        self.sock.setblocking(False)
+        ivshmem.send(self.sock, ivshmem.VERSION)
+        ivshmem.send(self.sock, ivshmem.DRIVER_SIDE)
+        ivshmem.send(self.sock, ivshmem.MEMORY, self.memory)
+        for side in (ivshmem.DEVICE_SIDE, ivshmem.DRIVER_SIDE):
+            for vector in range(ivshmem.VECTORS):
+                ivshmem.send(self.sock, side, self.bells[side * ivshmem.VECTORS + vector])
+
+    def close(self, *, but_socket: bool = False) -> None:
+        """Give all descriptors back."""
+        if not but_socket:
+            self.sock.close()
+        handshake.close_all([self.memory, *self.bells])
+        self.bells = []
+
+
+def _words(bus: Bus, memory: int) -> bytes:
+    """What must be the same for whoever goes on with a machine."""
+    return struct.pack("<IIQ", VERSION, bus.max_sources, memory)
 
 
 class Machine:
     """One QEMU: its function's memory and doorbells, and the session that its guest has."""
 
-    def __init__(self, host: Ivshmem, bus: Bus, label: str, accounts: list[Account], sock: socket.socket) -> None:
+    def __init__(self, host: Ivshmem, bus: Bus, label: str, accounts: list[Account], parts: Parts) -> None:
+        """Takes the parts. OSError."""
         self.host = host
         self.bus = bus
         self.label = label
         self.accounts = accounts
         self.gone = False
-        self._sock = sock
-        refusing = reserve_all(accounts, "memory", host.memory)
-        if refusing is not None:
-            limit = format_size(refusing.limits["memory"])
-            raise OSError(f"{refusing.name} may have {limit} of memory mapped here, {host.memory} bytes are wanted")
-        self.actor = Actor(bus.pool, f"machine {label}")
+        self._parts = parts
+        self._sock = parts.sock
         self._peer: IvshmemPeer | None = None
         self._began = 0.0
+        refusing = reserve_all(accounts, "memory", host.memory)
+        if refusing is not None:
+            parts.close(but_socket=True)
+            limit = format_size(refusing.limits["memory"])
+            raise OSError(f"{refusing.name} may have {limit} of memory mapped here, {host.memory} bytes are wanted")
         geometry = Geometry.plan(bus.max_sources)
-        raw: list[int] = []
+        self.actor = Actor(bus.pool, f"machine {label}")
         try:
-            self.fd = sealed_memfd(f"vbus-{bus.name}-bar", host.memory)
-            self.area = Area.blank(os.dup(self.fd), geometry)
+            self.area = Area.blank(os.dup(parts.memory), geometry)
             self.window_at, size = ivshmem.window_of(geometry, host.memory)
-            self.window = _core.Mapping(self.fd, size, self.window_at)
-            raw += [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2 * ivshmem.VECTORS)]
-            bells = [_core.Doorbell(fd) for fd in raw]
-            self.inward, self.outward = bells[: ivshmem.VECTORS], bells[ivshmem.VECTORS :]
-            self._introduce(raw)
+            self.window = _core.Mapping(parts.memory, size, self.window_at)
+            bells = [_core.Doorbell(fd) for fd in parts.bells]
         except BaseException:
             self._give_back()
+            parts.close(but_socket=True)
             self.actor.close()
             raise
-        finally:
-            for fd in raw:
-                os.close(fd)
-        sock.setblocking(False)
+        self.inward, self.outward = bells[: ivshmem.VECTORS], bells[ivshmem.VECTORS :]
+        self._sock.setblocking(False)
         self._session_key = self.actor.key(self._session_turn, 0)
         self._end_key = self.actor.key(self._end_turn, 0)
+        # Of memory that another process served, the guest hears that its session is over, and asks for one.
+        self.area.end_session()
+        self.outward[ivshmem.LINK_VECTOR].ring()
         bus.pool.scheduler.add_fd(self.inward[ivshmem.SESSION_VECTOR].fileno(), self._session_key)
-        self.actor.watch(sock.fileno(), self._socket_turn)
-
-    def _introduce(self, raw: list[int]) -> None:
-        """What the protocol has a client told, without waiting for one that does not read: it fits any socket."""
-        self._sock.setblocking(False)
-        ivshmem.send(self._sock, ivshmem.VERSION)
-        ivshmem.send(self._sock, ivshmem.DRIVER_SIDE)
-        ivshmem.send(self._sock, ivshmem.MEMORY, self.fd)
-        for side in (ivshmem.DEVICE_SIDE, ivshmem.DRIVER_SIDE):
-            for vector in range(ivshmem.VECTORS):
-                ivshmem.send(self._sock, side, raw[side * ivshmem.VECTORS + vector])
+        self.actor.watch(self._sock.fileno(), self._socket_turn)
 
     def _socket_turn(self) -> None:
         """A client says nothing; the end of the socket is the end of the machine."""
@@ -202,10 +329,12 @@ class Machine:
 
     # The end.
 
-    def part(self, reason: str) -> None:
-        """QEMU is gone, or shall be: so is its guest."""
+    def part(self, reason: str, *, kept: bool = False) -> None:
+        """QEMU is gone, or shall be: so is its guest. Unless it is `kept`, and others go on with it."""
         if not self.gone:
             self.gone = True
+            if not kept:
+                self.host.forget(self._parts.key)
             if self._peer is not None:
                 self._peer.part(reason)
             self.actor.mark(self._end_key)
@@ -219,7 +348,7 @@ class Machine:
         self.outward[ivshmem.LINK_VECTOR].ring()
         self.bus.pool.scheduler.remove_fd(self.inward[ivshmem.SESSION_VECTOR].fileno())
         self.actor.unwatch(self._sock.fileno())
-        self._sock.close()
+        self._parts.close()
         self._peer = None
         self._give_back()
         self.actor.close()
@@ -228,8 +357,6 @@ class Machine:
     def _give_back(self) -> None:
         for account in self.accounts:
             account.give_back("memory", self.host.memory)
-        if hasattr(self, "fd"):
-            os.close(self.fd)
         if hasattr(self, "area"):
             self.area.close()
 
