@@ -6,5 +6,6 @@
 pub mod bare;
 pub mod load;
 pub mod pingpong;
+pub mod reads;
 pub mod wait;
 pub mod work;

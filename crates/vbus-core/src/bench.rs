@@ -9,7 +9,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use vbus_bench::load::{self, Buffers, LoadError, Report};
 use vbus_bench::pingpong::{self, Echo, Ping, PingError, Rounds, Way};
-use vbus_bench::work::{Numbered, RandomReads};
+use vbus_bench::reads;
+use vbus_bench::work::{Numbered, RandomReads, Work};
 use vbus_ring::mem;
 
 use crate::area::value_error;
@@ -17,7 +18,7 @@ use crate::doorbell::Doorbell;
 use crate::memory::Mapping;
 use crate::ring::DriverQueue;
 use crate::serve::call;
-use crate::violation::to_error;
+use crate::violation::{os_error, to_error};
 
 /// As small as an object of Python's can be that native code makes for a call.
 #[pyclass(frozen, module = "vbus._core")]
@@ -154,6 +155,38 @@ impl Load {
             Err(LoadError::Violation(violation)) => Err(to_error(py, &violation)),
             Err(error) => Err(PyRuntimeError::new_err(error.to_string())),
         }
+    }
+}
+
+/// The reads of a driver's load, from a file itself by io_uring.
+#[pyfunction]
+#[pyo3(signature = (fd, arena, total, size, places, seed, *, depth, batch))]
+#[allow(clippy::too_many_arguments)]
+pub fn bench_reads<'py>(
+    py: Python<'py>,
+    fd: RawFd,
+    arena: &Mapping,
+    total: u64,
+    size: usize,
+    places: u64,
+    seed: u64,
+    depth: usize,
+    batch: usize,
+) -> PyResult<Bound<'py, PyDict>> {
+    if size == 0 || size % 512 != 0 || places == 0 || depth == 0 || batch == 0 {
+        return Err(PyValueError::new_err("reads are multiples of 512 bytes, and there is one at a time at least"));
+    }
+    let mut work = RandomReads { size, places, seed };
+    let all = work.readable() + work.writable();
+    let needed = Load::bytes_needed(depth, all);
+    if arena.0.size() < needed {
+        return Err(PyValueError::new_err(format!("the arena has no {needed} bytes")));
+    }
+    let buffers = Buffers::new(&arena.0, 0, 0, depth, all);
+    match py.detach(|| reads::run(fd, &buffers, &mut work, total, batch)) {
+        Ok(report) => describe(py, &report),
+        Err(LoadError::System(error)) => Err(os_error(py, error)),
+        Err(error) => Err(PyRuntimeError::new_err(error.to_string())),
     }
 }
 

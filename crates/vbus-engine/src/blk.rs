@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{opcode, squeue, types, IoUring};
 use vbus_ring::mem::Table;
-use vbus_ring::ring::{read_once, Burst, Piece};
+use vbus_ring::ring::{read_words, Burst, Piece};
 use vbus_ring::signal::Notify;
 
 use crate::outbox::{Fault, Outbox};
@@ -38,6 +38,13 @@ const BATCH: usize = 16;
 const BUDGET: usize = 4;
 /// Buffers that one operation takes.
 const IOV_MAX: usize = 1024;
+/// Parts that there is room for in what is kept for its allocations.
+const SPARE_PARTS: usize = 256;
+/// Where the file is registered with its ring.
+const FILE: types::Fixed = types::Fixed(0);
+/// Operations that may block the kernel's threads at a time, of all disks of a worker: so many that those of a few disks
+/// that hang leave room for all others.
+const BLOCKED: u32 = 4096;
 /// How often an operation is tried again that was only interrupted.
 const TRIES: u32 = 1000;
 
@@ -89,10 +96,23 @@ struct Slot {
     tries: u32,
 }
 
+impl Slot {
+    /// It is over: nothing of the driver is kept, and no more room than most requests need.
+    fn clear(&mut self) {
+        self.table = None;
+        for parts in [&mut self.data, &mut self.left] {
+            parts.clear();
+            parts.shrink_to(SPARE_PARTS);
+        }
+        self.ranges.clear();
+        self.ranges.shrink_to(SPARE_PARTS);
+    }
+}
+
 // A slot stays where it is from its beginning to its end, and is moved about as a pointer.
 #[allow(clippy::vec_box)]
 struct State {
-    fd: OwnedFd,
+    /// The file is registered with it, as its first.
     ring: IoUring,
     burst: Burst,
     slots: Vec<Option<Box<Slot>>>,
@@ -110,6 +130,14 @@ struct State {
 
 // SAFETY: pointers to memory that others write anyway, which the tables beside them keep mapped.
 unsafe impl Send for State {}
+
+/// What comes of giving back requests, to be done without locks.
+#[derive(Default)]
+struct Shown {
+    notify: Option<Arc<dyn Notify>>,
+    /// With the run of the queue.
+    fault: Option<(u64, Fault)>,
+}
 
 /// What the device model sets at any time.
 #[derive(Debug, Default)]
@@ -157,9 +185,11 @@ impl Blk {
     ///
     /// The error is the system's: io_uring is not permitted, or there is no memory for it.
     pub fn new(queue: Arc<Queue>, fd: OwnedFd, signal: Arc<dyn Notify>) -> io::Result<Self> {
+        let ring = make_ring(DEPTH as u32)?;
+        // The kernel looks it up once, and not for every operation.
+        ring.submitter().register_files(&[fd.as_raw_fd()])?;
         let state = State {
-            fd,
-            ring: make_ring(DEPTH as u32)?,
+            ring,
             burst: Burst::default(),
             slots: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH as u32).rev().collect(),
@@ -255,10 +285,7 @@ impl Blk {
     fn request(&self, state: &mut State, chain: usize, run: u64) -> Option<Box<Slot>> {
         let State { burst, spare, .. } = state;
         let (readable, writable) = (burst.readable_total(chain), burst.writable_total(chain));
-        let mut header = [0; HEADER];
-        read_once(burst.readable(chain), &mut header);
-        let [kind, _, low, high] =
-            [0, 4, 8, 12].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| header[at + byte])));
+        let [kind, _, low, high] = read_words(burst.readable(chain))?;
         let sector = u64::from(high) << 32 | u64::from(low);
         let settings = &self.settings;
         let (kind, bytes) = match kind {
@@ -322,7 +349,7 @@ impl Blk {
     /// Queue the operation of a request, or of what is left of it.
     fn push(&self, state: &mut State, index: u32) {
         let Some(slot) = &state.slots[index as usize] else { return };
-        let fd = types::Fd(state.fd.as_raw_fd());
+        let fd = FILE;
         let parts = if slot.left.is_empty() { &slot.data } else { &slot.left };
         let flags = if slot.through { libc::RWF_DSYNC } else { 0 };
         let entry = match (slot.kind, parts.as_slice()) {
@@ -391,7 +418,10 @@ impl Blk {
     /// An operation is over: go on with its request, or end that.
     fn over(&self, state: &mut State, index: u32, result: i32) {
         let Some(slot) = state.slots[index as usize].as_mut() else { return };
+        // Nobody waits for it any more, but for its end.
+        let stale = slot.run != self.queue.run();
         let failure = match result {
+            _ if stale => None,
             _ if [-libc::EINTR, -libc::EAGAIN].contains(&result) && slot.tries < TRIES => {
                 slot.tries += 1;
                 return self.push(state, index);
@@ -418,6 +448,7 @@ impl Blk {
             _ => None,
         };
         let status = match failure {
+            None if stale => STATUS_IOERR,
             None => {
                 let counter = match slot.kind {
                     Kind::Read => &self.counters.reads,
@@ -430,8 +461,9 @@ impl Blk {
             Some(errno) => {
                 self.counters.io_errors.fetch_add(1, Ordering::Relaxed);
                 self.outbox.error(errno);
-                if slot.kind == Kind::Read {
-                    // The used length covers it: nothing of it may be left as it was.
+                if slot.kind == Kind::Read && errno != libc::EFAULT {
+                    // The used length covers it: nothing of it may be left as it was. What its driver took away is not
+                    // filled: the zeroes that are in its place then would be memory of this process.
                     clear(&slot.data);
                 }
                 STATUS_IOERR
@@ -446,12 +478,12 @@ impl Blk {
         }
     }
 
-    /// Give back what is finished; what to notify.
-    fn show(&self, state: &mut State) -> (Option<Arc<dyn Notify>>, Option<Fault>) {
+    /// Give back what is finished.
+    fn show(&self, state: &mut State) -> Shown {
+        let mut after = Shown::default();
         if state.done.is_empty() {
-            return (None, None);
+            return after;
         }
-        let mut after = (None, None);
         let mut stopped = None;
         {
             let mut current = self.queue.serve();
@@ -468,25 +500,20 @@ impl Blk {
                             written += u64::from(slot.writable);
                         }
                         self.queue.count(count, readable, written);
-                        after.0 = notify.then(|| running.signal.clone());
+                        after.notify = notify.then(|| running.signal.clone());
                     }
                     Err(violation) => {
-                        after.1 = Some(Fault::of(0, &violation));
+                        after.fault = Some((run, Fault::of(0, &violation)));
                         stopped = current.take();
                     }
                 }
             }
         }
         drop(stopped);
-        state.done.iter_mut().for_each(|slot| slot.table = None);
+        state.done.iter_mut().for_each(|slot| slot.clear());
         state.spare.append(&mut state.done);
         self.tell(state.under_way);
         after
-    }
-
-    fn stop(&self, fault: Fault) {
-        self.queue.replace(None);
-        self.outbox.fault(fault);
     }
 }
 
@@ -552,8 +579,10 @@ impl Engine for Blk {
         let mut state = self.lock();
         let ring = &state.as_mut()?.ring;
         if let Err(error) = ring.submitter().register_enable_rings() {
-            self.outbox.fault(Fault { queue: 0, name: "engine-error", detail: error.to_string() });
+            self.failed(&error.to_string());
         }
+        // Older systems have no word for it (before Linux 5.15): there a disk that hangs may hold its neighbours.
+        let _ = ring.submitter().register_iowq_max_workers(&mut [BLOCKED, 0]);
         Some(ring.as_raw_fd())
     }
 
@@ -567,17 +596,17 @@ impl Engine for Blk {
             let taken = self.take(state, ask);
             self.submit(state);
             over += self.reap(state);
-            let (signal, lost) = self.show(state);
+            let Shown { notify: signal, fault: lost } = self.show(state);
             if let Some(signal) = signal {
                 signal.notify();
             }
-            if let Some(fault) = lost {
-                self.stop(fault);
+            if let Some((run, fault)) = lost {
+                self.outbox.fault(run, fault);
             }
             if state.under_way == 0 {
-                if let Some(fault) = state.fault.as_mut().and_then(|(_, fault)| fault.take()) {
+                if let Some((run, fault)) = state.fault.as_mut().and_then(|(run, fault)| Some((*run, fault.take()?))) {
                     // The device model stops the queue, behind requests that it has to answer itself.
-                    self.outbox.fault(fault);
+                    self.outbox.fault(run, fault);
                 }
             }
             turn.worked |= taken + over > 0;
@@ -594,8 +623,11 @@ impl Engine for Blk {
     fn end(&self) {
         let Some(mut state) = self.lock().take() else { return };
         if state.under_way > 0 {
-            // The kernel may still write there: it stays mapped for good.
+            // The kernel may still write there: it stays mapped for good. The file is let go of when it does no more.
             std::mem::forget(std::mem::take(&mut state.slots));
+        } else {
+            // At once, and so its lock: the ring goes later, and in its own time.
+            let _ = state.ring.submitter().unregister_files();
         }
         self.tell(0);
     }
@@ -615,6 +647,6 @@ impl Engine for Blk {
     }
 
     fn failed(&self, reason: &str) {
-        self.stop(Fault { queue: 0, name: "engine-error", detail: reason.to_owned() });
+        self.outbox.fault(self.queue.fail(), Fault { queue: 0, name: "engine-error", detail: reason.to_owned() });
     }
 }

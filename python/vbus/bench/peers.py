@@ -22,6 +22,8 @@ class Peer:
     package: str
     """Debian's, that has it."""
     version_words: Sequence[str] = ("--version",)
+    commands: Sequence[str] = ()
+    """How it is run, with words in capitals for paths."""
 
     def find(self) -> str:
         """Where it is. UsageError when it is not installed."""
@@ -34,7 +36,7 @@ class Peer:
         return path
 
     def describe(self) -> dict[str, Any]:
-        """Its name, and what it says of its version."""
+        """Its name, what it says of its version, and how it is run."""
         done = subprocess.run(
             [self.find(), *self.version_words],
             capture_output=True,
@@ -44,4 +46,4 @@ class Peer:
             stdin=subprocess.DEVNULL,
         )
         found = re.search(r"\d+\.\d+[\w.+~-]*", done.stdout + done.stderr)
-        return {"program": self.program, "version": found[0] if found else "unknown"}
+        return {"program": self.program, "version": found[0] if found else "unknown", "commands": [*self.commands]}

@@ -58,8 +58,19 @@ ABOUT = {
         "Devices in Python, against bare calls of Python from native code.",
         """Measure a device in Python that does nothing, against bare calls of the same handler from native code.
 
-        One request at a time (`handle`), and 64 at once (`handle_batch`), which the device looks at or not.
+        One request at a time (`handle`), and 1, 8 and 64 at once (`handle_batch`), which the device looks at or not.
         """,
+    ),
+    "blk": About(
+        "A disk in another process: random reads through vhost-user.",
+        """Measure random reads of 4 KiB from a file in the page cache, through vhost-user, each side on its own CPU.
+
+        Served natively and in Python, through split and packed rings, notified and polling; 32 reads under way, and one
+        at a time, with a driver that sleeps and one that polls. The limit beside it is io_uring alone in the same
+        batches, and what fio finds where it is installed. With --peer, qemu-storage-daemon serves the same file. It
+        takes about five minutes.
+        """,
+        has_peer=True,
     ),
     "scale": About(
         "Many devices on one bus: to find them, to plug one, to have one.",
@@ -145,7 +156,11 @@ def _command(names: Sequence[str], name: str, about: About) -> click.Command:
 
 
 bench_command.add_command(
-    _command(list(ABOUT), "all", About("All of them, one after the other.", "Measure everything, one after the other."))
+    _command(
+        list(ABOUT),
+        "all",
+        About("All of them, one after the other.", "Measure everything, one after the other.", has_peer=True),
+    )
 )
 
 
@@ -187,7 +202,9 @@ def _measure(
     results = []
     for name in names:
         measurement = harness.load(name)
-        plan = harness.plan_of(measurement, quick=quick, rounds=rounds, peer=peer)
+        # Of all of them, those that somebody else does, too.
+        beside = peer and (len(names) == 1 or bool(measurement.peers))
+        plan = harness.plan_of(measurement, quick=quick, rounds=rounds, peer=beside)
         progress = Progress(f"{name} " if len(names) > 1 else "")
         try:
             result = harness.run(measurement, plan, progress.say)
@@ -250,6 +267,10 @@ def _print_result(measurement: AnyMeasurement, result: Row) -> None:
     click.echo(f"{machine['cpu']}, {machine['cpus']} CPUs; {machine['kernel']}; {machine['python']}")
     for peer in result["peers"]:
         click.echo(f"beside {peer['program']} {peer['version']}")
+        for command in peer["commands"]:
+            click.echo(f"  {command}")
+    for note in measurement.notes(result):
+        click.echo(note)
     for table in measurement.tables(result):
         _print_table(table)
     click.echo()
