@@ -250,8 +250,9 @@ impl Engine for Noted {
         self.failed.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn end(&self) {
+    fn end(&self) -> bool {
         self.ended.fetch_add(1, Ordering::Relaxed);
+        true
     }
 }
 
