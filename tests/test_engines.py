@@ -55,7 +55,17 @@ class Unmerged(RawNet):
     wanted: ClassVar[tuple[str, ...]] = ("STATUS",)
 
 
-Both = Callable[..., tuple[Bus, Remote]]
+class Remotes:
+    """The driver's sides of hypervisors' devices, one each."""
+
+    def __init__(self, remotes: dict[str, Remote]) -> None:
+        self._remotes = remotes
+
+    def driver(self, name: str, cls: type[Any], *, packed: bool = False) -> Any:
+        return self._remotes[name].driver(name, cls, packed=packed)
+
+
+Both = Callable[..., tuple[Bus, Any]]
 
 
 @pytest.fixture
@@ -67,8 +77,14 @@ def pair(make_bus: Callable[..., Bus], tmp_path: Path) -> Iterator[Both]:
             bus = make_bus(**options or {})
             for name, device in devices.items():
                 bus.plug(device, name)
-            at = bus.connect(make_connector(connector, tmp_path)).address
-            return bus, stack.enter_context(vbus.attach(at))
+            if connector != "vhost-user":
+                at = bus.connect(make_connector(connector, tmp_path)).address
+                return bus, stack.enter_context(vbus.attach(at))
+            remotes = {}
+            for name, device in devices.items():
+                at = bus.connect(vbus.connectors.VhostUser(name, tmp_path / f"{name}.sock"), name).address
+                remotes[name] = stack.enter_context(vbus.attach(at, device_id=device.device_id, name=name))
+            return bus, Remotes(remotes)
 
         yield make
 
@@ -116,7 +132,7 @@ def some_request(rng: random.Random) -> tuple[list[bytes], int]:
 
 
 @needs_io_uring
-@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("connector", [*CONNECTORS, "vhost-user"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_two_disks_answer_alike(pair: Both, tmp_path: Path, connector: str, packed: bool) -> None:
     rng = random.Random(f"{connector} {packed}")
@@ -182,7 +198,7 @@ def some_frame(rng: random.Random) -> tuple[bytes, bytes]:
 COUNTED = tuple(name for name in vbus.bus.attributes_of(Net) if name[:3] in ("rx_", "tx_"))
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("connector", [*CONNECTORS, "vhost-user"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("cls", [RawNet, Unmerged])
 def test_two_networks_give_back_alike(pair: Both, connector: str, packed: bool, cls: type[RawNet]) -> None:
@@ -204,7 +220,7 @@ def test_two_networks_give_back_alike(pair: Both, connector: str, packed: bool, 
                 for end in ends:
                     sent = [end.queue(1).submit(cut(random.Random(step), b"".join(both)), 0) for both in frames]
                     assert {result(future) for future in sent} == {b""}
-            case "command" if cls is RawNet and step > 20:
+            case "command" if cls is RawNet and connector != "vhost-user" and step > 20:
                 words = rng.choice([b"\0\0", b"\0\1", b"\0\2", b"\0\4"]) + bytes([rng.randrange(2)])
                 if rng.random() < 0.3:
                     words = b"\2\0" + bytes([rng.choice([5, 6]), 0])
@@ -293,6 +309,63 @@ def test_a_limit_is_kept_by_the_model(pair: Both, caplog: pytest.LogCaptureFixtu
     assert (bus.show("disk0")["engine"], device._counted("reads")) == ("native", 2)
 
 
+@contextlib.contextmanager
+def held(bus: Bus, name: str) -> Iterator[None]:
+    """What is submitted meanwhile is seen by an engine at one look."""
+    slot = bus.slot(name)
+    for queue in slot.queues:
+        queue.core.draining = True
+    yield
+    for queue in slot.queues:
+        queue.core.draining = False
+        slot.mark(queue)
+
+
+def test_what_an_engine_keeps_is_handed_over_when_limits_are_set(pair: Both) -> None:
+    device = Net(engine="native")
+    bus, remote = pair(net0=device)
+    end = remote.driver("net0", Unmerged)
+    with held(bus, "net0"):
+        buffers = [end.queue(0).submit([], 100) for _ in range(40)]
+        sent = [end.queue(1).submit([bytes(12) + bytes(500)], 0) for _ in range(40)]
+    assert {result(future) for future in sent} == {b""}
+    assert wait_until(lambda: device.rx_too_long == 40)
+    assert bus.slot("net0").queues[0].core.in_flight > 1, "taken ahead, and not filled"
+    bus.set("net0", "limit.iops", "1000000")
+    for n in range(40):
+        end.queue(1).submit([bytes(12) + MAC * 2 + bytes([8, 0, n])], 0).result(LIMIT)
+    assert [future.result(LIMIT)[-1] for future in buffers] == list(range(40))
+    assert device.rx_packets == 40
+    assert device._counted("rx_packets") == 0
+
+
+def test_frames_that_wait_in_an_engine_go_first_in_the_model(pair: Both) -> None:
+    device = Net(engine="native")
+    bus, remote = pair(net0=device)
+    end = remote.driver("net0", RawNet)
+
+    def send(n: int, size: int = 40) -> None:
+        end.queue(1).submit([bytes(12) + MAC * 2 + bytes([8, 0, n]) + bytes(size)], 0).result(LIMIT)
+
+    # The first is known to be wanted, as it has some of the buffers that it needs.
+    buffers = [end.queue(0).submit([], 50) for _ in range(2)]
+    send(0, 150)
+    for n in range(1, 4):
+        send(n)
+    assert wait_until(lambda: bus.slot("net0").queues[0].core.in_flight == 2)
+    # From now on no other would be.
+    end.queue(2).submit([b"\0\4\1"], 1).result(LIMIT)
+    end.queue(2).submit([b"\0\0\0"], 1).result(LIMIT)
+    bus.set("net0", "limit.iops", "1000000")
+    buffers += [end.queue(0).submit([], 60) for _ in range(5)]
+    send(4)
+    first = [future.result(LIMIT) for future in buffers[:4]]
+    whole = b"".join(first)
+    assert (whole[10:12], whole[26], len(whole)) == (b"\4\0", 0, 12 + 15 + 150)
+    assert wait_until(lambda: device.rx_filtered == 4)
+    assert (device.rx_packets, device.rx_dropped, device.tx_packets) == (1, 0, 5)
+
+
 def test_priorities_reach_an_engine(pair: Both) -> None:
     bus, remote = pair(net0=Net(engine="native"))
     bus.set("net0", "priority", "1")
@@ -377,6 +450,20 @@ def test_without_io_uring_disks_are_served_in_python(
     assert bus.slot("disk0").engine == "python (io_uring is not permitted here: Operation not permitted)"
     with pytest.raises(UsageError, match="disk1: engine native: io_uring is not permitted"):
         bus.plug(Blk(memory=512, engine="native"), "disk1")
+
+
+def test_a_worker_that_cannot_start_is_told_and_leaves_nothing(make_bus: Callable[..., Bus], tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SECTOR))
+    bus = make_bus()
+    # It was there when the bus began, and has gone since.
+    bus.workers.affinity = (1023,)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="bus test: no worker can be started on CPU 1023: Invalid argument"):
+            bus.plug(Blk(path=image), "disk0")
+    bus.workers.affinity = ()
+    bus.plug(Blk(path=image), "disk0")
+    assert bus.slot("disk0").engine == "native"
 
 
 def test_workers_are_checked_and_share_the_load(make_bus: Callable[..., Bus]) -> None:

@@ -254,7 +254,11 @@ class Request:
     def write(self, data: _ReadableBuffer, /) -> int:
         """Append to the writable part. Violation buffer-too-small when it does not fit; nothing is written then."""
     def views(self) -> tuple[list[memoryview], list[memoryview]]:
-        """(readable, writable): the driver's own memory, from its beginning, without a copy."""
+        """(readable, writable): the driver's own memory, from its beginning, without a copy. The same ones each time.
+
+        They are released when the request is completed: to use one then is a ValueError, and so is `views` itself. What
+        was made of one (a slice, an array) never faults, but shows memory that is the driver's again.
+        """
     @property
     def done(self) -> bool:
         """Already completed, or its queue was stopped."""
@@ -303,9 +307,10 @@ class DeviceQueue:
         suppression. With `in_order`, requests that are completed early are shown when all before them are.
 
         `inflight`: a writable mapping and the offset in it where this queue keeps what is in flight, as vhost-user lays
-        it out for split rings. What a predecessor left there is given by `take` first, in the order in which it was
-        taken. Then `resume` is not looked at: the ring goes on behind the used ring's index and what is in flight. A
-        region that was never used (version 0) begins at the used ring's index. ValueError for a packed ring.
+        it out for rings of its layout. What a predecessor left there is given by `take` first, in the order in which it
+        was taken. Then `resume` is not looked at: the ring goes on behind what is used and what is in flight, by the
+        region and, of a split ring, the used ring's index. A region that was never used (version 0) begins at what is
+        used: by that index, or by `resume`.
 
         Violation: queue-size (0, not a power of two in a split ring, above max_size), ring-position (`resume` is no
         place of such a ring), ring-misaligned, ring-outside-memory,
@@ -314,8 +319,14 @@ class DeviceQueue:
         region-lost, log-too-small.
         """
     @staticmethod
-    def inflight_size(size: int) -> int:
+    def inflight_size(size: int, *, packed: bool = False) -> int:
         """Bytes that a queue of this size takes of what is in flight, rounded up to 64. ValueError: 0, above 32768."""
+    @staticmethod
+    def find_place(memory: Memory, size: int, desc: int, said: int) -> int:
+        """Where a packed ring goes on whose device ended without a word, as `next` says it, of which a front-end that
+        may know no better says `said`. By the flags in its descriptors, of which `desc` is the address: for rings of
+        chains of one descriptor each, which were used in order. A ring that tells nothing goes on where it is said.
+        """
     @property
     def paused(self) -> bool:
         """Whether nothing more is to be taken for now: kept here for engines, `take` does not look."""
@@ -362,15 +373,18 @@ class DeviceQueue:
         *,
         batch: bool,
         charge: Callable[[int, int], object] | None = None,
-        urgent: tuple[Scheduler, int, int] | None = None,
+        others: tuple[Scheduler, int, int] | None = None,
     ) -> bool:
         """Let `handler(queue, request)` answer requests, each completed when it returns; with `batch`, let
-        `handler(queue, requests)` answer all, completed together. True when there were some.
+        `handler(queue, requests)` answer all, completed together. False when there are none, or none any more;
+        notifications are on then.
 
         At most `limit` are taken from the ring, and none while some wait that a turn before put off: it does so with
-        those behind one whose handler raised, which is raised here, and when something more urgent waits: `urgent` is a
-        scheduler, the actor whose turn this is, and the priority of its key. `charge` is told of requests and bytes
-        that were taken, before they are handled. Violation: as `take` and `complete`.
+        those behind one whose handler raised, which is raised here, and when something more urgent waits. `others`: a
+        scheduler, the actor whose turn this is, and the priority of its key. As long as nobody else waits there, for a
+        millisecond at most, up to `limit` more are taken, again and again, and looked for a little before notifications
+        are asked for. `charge` is told of requests and bytes that were taken, before they are handled; nothing is taken
+        a second time then. Violation: as `take` and `complete`.
         """
     def complete(self, requests: Sequence[Request]) -> None:
         """Give requests back as used, published together, and signal when the driver wants it. Requests that
@@ -435,6 +449,8 @@ class Engine:
         """Requests that the device model shall answer, at most `limit`, each with the queue."""
     def settle(self, timeout: float) -> bool:
         """Wait until nothing is under way in the driver's memory; False after `timeout` seconds."""
+    def end(self) -> None:
+        """Give back what it holds: one that no worker has had, whose workers do that."""
     def forget(self) -> None:
         """The driver is gone, and whatever waits for it."""
 
@@ -443,6 +459,12 @@ class LoopbackEngine(Engine):
     """A pair of queues of a network device, which gives back what was sent."""
 
     def __new__(cls, receive: DeviceQueue, transmit: DeviceQueue, signal: Signal) -> LoopbackEngine: ...
+    def hand_over(self) -> tuple[bool, list[bytes]]:
+        """Give what it keeps to whoever serves the queues from now on, which it does not: buffers, which the receive
+        queue gives first, and frames without headers that wait for buffers, oldest first. The first of the two tells
+        whether the oldest frame is known to be wanted.
+        """
+
     def set_rules(
         self,
         *,

@@ -8,14 +8,15 @@ use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 use vbus_engine::net::{Filter, Rules};
 use vbus_engine::queue::Queue;
 use vbus_engine::worker::{self, Polling, PRIORITIES};
 use vbus_engine::{blk, loopback};
 
 use crate::doorbell::Doorbell;
-use crate::ring::{DeviceQueue, Request};
+use crate::request::Request;
+use crate::ring::DeviceQueue;
 use crate::signal::Signal;
 use crate::violation::{named, os_error};
 
@@ -108,8 +109,9 @@ impl Engine {
     }
 
     fn faults<'py>(&self, py: Python<'py>) -> PyResult<Vec<(usize, Bound<'py, PyAny>)>> {
-        let faults = self.engine.outbox().faults();
-        faults.into_iter().map(|fault| Ok((fault.queue, named(py, fault.name, &fault.detail)?))).collect()
+        let faults = self.engine.outbox().faults().into_iter();
+        let current = faults.filter(|(run, fault)| self.queues[fault.queue].run() == *run);
+        current.map(|(_, fault)| Ok((fault.queue, named(py, fault.name, &fault.detail)?))).collect()
     }
 
     fn errors(&self) -> Vec<i32> {
@@ -120,7 +122,7 @@ impl Engine {
         let requests = self.engine.outbox().requests(limit);
         let request = |(queue, run, chain)| {
             let of: &Arc<Queue> = &self.queues[queue];
-            (queue, Request::new(chain, of.clone(), run))
+            (queue, Request::own(chain, of.clone(), run))
         };
         requests.into_iter().map(request).collect()
     }
@@ -128,6 +130,10 @@ impl Engine {
     fn settle(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
         let timeout = Duration::try_from_secs_f64(timeout).map_err(|error| PyValueError::new_err(error.to_string()))?;
         Ok(py.detach(|| self.engine.settle(timeout)))
+    }
+
+    fn end(&self, py: Python<'_>) {
+        py.detach(|| self.engine.end());
     }
 
     fn forget(&self, py: Python<'_>) {
@@ -150,6 +156,11 @@ impl LoopbackEngine {
         let queues = vec![receive.shared.clone(), transmit.shared.clone()];
         let engine = Arc::new(loopback::Loopback::new(queues[0].clone(), queues[1].clone(), signal.0.clone()));
         PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine))
+    }
+
+    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyBytes>>) {
+        let (wanted, frames) = py.detach(|| self.0.hand_over());
+        (wanted, frames.iter().map(|frame| PyBytes::new(py, frame)).collect())
     }
 
     #[allow(clippy::too_many_arguments)]

@@ -9,6 +9,7 @@ mod engine;
 mod event;
 mod link;
 mod memory;
+mod request;
 mod ring;
 mod scheduler;
 mod serve;
@@ -31,7 +32,9 @@ mod _core {
     #[pymodule_export]
     use crate::memory::{Mapping, Memory};
     #[pymodule_export]
-    use crate::ring::{DeviceQueue, DriverQueue, Request};
+    use crate::request::Request;
+    #[pymodule_export]
+    use crate::ring::{DeviceQueue, DriverQueue};
     #[pymodule_export]
     use crate::scheduler::Scheduler;
     #[pymodule_export]

@@ -38,6 +38,8 @@ const BATCH: usize = 16;
 const BUDGET: usize = 4;
 /// Buffers that one operation takes.
 const IOV_MAX: usize = 1024;
+/// Parts that there is room for in what is kept for its allocations.
+const SPARE_PARTS: usize = 256;
 /// Where the file is registered with its ring.
 const FILE: types::Fixed = types::Fixed(0);
 /// Operations that may block the kernel's threads at a time, of all disks of a worker: so many that those of a few disks
@@ -94,6 +96,19 @@ struct Slot {
     tries: u32,
 }
 
+impl Slot {
+    /// It is over: nothing of the driver is kept, and no more room than most requests need.
+    fn clear(&mut self) {
+        self.table = None;
+        for parts in [&mut self.data, &mut self.left] {
+            parts.clear();
+            parts.shrink_to(SPARE_PARTS);
+        }
+        self.ranges.clear();
+        self.ranges.shrink_to(SPARE_PARTS);
+    }
+}
+
 // A slot stays where it is from its beginning to its end, and is moved about as a pointer.
 #[allow(clippy::vec_box)]
 struct State {
@@ -115,6 +130,14 @@ struct State {
 
 // SAFETY: pointers to memory that others write anyway, which the tables beside them keep mapped.
 unsafe impl Send for State {}
+
+/// What comes of giving back requests, to be done without locks.
+#[derive(Default)]
+struct Shown {
+    notify: Option<Arc<dyn Notify>>,
+    /// With the run of the queue.
+    fault: Option<(u64, Fault)>,
+}
 
 /// What the device model sets at any time.
 #[derive(Debug, Default)]
@@ -443,8 +466,9 @@ impl Blk {
             Some(errno) => {
                 self.counters.io_errors.fetch_add(1, Ordering::Relaxed);
                 self.outbox.error(errno);
-                if slot.kind == Kind::Read {
-                    // The used length covers it: nothing of it may be left as it was.
+                if slot.kind == Kind::Read && errno != libc::EFAULT {
+                    // The used length covers it: nothing of it may be left as it was. What its driver took away is not
+                    // filled: the zeroes that are in its place then would be memory of this process.
                     clear(&slot.data);
                 }
                 STATUS_IOERR
@@ -459,12 +483,12 @@ impl Blk {
         }
     }
 
-    /// Give back what is finished; what to notify.
-    fn show(&self, state: &mut State) -> (Option<Arc<dyn Notify>>, Option<Fault>) {
+    /// Give back what is finished.
+    fn show(&self, state: &mut State) -> Shown {
+        let mut after = Shown::default();
         if state.done.is_empty() {
-            return (None, None);
+            return after;
         }
-        let mut after = (None, None);
         let mut stopped = None;
         {
             let mut current = self.queue.serve();
@@ -481,25 +505,20 @@ impl Blk {
                             written += u64::from(slot.writable);
                         }
                         self.queue.count(count, readable, written);
-                        after.0 = notify.then(|| running.signal.clone());
+                        after.notify = notify.then(|| running.signal.clone());
                     }
                     Err(violation) => {
-                        after.1 = Some(Fault::of(0, &violation));
+                        after.fault = Some((run, Fault::of(0, &violation)));
                         stopped = current.take();
                     }
                 }
             }
         }
         drop(stopped);
-        state.done.iter_mut().for_each(|slot| slot.table = None);
+        state.done.iter_mut().for_each(|slot| slot.clear());
         state.spare.append(&mut state.done);
         self.tell(state.under_way);
         after
-    }
-
-    fn stop(&self, fault: Fault) {
-        self.queue.replace(None);
-        self.outbox.fault(fault);
     }
 }
 
@@ -565,7 +584,7 @@ impl Engine for Blk {
         let mut state = self.lock();
         let ring = &state.as_mut()?.ring;
         if let Err(error) = ring.submitter().register_enable_rings() {
-            self.outbox.fault(Fault { queue: 0, name: "engine-error", detail: error.to_string() });
+            self.failed(&error.to_string());
         }
         // Older systems have no word for it (before Linux 5.15): there a disk that hangs may hold its neighbours.
         let _ = ring.submitter().register_iowq_max_workers(&mut [BLOCKED, 0]);
@@ -582,17 +601,17 @@ impl Engine for Blk {
             let taken = self.take(state, ask);
             self.submit(state);
             over += self.reap(state);
-            let (signal, lost) = self.show(state);
+            let Shown { notify: signal, fault: lost } = self.show(state);
             if let Some(signal) = signal {
                 signal.notify();
             }
-            if let Some(fault) = lost {
-                self.stop(fault);
+            if let Some((run, fault)) = lost {
+                self.outbox.fault(run, fault);
             }
             if state.under_way == 0 {
-                if let Some(fault) = state.fault.as_mut().and_then(|(_, fault)| fault.take()) {
+                if let Some((run, fault)) = state.fault.as_mut().and_then(|(run, fault)| Some((*run, fault.take()?))) {
                     // The device model stops the queue, behind requests that it has to answer itself.
-                    self.outbox.fault(fault);
+                    self.outbox.fault(run, fault);
                 }
             }
             turn.worked |= taken + over > 0;
@@ -635,6 +654,6 @@ impl Engine for Blk {
     }
 
     fn failed(&self, reason: &str) {
-        self.stop(Fault { queue: 0, name: "engine-error", detail: reason.to_owned() });
+        self.outbox.fault(self.queue.fail(), Fault { queue: 0, name: "engine-error", detail: reason.to_owned() });
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vbus_ring::ring::{Burst, Piece};
+use vbus_ring::ring::{Burst, Chain, Piece};
 use vbus_ring::violation::Violation;
 
 use crate::outbox::Fault;
@@ -302,6 +302,13 @@ impl Receiver {
         (self.shown, self.filled) = (0, 0);
     }
 
+    /// What is at hand and not filled, in order, for whoever serves the queue from now on.
+    pub fn hand_over(&mut self) -> Vec<Chain> {
+        let chains = (self.filled..self.burst.len()).map(|chain| self.burst.chain(chain)).collect();
+        self.reset();
+        chains
+    }
+
     /// Have `count` more buffers at hand, as far as there are. With `ask`, be notified when there are none.
     fn take(&mut self, running: &mut Running, count: usize, ask: bool) -> Result<usize, Fault> {
         let before = self.burst.len();
@@ -495,9 +502,9 @@ impl Backlog {
         true
     }
 
-    /// None waits any more.
-    pub fn clear(&mut self) {
-        self.frames.clear();
-        (self.bytes, self.wanted) = (0, false);
+    /// None waits any more; gives whether the oldest was known to be wanted, and all of them.
+    pub fn take(&mut self) -> (bool, VecDeque<Vec<u8>>) {
+        self.bytes = 0;
+        (std::mem::take(&mut self.wanted), std::mem::take(&mut self.frames))
     }
 }

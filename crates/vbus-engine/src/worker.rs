@@ -33,8 +33,9 @@ use crate::outbox::Outbox;
 
 /// Priorities: 0 is the most urgent.
 pub const PRIORITIES: usize = 8;
-/// Turns in a row without a look at the descriptors of others.
+/// Turns in a row without a look at the descriptors of others, and how long they may take together.
 const TURNS: u32 = 8;
+const UNSEEN: Duration = Duration::from_micros(50);
 /// The same, of turns that found nothing.
 const IDLE_TURNS: u32 = 64;
 /// Descriptors looked at in one go.
@@ -91,7 +92,7 @@ pub trait Engine: Send + Sync {
     /// What it counted, by name.
     fn counters(&self) -> Vec<(&'static str, u64)>;
 
-    /// A turn panicked, which is a defect: there are no more turns.
+    /// A turn panicked, which is a defect: there are no more turns, and `end` is next.
     fn failed(&self, reason: &str);
 }
 
@@ -141,8 +142,10 @@ impl Task {
     }
 
     /// Be this urgent from the next turn on.
-    pub fn set_priority(&self, priority: u32) {
+    pub fn set_priority(self: &Arc<Self>, priority: u32) {
         self.priority.store(priority.min(PRIORITIES as u32 - 1), Ordering::Relaxed);
+        lock(&self.worker.inbox).moved.push(self.clone());
+        self.worker.call();
     }
 
     fn priority(&self) -> usize {
@@ -214,6 +217,8 @@ impl Parting {
 struct Inbox {
     ready: Vec<Arc<Task>>,
     added: Vec<Arc<Task>>,
+    /// Those whose priority has changed.
+    moved: Vec<Arc<Task>>,
     removed: Vec<(Arc<Task>, Arc<Parting>)>,
 }
 
@@ -421,8 +426,11 @@ struct Local {
     polled: [Vec<Arc<Task>>; PRIORITIES],
     /// Which of those that are polled is next.
     next: [usize; PRIORITIES],
+    /// Of each priority: whether the next turn is first offered to those that are polled.
+    polled_first: [bool; PRIORITIES],
     began: Instant,
-    /// Turns since the last look at descriptors.
+    /// The last look at descriptors (nanoseconds), and turns since.
+    looked: u64,
     turns: u32,
     idle_turns: u32,
     can_end: bool,
@@ -435,7 +443,9 @@ impl Local {
             ready: Default::default(),
             polled: Default::default(),
             next: [0; PRIORITIES],
+            polled_first: [false; PRIORITIES],
             began: Instant::now(),
+            looked: 0,
             turns: 0,
             idle_turns: 0,
             can_end: true,
@@ -450,7 +460,7 @@ impl Local {
             }
             if self.step() {
                 self.turns += 1;
-                if self.turns >= TURNS {
+                if self.turns >= TURNS || self.now() - self.looked >= UNSEEN.as_nanos() as u64 {
                     self.look(0);
                 }
                 continue;
@@ -481,7 +491,7 @@ impl Local {
     fn read_inbox(&mut self) {
         // Cleared first: what comes after is seen at the next look.
         self.shared.called.swap(false, Ordering::AcqRel);
-        let Inbox { ready, added, removed } = std::mem::take(&mut *lock(&self.shared.inbox));
+        let Inbox { ready, added, moved, removed } = std::mem::take(&mut *lock(&self.shared.inbox));
         for task in added {
             if let Some(fd) = task.engine.begin() {
                 // Not looked at, until a turn asks for it.
@@ -498,6 +508,9 @@ impl Local {
         }
         for task in ready {
             self.ready[task.priority()].push_back(task);
+        }
+        for task in moved {
+            self.change_place(&task);
         }
         for (task, parting) in removed {
             self.part(&task);
@@ -526,6 +539,22 @@ impl Local {
         }
     }
 
+    /// Have it among those of its priority, where it waits or is looked at.
+    fn change_place(&mut self, task: &Arc<Task>) {
+        for tasks in &mut self.ready {
+            let before = tasks.len();
+            tasks.retain(|other| !Arc::ptr_eq(other, task));
+            if tasks.len() < before {
+                self.ready[task.priority()].push_back(task.clone());
+                break;
+            }
+        }
+        if task.polled.load(Ordering::Relaxed) {
+            self.forget(task);
+            self.poll(task);
+        }
+    }
+
     fn poll(&mut self, task: &Arc<Task>) {
         if !task.polled.swap(true, Ordering::Relaxed) {
             self.polled[task.priority()].push(task.clone());
@@ -535,40 +564,54 @@ impl Local {
     /// Give the most urgent that has something to do a turn; false when none has.
     fn step(&mut self) -> bool {
         for priority in 0..PRIORITIES {
-            if let Some(task) = self.ready[priority].pop_front() {
-                if !task.gone.load(Ordering::Relaxed) {
-                    self.serve_ready(task);
-                }
+            // The marked and the polled take turns, so that whoever is marked without end keeps nobody waiting.
+            let polled_first = std::mem::take(&mut self.polled_first[priority]);
+            if polled_first && self.serve_polled(priority) {
                 return true;
             }
-            let count = self.polled[priority].len();
-            for index in 0..count {
-                let place = (self.next[priority] + index) % count;
-                let task = self.polled[priority][place].clone();
-                if self.turn(&task, false).worked {
-                    task.last.store(self.now(), Ordering::Relaxed);
-                    self.next[priority] = (place + 1) % count;
+            while let Some(task) = self.ready[priority].pop_front() {
+                // Before its turn: a mark from now on is for another.
+                task.ready.swap(false, Ordering::AcqRel);
+                // What is polled is looked at anyway.
+                if !task.gone.load(Ordering::Relaxed) && !task.polled.load(Ordering::Relaxed) {
+                    self.serve_ready(&task);
+                    // One that is polled from now on has had its turn.
+                    self.polled_first[priority] = !task.polled.load(Ordering::Relaxed);
                     return true;
                 }
+            }
+            if !polled_first && self.serve_polled(priority) {
+                return true;
             }
         }
         false
     }
 
-    fn serve_ready(&mut self, task: Arc<Task>) {
-        // Before its turn: a mark from now on is for another.
-        task.ready.swap(false, Ordering::AcqRel);
+    /// Give the next of those that are polled and have something to do a turn; false when none has.
+    fn serve_polled(&mut self, priority: usize) -> bool {
+        let count = self.polled[priority].len();
+        for index in 0..count {
+            let place = (self.next[priority] + index) % count;
+            let Some(task) = self.polled[priority].get(place).cloned() else { break };
+            if self.turn(&task, false).worked {
+                task.last.store(self.now(), Ordering::Relaxed);
+                self.next[priority] = (place + 1) % count;
+                return true;
+            }
+        }
+        false
+    }
+
+    fn serve_ready(&mut self, task: &Arc<Task>) {
         let ask = match self.shared.polling {
             Polling::Notified => true,
             Polling::Always => false,
             Polling::Adaptive => {
-                if !task.polled.load(Ordering::Relaxed) {
-                    self.learn(&task);
-                }
+                self.learn(task);
                 task.window.load(Ordering::Relaxed) == 0
             }
         };
-        let turn = self.turn(&task, ask);
+        let turn = self.turn(task, ask);
         if turn.worked && self.shared.polling == Polling::Adaptive {
             task.last.store(self.now(), Ordering::Relaxed);
         }
@@ -576,9 +619,9 @@ impl Local {
             return;
         }
         if !ask {
-            self.poll(&task);
+            self.poll(task);
         } else if turn.more && !task.ready.swap(true, Ordering::AcqRel) {
-            self.ready[task.priority()].push_back(task);
+            self.ready[task.priority()].push_back(task.clone());
         }
     }
 
@@ -591,11 +634,11 @@ impl Local {
         task.window.store(if window < shortest { 0 } else { window }, Ordering::Relaxed);
     }
 
-    fn turn(&self, task: &Arc<Task>, ask: bool) -> Turn {
+    fn turn(&mut self, task: &Arc<Task>, ask: bool) -> Turn {
         let turn = catch_unwind(AssertUnwindSafe(|| task.engine.turn(ask))).unwrap_or_else(|cause| {
-            task.gone.store(true, Ordering::Relaxed);
             let text = cause.downcast_ref::<String>().map(String::as_str);
             task.engine.failed(text.or(cause.downcast_ref::<&str>().copied()).unwrap_or("it panicked"));
+            self.part(task);
             Turn::default()
         });
         if ask && turn.watch && !task.watched.swap(true, Ordering::Relaxed) {
@@ -655,6 +698,7 @@ impl Local {
         let epoll = self.shared.epoll.as_raw_fd();
         // SAFETY: the array outlives the call and has room for BATCH events.
         let found = unsafe { libc::epoll_wait(epoll, events.as_mut_ptr(), BATCH as i32, milliseconds) };
+        self.looked = self.now();
         if found <= 0 {
             return;
         }

@@ -76,8 +76,8 @@ class Ring:
 
     `desc`, `driver`, `device`: descriptor table, available and used ring, or what a packed ring has instead. `resume`:
     where to go on in a ring that was in use before, as the core's `next` says it. `inflight`: the mapping, and the
-    offset in it, where requests under way are kept for a successor of this process; not of a packed ring. `paused`:
-    nothing is taken off it until `pause_queue` says so.
+    offset in it, where requests under way are kept for a successor of this process. `paused`: nothing is taken off it
+    until `pause_queue` says so.
     """
 
     size: int = 0
@@ -183,6 +183,8 @@ class Slot:
         self._tasks: dict[int, _core.Task] = {}
         """Who serves a queue natively, by its index."""
         self._native = False
+        self._yielded: list[Queue] = []
+        """Queues that an engine serves no more, until the model has taken over."""
         self._holds = 0
         self._outbox_key: int | None = None
         self._late_key: int | None = None
@@ -202,6 +204,7 @@ class Slot:
         def turn() -> bool:
             if queue.core.native:
                 return False
+            self._take_over()
             bell = self._bells.get(queue.index)
             if bell is not None:
                 self.kicks[queue.index] += bell.drain()
@@ -265,12 +268,19 @@ class Slot:
         return _core.Signal.local(self.actor.pool.scheduler, self._outbox_key)
 
     def adopt(self, engines: Sequence[Engine]) -> None:
-        """Have workers run these engines for queues of this device. In the turn that plugs it."""
+        """Have workers run these engines for queues of this device. In the turn that plugs it. UsageError."""
         for engine in engines:
+            try:
+                task = self.bus.workers.add(engine.core, min(self.queue_priorities[q.index] for q in engine.queues))
+            except Error:
+                # A worker ends those that it has; of the rest, nothing may be held any more.
+                for other in engines:
+                    if other not in self._engines:
+                        other.core.end()
+                raise
             self._engines.append(engine)
-            task = self.bus.workers.add(engine.core, min(self.queue_priorities[q.index] for q in engine.queues))
             self._tasks.update({queue.index: task for queue in engine.queues})
-        self._use_engines(native=bool(engines))
+        self._use_engines()
 
     @property
     def engine(self) -> str:
@@ -279,16 +289,24 @@ class Slot:
             return "native"
         return f"python ({'limits are set' if self._engines else self.device.no_engine})"
 
-    def _use_engines(self, *, native: bool) -> None:
-        """Have queues served by engines, or all by the model's handlers. What is under way ends where it is."""
+    def _use_engines(self, *, allowed: bool = True) -> None:
+        """Have queues served by engines, when there are any and no limits; or else all by the model's handlers.
+
+        What is under way ends where it is.
+        """
         changed = []
         with self._lock:
+            # Looked at with the lock held: whoever sets limits comes here next, and sees what was chosen.
+            native = allowed and bool(self._engines) and self.gate.is_open
             self._native = native
             for queue in (queue for engine in self._engines for queue in engine.queues):
                 wanted = native and self.device.engine_serves(queue)
                 if wanted == queue.core.native:
                     continue
                 changed.append(queue)
+                if not wanted:
+                    # First: a turn that finds the queue its own finds this.
+                    self._yielded.append(queue)
                 bell = self._bells.get(queue.index)
                 if bell is not None:
                     self._ignore(queue, bell)
@@ -299,15 +317,26 @@ class Slot:
         for queue in changed:
             self.mark(queue)
 
+    def _take_over(self) -> None:
+        """In a turn: let the model have what engines keep of queues that they serve no more."""
+        if self._yielded:
+            with self._lock:
+                yielded, self._yielded = self._yielded, []
+            for queue in yielded:
+                self.runner.hook(self.device.engine_yielded, queue, of=queue)
+
     def _route(self, queue: Queue) -> None:
         task = self._tasks.get(queue.index) if queue.core.native else None
         self.actor.pool.scheduler.route(self._keys[queue.index], task)
 
     def limits_changed(self) -> None:
         """Limits were set or taken away, which engines know nothing of; queues that waited for them look again."""
-        if self._native and not self.gate.is_open:
+        with self._lock:
+            yields = self._native and not self.gate.is_open
+            if yields:
+                self._use_engines()
+        if yields:
             log.warning("%s/%s: limits are set: it is served in Python", self.bus.name, self.name)
-            self._use_engines(native=False)
         self.completed()
 
     def _settle(self, engines: Iterable[Engine] | None = None, seconds: float = SETTLE_SECONDS) -> bool:
@@ -342,11 +371,14 @@ class Slot:
             yield
         finally:
             self._holds -= 1
-            if self._holds == 0 and not self.draining:
-                for queue in queues:
+            with self._lock:
+                # A device that is about to leave goes on holding.
+                resumed = [] if self._holds or self.draining else queues
+                for queue in resumed:
                     queue.core.draining = False
-                    if queue.core.native:
-                        self.mark(queue)
+            for queue in resumed:
+                if queue.core.native:
+                    self.mark(queue)
 
     def undisturbed(self, change: Callable[[], None]) -> bool:
         """Call `change` in a turn of the device, when no engine uses the driver's memory.
@@ -625,7 +657,7 @@ class Slot:
         if owner is None:
             return
         # Once for a driver: what a model keeps of a queue that it serves, an engine does not know, nor the other way.
-        self._use_engines(native=bool(self._engines) and self.gate.is_open)
+        self._use_engines()
         # Copies: the driver may set queues up, too late, at this very moment.
         rings = dict(self._rings)
         for index, ring in rings.items():
@@ -951,9 +983,10 @@ class Slot:
 
     def drain(self, timeout: float) -> bool:
         """Take no more requests, and wait for those under way; False when `timeout` seconds were not enough."""
-        self.draining = True
-        for queue in self.queues:
-            queue.core.draining = True
+        with self._lock:
+            self.draining = True
+            for queue in self.queues:
+                queue.core.draining = True
         deadline = time.monotonic() + timeout
         while not self.idle() and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -997,7 +1030,7 @@ class Slot:
         self._stop_queues()
         self._settle(seconds=LATE_SECONDS)
         self._end_reset()
-        self._use_engines(native=False)
+        self._use_engines(allowed=False)
         for engine in self._engines:
             self._tasks[engine.queues[0].index].remove()
         self._engines.clear()

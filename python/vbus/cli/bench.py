@@ -58,7 +58,7 @@ ABOUT = {
         "Devices in Python, against bare calls of Python from native code.",
         """Measure a device in Python that does nothing, against bare calls of the same handler from native code.
 
-        One request at a time (`handle`), and 64 at once (`handle_batch`), which the device looks at or not.
+        One request at a time (`handle`), and 1, 8 and 64 at once (`handle_batch`), which the device looks at or not.
         """,
     ),
     "blk": About(

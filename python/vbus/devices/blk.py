@@ -349,12 +349,15 @@ class Blk(Device):
         readable, writable = request.views()
         from_driver = skip(readable, HEADER.size)
         to_driver, status = split_last(writable)
+        gone = False
         try:
             result = self._serve(kind, sector, from_driver, to_driver)
         except OSError as error:
             result = RequestStatus.IOERR
+            # Memory that its driver has taken away: what is in its place when it is touched is this process's own.
+            gone = error.errno == errno.EFAULT
             self._failed(error)
-        if result != RequestStatus.OK or kind not in (RequestType.IN, RequestType.GET_ID):
+        if not gone and (result != RequestStatus.OK or kind not in (RequestType.IN, RequestType.GET_ID)):
             # The used length covers the status byte, so also the bytes before it: none of them may be left as it was.
             clear(to_driver)
         status[0] = result

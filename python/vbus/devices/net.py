@@ -267,6 +267,16 @@ class Net(Device):
         """Without MQ there is one pair, and commands come on what would be the next."""
         return queue.index < controlq(1) or self.has("MQ")
 
+    def engine_yielded(self, queue: Queue) -> None:
+        """Frames that wait for buffers go on to wait here, before all that come."""
+        pair, is_transmit = divmod(queue.index, 2)
+        if not is_transmit:
+            wanted, frames = self._engines[pair].hand_over()
+            packets = [bytes(HEADER.size) + frame for frame in frames]
+            if wanted and packets:
+                self._receivers[pair].keep(packets.pop(0))
+            self._backend.put_back(pair, packets)
+
     def _tell_engines(self) -> None:
         """What holds now; no frame goes by what held before when this returns."""
         wanted = self.filter

@@ -51,6 +51,10 @@ class Receiver:
         self.waiting = False
         return kept is not None
 
+    def keep(self, packet: bytes) -> None:
+        """Have a packet go first that is known to be wanted."""
+        self._kept = memoryview(bytearray(packet))
+
     def has_room(self) -> bool:
         """Whether there is a buffer, and no packet that it is for. Violation: rx-buffer-too-small."""
         if self._stock and self._stock[0].done:

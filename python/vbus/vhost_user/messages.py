@@ -20,6 +20,8 @@ NO_FD = 1 << 8
 """In the number that comes with SET_VRING_KICK, _CALL, _ERR: there is no descriptor."""
 INDEX = 0xFF
 """The queue in that number."""
+PACKED_BASE = 0x8000_8000
+"""Where a packed ring begins: at descriptor 0 with a wrap counter of 1, for both sides."""
 
 
 class BadPayloadError(ValueError):

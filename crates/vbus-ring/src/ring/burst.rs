@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::chain::{Gather, Rules, Taken};
 use super::device::Chains;
 use super::Chain;
-use crate::mem::{Access, Segments, Table, VolatileSlice};
+use crate::mem::{prefetch, Access, Mapping, Segments, Table, VolatileSlice};
 use crate::violation::Violation;
 
 /// A range of driver memory that is contiguous in one mapping, which the burst keeps that it is of.
@@ -32,6 +32,12 @@ impl Piece {
     #[inline]
     pub fn as_ptr(&self) -> *mut u8 {
         self.base
+    }
+
+    /// Driver address and bytes.
+    #[inline]
+    pub fn range(&self) -> (u64, u64) {
+        (self.address, u64::from(self.size))
     }
 
     /// Its bytes.
@@ -81,6 +87,12 @@ impl Burst {
         self.entries.is_empty()
     }
 
+    /// Pieces of all chains.
+    #[inline]
+    pub fn pieces(&self) -> usize {
+        self.pieces.len()
+    }
+
     /// Forget all chains, and let go of their memory.
     #[inline]
     pub fn clear(&mut self) {
@@ -123,9 +135,14 @@ impl Burst {
         &self.pieces[first + entry.readable as usize..first + entry.count as usize]
     }
 
+    /// Where a piece of a chain lies: its mapping, and the offset in it.
+    pub fn place(&self, chain: usize, piece: &Piece) -> (&Arc<Mapping>, usize) {
+        self.table(chain).place(piece.region as usize, piece.address)
+    }
+
     /// Driver address and bytes of what the device may write.
     pub fn ranges(&self, chain: usize) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.writable(chain).iter().map(|piece| (piece.address, u64::from(piece.size)))
+        self.writable(chain).iter().map(Piece::range)
     }
 
     /// What keeps the memory of a chain mapped.
@@ -179,6 +196,40 @@ pub fn read_once(pieces: &[Piece], into: &mut [u8]) -> bool {
     bytes.len() == 0
 }
 
+/// Copy bytes out of pieces, from byte `at` on; panics when there are not as many.
+pub fn copy_out(pieces: &[Piece], at: u64, into: VolatileSlice<'_>) {
+    walk(pieces, at, into.len(), |piece, done| {
+        let rest = into.offset(done).expect("the walk is as long as the slice");
+        piece.copy_to_volatile_slice(rest.subslice(0, piece.len()).expect("the piece is no longer than the rest"));
+    });
+}
+
+/// Copy bytes into pieces, from byte `at` on; panics when there is no room for them. The caller has checked that they
+/// are the device's to write. The source may overlap them, as a driver can give one buffer twice.
+pub fn copy_in(pieces: &[Piece], at: u64, from: VolatileSlice<'_>) {
+    walk(pieces, at, from.len(), |piece, done| {
+        from.subslice(done, piece.len()).expect("the walk is as long as the slice").copy_to_volatile_slice(piece);
+    });
+}
+
+/// Call `each` with every part of `size` bytes from `at`, and how many bytes came before it.
+fn walk(pieces: &[Piece], at: u64, size: usize, mut each: impl FnMut(VolatileSlice<'_>, usize)) {
+    let (mut skip, mut done) = (at, 0);
+    for piece in pieces {
+        if done == size {
+            return;
+        }
+        if skip >= piece.size() as u64 {
+            skip -= piece.size() as u64;
+            continue;
+        }
+        let count = (piece.size() - skip as usize).min(size - done);
+        each(piece.slice().subslice(skip as usize, count).expect("inside the piece"), done);
+        (skip, done) = (0, done + count);
+    }
+    assert!(done == size, "bytes outside the pieces");
+}
+
 impl Gather for Burst {
     #[inline]
     fn head(&self) -> u16 {
@@ -228,7 +279,14 @@ impl Chains for Burst {
         if let Some(entry) = self.entries.get(count) {
             self.pieces.truncate(entry.first as usize);
             self.entries.truncate(count);
+            // What keeps memory for none of them would keep it for long.
+            self.tables.truncate(self.entries.last().map_or(0, |last| last.table as usize + 1));
         }
+    }
+
+    #[inline]
+    fn weight(&self) -> usize {
+        self.pieces.len()
     }
 
     #[inline]
@@ -239,21 +297,4 @@ impl Chains for Burst {
         let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
         self.entries.push(Entry { head: name, span: 1, table, first, readable: 0, count: 0, rules: Rules::default() });
     }
-}
-
-/// Have it near when it is needed. A hint: what it says of memory that is gone is nothing.
-#[inline(always)]
-fn prefetch(address: *const u8, write: bool) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: it has no effect that a program could see, whatever the address is.
-    unsafe {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0, _MM_HINT_T0};
-        if write {
-            _mm_prefetch::<{ _MM_HINT_ET0 }>(address.cast());
-        } else {
-            _mm_prefetch::<{ _MM_HINT_T0 }>(address.cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (address, write);
 }

@@ -14,6 +14,9 @@ use crate::violation::{Rule, Violation};
 /// it, a large ring of chains that are each as long as the ring would take gigabytes.
 pub const MAX_BUFFERS: usize = 1 << 20;
 
+/// Pieces of memory in a burst after which it takes no further chain: long ones shall not keep others waiting.
+pub const HEAVY: usize = 4096;
+
 /// A chain that is used, as a layout shows it to the driver.
 #[derive(Clone, Copy, Debug)]
 pub struct Used {
@@ -44,11 +47,14 @@ pub trait Layout {
     /// Whether there is a chain to take.
     fn look(&mut self) -> Result<bool, Violation>;
 
+    /// Have what describes the next chains near, which `look` has seen, at most so many. A hint.
+    fn approach(&self, _limit: usize) {}
+
     /// By what the next chain, which `look` has seen, is known until it is read.
     fn name(&self) -> u16;
 
     /// Read the next chain, which `look` has seen, into one that is new and has its name.
-    fn chain(&self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation>;
+    fn chain(&mut self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation>;
 
     /// It was good, and is taken.
     fn taken(&mut self, chain: Taken);
@@ -82,7 +88,8 @@ pub trait Layout {
     fn next(&self) -> u32;
 
     /// Where another could go on such that it is given again what is in flight: so many chains, the last that were taken.
-    fn unused(&self, in_flight: usize) -> u32;
+    /// None when there is no such place.
+    fn unused(&self, in_flight: usize) -> Option<u32>;
 }
 
 /// Where chains go that are taken: what is gathered is of the last.
@@ -94,6 +101,11 @@ pub(super) trait Chains: Gather {
 
     /// A new chain of this name, in memory of this table.
     fn open(&mut self, table: &Arc<Table>, name: u16);
+
+    /// Pieces of memory, where those that are taken together are limited by them, too.
+    fn weight(&self) -> usize {
+        0
+    }
 }
 
 /// What is in flight of one chain.
@@ -275,7 +287,10 @@ impl<L: Layout> Ring<L> {
     /// As `next`, counting what is in flight as not taken, so that it is given again. None when there is no such place,
     /// because a chain was used before one that was taken earlier and is in flight.
     pub fn unused(&self) -> Option<u32> {
-        (!self.book.overtaken).then(|| self.layout.unused(self.book.in_flight))
+        if self.book.overtaken {
+            return None;
+        }
+        self.layout.unused(self.book.in_flight)
     }
 
     /// Chains taken and not shown as used.
@@ -356,8 +371,10 @@ impl<L: Layout> Ring<L> {
         let table = table.get_or_insert_with(|| self.memory.snapshot());
         // It may have changed at this very moment: chains and the ring are found in one and the same.
         self.layout.follow(table, &self.setup)?;
+        let light = chains.weight() + HEAVY;
+        self.layout.approach(limit);
         for _ in 0..limit {
-            if !self.layout.look()? {
+            if chains.weight() >= light || !self.layout.look()? {
                 break;
             }
             let Self { layout, book, setup, .. } = self;

@@ -10,6 +10,7 @@ use crate::mem::{Access, Mapping, Memory, Table, Window};
 use crate::ring::chain::{Gather, Taken};
 use crate::ring::device::{part, Layout, Ring, Used};
 use crate::ring::indirect::Entries;
+use crate::ring::inflight::{lost, sound};
 use crate::ring::{Setup, DESC_BYTES, DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
 use crate::violation::{Rule, Violation};
 
@@ -113,13 +114,7 @@ impl Ring<Split> {
             let next = used.wrapping_add(again.len() as u16);
             Ok(Split::new(parts, setup, next, used, Some(inflight), again))
         });
-        // Before anything that is wrong with it: it may be made of zeroes. What is wrong with the driver's memory, even
-        // more so, was said first.
-        match ring {
-            Err(violation) if violation.rule == Rule::RegionLost => Err(violation),
-            _ if mapping.lost() => Err(inflight_lost()),
-            ring => ring,
-        }
+        sound(mapping, ring)
     }
 }
 
@@ -227,6 +222,18 @@ impl Layout for Split {
         Ok(ahead != 0)
     }
 
+    /// Descriptors lie anywhere in their table, and the driver has just written them: one after the other, each would be
+    /// waited for.
+    #[inline]
+    fn approach(&self, limit: usize) {
+        for ahead in 0..self.seen.wrapping_sub(self.next).min(limit as u16) {
+            let place = self.next.wrapping_add(ahead) & (self.size - 1);
+            let head = self.parts.avail.load16(ENTRIES + 2 * usize::from(place), Ordering::Relaxed);
+            // Only to come near it. What is used is read later, once, and checked.
+            self.parts.desc.prefetch(DESC_BYTES * usize::from(head & (self.size - 1)));
+        }
+    }
+
     #[inline]
     fn name(&self) -> u16 {
         let place = self.next & (self.size - 1);
@@ -238,7 +245,7 @@ impl Layout for Split {
     }
 
     #[inline]
-    fn chain(&self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation> {
+    fn chain(&mut self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation> {
         // Its own, and not the driver's once more.
         let head = chain.head();
         let mut index = head;
@@ -343,7 +350,7 @@ impl Layout for Split {
 
     fn sound(&self) -> Result<(), Violation> {
         match &self.inflight {
-            Some(inflight) if inflight.lost() => Err(inflight_lost()),
+            Some(inflight) if inflight.lost() => Err(lost()),
             _ => Ok(()),
         }
     }
@@ -352,11 +359,7 @@ impl Layout for Split {
         u32::from(self.next.wrapping_sub(self.again.len() as u16))
     }
 
-    fn unused(&self, in_flight: usize) -> u32 {
-        u32::from((self.next() as u16).wrapping_sub(in_flight as u16))
+    fn unused(&self, in_flight: usize) -> Option<u32> {
+        Some(u32::from((self.next() as u16).wrapping_sub(in_flight as u16)))
     }
-}
-
-fn inflight_lost() -> Violation {
-    Violation::new(Rule::RegionLost, "the file of what is in flight was truncated")
 }
