@@ -611,8 +611,8 @@ def test_an_mtu_is_told_and_has_limits(near: tuple[Bus, Remote]) -> None:
     ("options", "says"),
     [
         ({"backend": "lopback"}, "did you mean 'loopback'"),
-        ({"backend": "tap:"}, "it is loopback, tap:NAME or pcap:FILE"),
-        ({"backend": "loopback:x"}, "it is loopback, tap:NAME or pcap:FILE"),
+        ({"backend": "tap:"}, "it is loopback, switch:NAME, tap:NAME or pcap:FILE"),
+        ({"backend": "loopback:x"}, "it is loopback, switch:NAME, tap:NAME or pcap:FILE"),
         ({"queue_pairs": 0}, "1 to 8"),
         ({"queue_pairs": 9}, "1 to 8"),
         ({"mtu": 67}, "68 to 65535"),

@@ -6,13 +6,14 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
-use vbus_engine::net::{Filter, Rules};
+use pyo3::types::{PyByteArray, PyDict};
+use vbus_engine::net::{Filter, Rules, ETHERNET, HEADER, LONGEST};
 use vbus_engine::queue::Queue;
 use vbus_engine::worker::{self, Polling, PRIORITIES};
-use vbus_engine::{blk, loopback};
+use vbus_engine::{blk, loopback, stations, switch};
+use vbus_ring::ring::Chain;
 
 use crate::doorbell::Doorbell;
 use crate::ring::{DeviceQueue, Request};
@@ -152,18 +153,42 @@ impl LoopbackEngine {
         PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine))
     }
 
+    fn set_rules(&self, py: Python<'_>, rules: PyRef<'_, NetRules>) {
+        let rules = rules.0.clone();
+        py.detach(|| self.0.set_rules(rules));
+    }
+
+    fn leave_buffers(&self) -> Vec<Request> {
+        let (run, chains) = self.0.leave_buffers();
+        left(chains, self.0.receive(), run)
+    }
+}
+
+/// Buffers that an engine took and did not use.
+fn left(chains: Vec<Chain>, queue: &Arc<Queue>, run: u64) -> Vec<Request> {
+    chains.into_iter().map(|chain| Request::new(chain, queue.clone(), run)).collect()
+}
+
+/// What holds for the frames of a pair of queues.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct NetRules(Rules);
+
+#[pymethods]
+impl NetRules {
+    #[new]
     #[allow(clippy::too_many_arguments)]
     #[pyo3(signature = (
-        *, link, in_use, merge, csum, host_kinds, promiscuous, told, modes, mac, unicast, multicast, vlans
+        *, link, in_use, merge, csum, host_kinds, guest_csum, guest_kinds, promiscuous, told, modes, mac, unicast,
+        multicast, vlans
     ))]
-    fn set_rules(
-        &self,
-        py: Python<'_>,
+    fn new(
         link: bool,
         in_use: bool,
         merge: bool,
         csum: bool,
         host_kinds: Vec<u8>,
+        guest_csum: bool,
+        guest_kinds: Vec<u8>,
         promiscuous: bool,
         told: bool,
         modes: Vec<String>,
@@ -171,7 +196,7 @@ impl LoopbackEngine {
         unicast: Vec<[u8; 6]>,
         multicast: Vec<[u8; 6]>,
         vlans: Option<Vec<u16>>,
-    ) {
+    ) -> Self {
         let has = |mode: &str| modes.iter().any(|other| other == mode);
         let filter = Filter {
             promiscuous,
@@ -186,8 +211,127 @@ impl LoopbackEngine {
             multicast: multicast.into_iter().collect(),
             vlans: vlans.map(|vlans| vlans.into_iter().collect()),
         };
-        let rules = Rules { link, in_use, merge, csum, host_kinds, filter };
+        Self(Rules { link, in_use, merge, csum, host_kinds, guest_csum, guest_kinds, filter })
+    }
+}
+
+/// A learning switch.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct Switch(Arc<switch::Switch>);
+
+#[pymethods]
+impl Switch {
+    #[new]
+    #[pyo3(signature = (ageing = stations::AGEING as f64 / 1e9))]
+    fn new(ageing: f64) -> PyResult<Self> {
+        let ageing = Duration::try_from_secs_f64(ageing).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(Self(Arc::new(switch::Switch::new(ageing.as_nanos() as u64))))
+    }
+}
+
+/// A device's place at a switch.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct SwitchPort {
+    port: Arc<switch::Port>,
+    queues: Vec<[Arc<Queue>; 2]>,
+}
+
+impl SwitchPort {
+    fn check(&self, pair: usize) -> PyResult<()> {
+        if pair >= self.queues.len() {
+            return Err(PyIndexError::new_err(format!("pair {pair} of {}", self.queues.len())));
+        }
+        Ok(())
+    }
+}
+
+#[pymethods]
+impl SwitchPort {
+    #[new]
+    fn new(
+        switch: PyRef<'_, Switch>,
+        pairs: Vec<(PyRef<'_, DeviceQueue>, PyRef<'_, DeviceQueue>, PyRef<'_, Signal>)>,
+        signal: PyRef<'_, Signal>,
+    ) -> Self {
+        let queues: Vec<_> = pairs.iter().map(|(rx, tx, _)| [rx.shared.clone(), tx.shared.clone()]).collect();
+        let pair = |(receive, transmit, wake): &(PyRef<'_, DeviceQueue>, PyRef<'_, DeviceQueue>, PyRef<'_, Signal>)| {
+            let (receive, transmit) = (receive.shared.clone(), transmit.shared.clone());
+            switch::Pair { receive, transmit, signal: signal.0.clone(), wake: wake.0.clone() }
+        };
+        let port = switch::Port::join(&switch.0, pairs.iter().map(pair).collect());
+        Self { port, queues }
+    }
+
+    fn leave(&self, py: Python<'_>) {
+        py.detach(|| self.port.leave());
+    }
+
+    fn isolate(&self, py: Python<'_>, isolated: bool) {
+        py.detach(|| self.port.isolate(isolated));
+    }
+
+    fn limit_floods(&self, py: Python<'_>, a_second: u32) {
+        py.detach(|| self.port.limit_floods(a_second));
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = PyDict::new(py);
+        for (name, count) in py.detach(|| self.port.counters()) {
+            counters.set_item(name, count)?;
+        }
+        Ok(counters)
+    }
+
+    fn send(&self, py: Python<'_>, pair: usize, header: [u8; 12], frame: &[u8]) -> PyResult<Option<bool>> {
+        self.check(pair)?;
+        if frame.len() < ETHERNET as usize || frame.len() as u64 > LONGEST {
+            return Err(PyValueError::new_err(format!("a frame of {} bytes", frame.len())));
+        }
+        let words = [0, 4, 8].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| header[at + byte])));
+        Ok(match py.detach(|| self.port.send(pair, words, frame)) {
+            switch::Sent::Out => Some(true),
+            switch::Sent::Dropped => Some(false),
+            switch::Sent::Refused => None,
+        })
+    }
+
+    fn read<'py>(&self, py: Python<'py>, pair: usize) -> PyResult<Option<Bound<'py, PyByteArray>>> {
+        self.check(pair)?;
+        let Some((header, frame)) = py.detach(|| self.port.read(pair)) else { return Ok(None) };
+        let packet = PyByteArray::new_with(py, HEADER + frame.len(), |bytes| {
+            for (bytes, word) in bytes.chunks_exact_mut(4).zip(header) {
+                bytes.copy_from_slice(&word.to_le_bytes());
+            }
+            bytes[HEADER..].copy_from_slice(&frame);
+            Ok(())
+        })?;
+        Ok(Some(packet))
+    }
+}
+
+/// Serves one pair of a port.
+#[pyclass(frozen, extends = Engine, module = "vbus._core")]
+pub struct SwitchEngine(Arc<switch::SwitchPair>);
+
+#[pymethods]
+impl SwitchEngine {
+    #[new]
+    fn new(port: PyRef<'_, SwitchPort>, pair: usize) -> PyResult<PyClassInitializer<Self>> {
+        port.check(pair)?;
+        let engine = Arc::new(switch::SwitchPair::new(port.port.clone(), pair));
+        let queues = port.queues[pair].to_vec();
+        Ok(PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine)))
+    }
+
+    fn set_rules(&self, py: Python<'_>, rules: PyRef<'_, NetRules>) {
+        let rules = rules.0.clone();
         py.detach(|| self.0.set_rules(rules));
+    }
+
+    fn leave_buffers(slf: PyRef<'_, Self>) -> Vec<Request> {
+        let (run, chains) = slf.0.leave_buffers();
+        left(chains, &slf.as_super().queues[0], run)
     }
 }
 

@@ -8,6 +8,9 @@
 pub mod blk;
 pub mod loopback;
 pub mod net;
+pub mod offload;
 pub mod outbox;
 pub mod queue;
+pub mod stations;
+pub mod switch;
 pub mod worker;

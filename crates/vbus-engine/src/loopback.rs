@@ -5,10 +5,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vbus_ring::ring::{read_words, Burst};
+use vbus_ring::ring::{read_words, Burst, Chain};
 use vbus_ring::signal::Notify;
 
-use crate::net::{count, wrong, Backlog, Counters, Frame, Laid, Receiver, Rules, HEADER};
+use crate::net::{count, wrong, Backlog, Counters, Frame, Laid, Packet, Receiver, Rules, HEADER};
 use crate::outbox::{Fault, Outbox};
 use crate::queue::{Queue, Running};
 use crate::worker::{Engine, Turn};
@@ -66,6 +66,17 @@ impl Loopback {
     /// These hold from now on: no frame goes by others when this returns.
     pub fn set_rules(&self, rules: Rules) {
         self.lock().rules = rules;
+    }
+
+    /// Where its driver's buffers are.
+    pub fn receive(&self) -> &Arc<Queue> {
+        &self.receive
+    }
+
+    /// Buffers that were taken off the receive queue and not used, and the run that they are of.
+    pub fn leave_buffers(&self) -> (u64, Vec<Chain>) {
+        let mut state = self.lock();
+        (state.run, state.receiver.leave())
     }
 
     fn batch(&self, ask: bool) -> After {
@@ -131,7 +142,7 @@ impl Loopback {
                 if !receiver.has_room(running, more.0, ask)? {
                     break;
                 }
-                let (frame, wanted) = ((Frame::Bytes(frame), frame.len() as u64), backlog.wanted);
+                let wanted = backlog.wanted;
                 if !rules.link && !wanted {
                     count(&counters.rx_dropped, 1);
                 } else {
@@ -172,12 +183,13 @@ impl Loopback {
             }
             packets += 1;
             bytes += size;
+            let packet = Packet::finished(Frame::Pieces(pieces), size);
             let mut wanted = false;
             if backlog.is_empty() {
                 if let Some(running) = &mut receive {
                     // Notifications of buffers are for frames that wait.
                     let more = (taken - chain, false);
-                    match receiver.put(running, (Frame::Pieces(pieces), size), more, false, rules, counters) {
+                    match receiver.put(running, packet, more, false, rules, counters) {
                         Ok(Laid::Done) => continue,
                         Ok(laid) => wanted = laid == Laid::Wanted,
                         Err(fault) => {
@@ -189,7 +201,7 @@ impl Loopback {
             }
             // With a frame that waits, another turn asks to be notified of buffers.
             after.full = true;
-            if !backlog.push(pieces, size) {
+            if !backlog.push(packet) {
                 count(&counters.rx_dropped, 1);
             }
             backlog.wanted |= wanted;

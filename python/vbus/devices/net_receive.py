@@ -8,6 +8,7 @@ there are more; nothing behind it is read meanwhile.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 
 from vbus.bus import Queue, Request
@@ -44,6 +45,10 @@ class Receiver:
         """The queue stops, and may go on: what is filled is the driver's, what is empty comes again."""
         self.publish()
         self._stock.clear()
+
+    def adopt(self, buffers: Sequence[Request]) -> None:
+        """Somebody else has taken these off the queue, and left them."""
+        self._stock += buffers
 
     def forget(self) -> int:
         """Nothing more is to come; gives how many packets were kept, and are lost."""
