@@ -179,7 +179,12 @@ def test_a_page_of_nothing_is_none(tmp_path: Path) -> None:
 def test_signals_are_measured_on_every_number_of_devices(quick: Quick) -> None:
     plan = bench.quick_plan()
     rows = quick.results["signal"]["rows"]
-    asked = {"saturated": plan.requests, "paced": plan.paced_requests, "urgent": plan.urgent_requests}
+    asked = {
+        "saturated": plan.requests,
+        "single": plan.single_requests,
+        "paced": plan.paced_requests,
+        "urgent": plan.urgent_requests,
+    }
     for row in rows:
         load = row["case"]["load"]
         assert row["work"]["requests"] == asked[load]

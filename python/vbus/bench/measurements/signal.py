@@ -7,7 +7,11 @@ of both kinds sleep when they are idle: neither polls.
 
 A doorbell is a write to an eventfd that the other side sleeps on: in a virtual machine, an exit or an interrupt. Fewer
 of them are worth nothing when they were saved by making requests wait. So a comparison counts only where `tunnelled`
-does at least 0.95 of the requests a second that `direct` does, with a 99th percentile of at most 1.1 of its latency.
+does at least 0.95 of the requests a second that `direct` does, with a 99th percentile of at most 1.1 of its latency,
+and no more CPU time a request.
+
+Bars are set where nothing but the way of signals can save a doorbell: many devices, each with one request outstanding.
+There EVENT_IDX has nothing to suppress, for a queue that has just been served is empty.
 """
 
 from __future__ import annotations
@@ -36,6 +40,12 @@ GUARDS = (
     Bar("bulk_requests_per_second", "bulk requests/s", LEAST_THROUGHPUT, at_least=True),
     Bar("p99_us", "p99", MOST_P99),
 )
+SINGLE_GUARDS = (*GUARDS, Bar("cpu_us", "CPU time", 1.0))
+SINGLE_BARS = {
+    "tunnelled, EVENT_IDX off": (Bar("doorbells", "doorbells", 0.1),),
+    "tunnelled, EVENT_IDX on": (Bar("doorbells", "doorbells", 0.5),),
+}
+"""Against `direct` with the same EVENT_IDX."""
 
 Row = dict[str, Any]
 
@@ -51,6 +61,10 @@ class SignalPlan(Plan):
     """Bytes of a request, and of its answer."""
     requests: int = 131072
     """In a window under load; a multiple of every number of devices."""
+    single_devices: int = 16
+    """How many have one request outstanding each."""
+    single_requests: int = 65536
+    """In that window; a multiple of `single_devices`."""
     warm_up: int = 8192
     paced_requests: int = 2000
     paced_rate: float = 2000
@@ -66,6 +80,8 @@ def quick_plan() -> SignalPlan:
     return SignalPlan(
         devices=(1, 4),
         requests=1024,
+        single_devices=4,
+        single_requests=512,
         warm_up=64,
         paced_requests=100,
         urgent_requests=20,
@@ -89,8 +105,8 @@ class Variant(Factors):
 class Case(Factors):
     """What is asked of the devices, alike for all variants.
 
-    `load` is "saturated" or "paced", with `devices` of one priority; or "urgent", with an urgent device of `priority`
-    beside `devices` that are the least urgent, and saturated.
+    `load` is "saturated", "single" (one request of each outstanding) or "paced", with `devices` of one priority; or
+    "urgent", with an urgent device of `priority` beside `devices` that are the least urgent, and saturated.
     """
 
     load: str
@@ -138,7 +154,8 @@ def take_sample(plan: SignalPlan, case: Case, variant: Variant, folder: Path) ->
         if negotiated != dict.fromkeys(case.priorities, variant.event_idx):
             raise children.SideError(f"EVENT_IDX was negotiated otherwise than asked for: {negotiated}")
         each = max(plan.warm_up // len(case.priorities), 1)
-        driver.ask("saturate", each=each, depth=plan.depth, size=plan.size)
+        depth = 1 if case.load == "single" else plan.depth
+        driver.ask("saturate", each=each, depth=depth, size=plan.size)
         before = bus.ask("begin")
         told = _offer(plan, case, driver)
         after = bus.ask("end")
@@ -149,6 +166,8 @@ def _offer(plan: SignalPlan, case: Case, driver: children.Child) -> dict[str, An
     if case.load == "saturated":
         each = plan.requests // case.devices
         told = driver.ask("saturate", each=each, depth=plan.depth, size=plan.size)
+    elif case.load == "single":
+        told = driver.ask("saturate", each=plan.single_requests // case.devices, depth=1, size=plan.size)
     elif case.load == "paced":
         total, rate = plan.paced_requests, plan.paced_rate
         told = driver.ask("pace", total=total, rate=rate, size=plan.size, seed=SEED)
@@ -227,9 +246,12 @@ devices and drivers in Python exchange requests of {size} bytes through split ri
 the other: by an eventfd a queue (`direct`), or by events in rings of shared memory that wake a sleeper once
 (`tunnelled`). Consumers of both kinds sleep when they are idle.
 
-With {devices} devices under load, tunnelled signals ring {plain:.2f} times as often as direct ones without EVENT_IDX,
-and {event_idx:.2f} times as often with it. A saving counts only where throughput is at least {throughput:g}x and the
-99th percentile at most {p99:g}x of the other side's; where it does not, we lose, and the table says so.
+With {singles} devices of which each has one request outstanding, tunnelled signals ring {single_plain:.3f} times as
+often as direct ones without EVENT_IDX, and {single_event_idx:.3f} times as often with it, which has nothing to suppress
+there. With {devices} devices that have {depth} outstanding each, it is {plain:.3f} and {event_idx:.2f}.
+
+A saving counts only where throughput is at least {throughput:g}x and the 99th percentile at most {p99:g}x of the other
+side's; where it does not, we lose, and the table says so.
 """
     figures = (
         Figure("requests_per_second", "REQUESTS/S"),
@@ -248,7 +270,9 @@ and {event_idx:.2f} times as often with it. A saving counts only where throughpu
     def cases(self, plan: SignalPlan) -> list[Case]:
         """What is measured. The last case is a control: it tells what priorities alone are good for."""
         return [
-            *(Case(load, devices) for load in ("saturated", "paced") for devices in plan.devices),
+            *(Case("saturated", devices) for devices in plan.devices),
+            Case("single", plan.single_devices),
+            *(Case("paced", devices) for devices in plan.devices),
             Case("urgent", 0, 0),
             Case("urgent", plan.bulk_devices, 0),
             Case("urgent", plan.bulk_devices, LEAST_URGENT),
@@ -260,8 +284,14 @@ and {event_idx:.2f} times as often with it. A saving counts only where throughpu
 
     def comparisons(self, plan: SignalPlan, case: Case) -> list[Comparison[Variant]]:
         """Tunnelled against direct, for each setting of EVENT_IDX."""
+        single = case.load == "single"
         return [
-            Comparison(variant, Variant("direct", variant.event_idx), guards=GUARDS)
+            Comparison(
+                variant,
+                Variant("direct", variant.event_idx),
+                bars=SINGLE_BARS[str(variant)] if single else (),
+                guards=SINGLE_GUARDS if single else GUARDS,
+            )
             for variant in case.variants
             if variant.signal == "tunnelled"
         ]
@@ -283,7 +313,13 @@ and {event_idx:.2f} times as often with it. A saving counts only where throughpu
         saturated = [row for row in result["comparisons"] if row["case"]["load"] == "saturated"]
         most = max(row["case"]["devices"] for row in saturated)
         busy = {row["of"]["event_idx"]: row["ratios"] for row in saturated if row["case"]["devices"] == most}
+        singles = [row for row in result["comparisons"] if row["case"]["load"] == "single"]
+        single = {row["of"]["event_idx"]: row["ratios"] for row in singles}
         return {
+            "depth": result["options"]["depth"],
+            "singles": result["options"]["single_devices"],
+            "single_plain": single[False]["doorbells"],
+            "single_event_idx": single[True]["doorbells"],
             "size": result["options"]["size"],
             "devices": most,
             "plain": busy[False]["doorbells"],

@@ -14,6 +14,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -21,7 +22,7 @@ from typing import Literal, TypeVar
 from vbus import msg
 from vbus.channel import Mirror
 from vbus.errors import DriverError, UsageError, Violation
-from vbus.proxy.connector import GuestConnector
+from vbus.proxy.connector import GuestConnector, Question
 from vbus.proxy.connectors import vhost_user_state
 from vbus.proxy.connectors.vhost_user_classes import OwnNet, class_of
 from vbus.proxy.connectors.vhost_user_link import BackEndLink
@@ -177,27 +178,26 @@ class VhostUserConnector(GuestConnector):
 
     # What the driver's side asks.
 
-    def call(
+    def ask(
         self,
         body: msg.Body,
         answer: type[R],
         dev_num: int = 0,
-        timeout: float | None = None,
         on_answer: Callable[[R], None] | None = None,
         channel_priority: int | None = None,
-    ) -> R:
-        """Translate a question, ask it where the back-end has to know, and answer. DriverError, as any connector's."""
+    ) -> Question[R]:
+        """Translate a question, ask it where the back-end has to know, and wait: the answer is there. DriverError."""
         if self.loop.is_here:
             raise RuntimeError("this thread answers the bus and must not wait for it; use a hook")
         with self._turn:
             if self.lost is not None:
                 raise DriverError(self.lost.errno or errno.ECONNRESET, self.lost.strerror)
             result = self._answer_to(body)
-        if not isinstance(result, answer):
-            raise DriverError(errno.EPROTO, f"{type(result).__name__} came as the answer to {type(body).__name__}")
-        if on_answer is not None:
+        if on_answer is not None and isinstance(result, answer):
             on_answer(result)
-        return result
+        future: Future[msg.Body] = Future()
+        future.set_result(result)
+        return Question(body, answer, dev_num, 0, future)
 
     def _answer_to(self, body: msg.Body) -> msg.Body:
         match body:
