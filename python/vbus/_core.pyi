@@ -480,7 +480,7 @@ class NetRules:
 class Switch:
     """A learning switch, whose ports are network devices."""
 
-    def __new__(cls, ageing: float = 300.0) -> Switch:
+    def __new__(cls, ageing: float) -> Switch:
         """`ageing`: seconds for which a station that says nothing is known."""
 
 @final

@@ -12,7 +12,7 @@ use pyo3::types::{PyByteArray, PyDict};
 use vbus_engine::net::{Filter, Rules, ETHERNET, HEADER, LONGEST};
 use vbus_engine::queue::Queue;
 use vbus_engine::worker::{self, Polling, PRIORITIES};
-use vbus_engine::{blk, loopback, stations, switch};
+use vbus_engine::{blk, loopback, switch};
 use vbus_ring::ring::Chain;
 
 use crate::doorbell::Doorbell;
@@ -222,7 +222,6 @@ pub struct Switch(Arc<switch::Switch>);
 #[pymethods]
 impl Switch {
     #[new]
-    #[pyo3(signature = (ageing = stations::AGEING as f64 / 1e9))]
     fn new(ageing: f64) -> PyResult<Self> {
         let ageing = Duration::try_from_secs_f64(ageing).map_err(|error| PyValueError::new_err(error.to_string()))?;
         Ok(Self(Arc::new(switch::Switch::new(ageing.as_nanos() as u64))))

@@ -2,23 +2,19 @@
 
 mod common;
 
-use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use common::{memfd, reap, wait, Arena, Numbers, Silent, ADDRESS, LIMIT, POLLING};
+use common::{memfd, reap, wait, Arena, Numbers, Silent, LIMIT, POLLING};
 use vbus_engine::blk::Blk;
 use vbus_engine::loopback::Loopback;
 use vbus_engine::net::{Filter, Rules};
 use vbus_engine::outbox::Outbox;
-use vbus_engine::queue::{Queue, Running};
+use vbus_engine::queue::Queue;
 use vbus_engine::worker::{Engine, Polling, Task, Turn, Worker};
-use vbus_ring::doorbell::{DirectSignal, Doorbell};
-use vbus_ring::mem::{Mapping, Memory, VolatileSlice};
-use vbus_ring::ring::{DeviceRing, DriverRing, Features, Setup};
-use vbus_ring::signal::Notify;
+use vbus_ring::doorbell::Doorbell;
 
 fn open_rules() -> Rules {
     Rules { link: true, in_use: true, merge: true, ..Rules::default() }
