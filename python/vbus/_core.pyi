@@ -37,6 +37,7 @@ __all__ = [
     "Switch",
     "SwitchEngine",
     "SwitchPort",
+    "TapEngine",
     "Task",
     "Worker",
     "bench_calls",
@@ -448,6 +449,21 @@ class LoopbackEngine(Engine):
         """These hold for frames from now on."""
     def leave_buffers(self) -> list[Request]:
         """Buffers that were taken off the receive queue and not used, for whoever serves it from now on."""
+
+@final
+class TapEngine(Engine):
+    """A pair of queues of a network device, with a queue of a tap behind it."""
+
+    def __new__(cls, receive: DeviceQueue, transmit: DeviceQueue, fd: int, signal: Signal) -> TapEngine:
+        """Takes a duplicate of `fd`, which does not block, and whose packets have a header of 12 little-endian bytes.
+        OSError.
+        """
+    def set_rules(self, rules: NetRules) -> None:
+        """These hold for frames from now on; those that the tap has wait there as long as there are no buffers."""
+    def leave_buffers(self) -> list[Request]:
+        """Buffers that were taken off the receive queue and not used, for whoever serves it from now on."""
+    def close(self) -> None:
+        """Let go of the tap. Once no worker has this engine any more."""
 
 @final
 class NetRules:

@@ -12,7 +12,7 @@ use pyo3::types::{PyByteArray, PyDict};
 use vbus_engine::net::{Filter, Rules, ETHERNET, HEADER, LONGEST};
 use vbus_engine::queue::Queue;
 use vbus_engine::worker::{self, Polling, PRIORITIES};
-use vbus_engine::{blk, loopback, switch};
+use vbus_engine::{blk, loopback, switch, tap};
 use vbus_ring::ring::Chain;
 
 use crate::doorbell::Doorbell;
@@ -136,6 +136,15 @@ impl Engine {
     }
 }
 
+/// A descriptor of our own for what somebody else has open.
+fn duplicate(fd: RawFd) -> std::io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(std::io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: borrowed for this call only, and a closed descriptor gives EBADF.
+    unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
+}
+
 /// Gives back on a pair of queues what was sent on it.
 #[pyclass(frozen, extends = Engine, module = "vbus._core")]
 pub struct LoopbackEngine(Arc<loopback::Loopback>);
@@ -167,6 +176,41 @@ impl LoopbackEngine {
 /// Buffers that an engine took and did not use.
 fn left(chains: Vec<Chain>, queue: &Arc<Queue>, run: u64) -> Vec<Request> {
     chains.into_iter().map(|chain| Request::new(chain, queue.clone(), run)).collect()
+}
+
+/// Serves a pair of queues with a queue of a tap.
+#[pyclass(frozen, extends = Engine, module = "vbus._core")]
+pub struct TapEngine(Arc<tap::Tap>);
+
+#[pymethods]
+impl TapEngine {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        receive: PyRef<'_, DeviceQueue>,
+        transmit: PyRef<'_, DeviceQueue>,
+        fd: RawFd,
+        signal: PyRef<'_, Signal>,
+    ) -> PyResult<PyClassInitializer<Self>> {
+        let own = duplicate(fd).map_err(|error| os_error(py, error))?;
+        let queues = vec![receive.shared.clone(), transmit.shared.clone()];
+        let engine = Arc::new(tap::Tap::new(queues[0].clone(), queues[1].clone(), own, signal.0.clone()));
+        Ok(PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine)))
+    }
+
+    fn set_rules(&self, py: Python<'_>, rules: PyRef<'_, NetRules>) {
+        let rules = rules.0.clone();
+        py.detach(|| self.0.set_rules(rules));
+    }
+
+    fn leave_buffers(&self, py: Python<'_>) -> Vec<Request> {
+        let (run, chains) = py.detach(|| self.0.leave_buffers());
+        left(chains, self.0.receive(), run)
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
 }
 
 /// What holds for the frames of a pair of queues.
@@ -347,13 +391,8 @@ impl BlkEngine {
         fd: RawFd,
         signal: PyRef<'_, Signal>,
     ) -> PyResult<PyClassInitializer<Self>> {
-        if fd < 0 {
-            return Err(os_error(py, std::io::Error::from_raw_os_error(libc::EBADF)));
-        }
-        // SAFETY: borrowed for this call only, and a closed descriptor gives EBADF.
-        let own: std::io::Result<OwnedFd> = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned();
         let queues = vec![queue.shared.clone()];
-        let made = own.and_then(|fd| blk::Blk::new(queues[0].clone(), fd, signal.0.clone()));
+        let made = duplicate(fd).and_then(|fd| blk::Blk::new(queues[0].clone(), fd, signal.0.clone()));
         let engine = Arc::new(made.map_err(|error| os_error(py, error))?);
         Ok(PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine)))
     }

@@ -13,4 +13,5 @@ pub mod outbox;
 pub mod queue;
 pub mod stations;
 pub mod switch;
+pub mod tap;
 pub mod worker;

@@ -241,6 +241,16 @@ impl Fields {
     }
 }
 
+/// Whether a driver takes a frame with what its header leaves undone.
+#[inline]
+pub fn takes(rules: &Rules, header: Header) -> bool {
+    if header[0] == 0 {
+        return true;
+    }
+    let Fields { csum, gso, .. } = Fields::of(header);
+    (!csum || rules.guest_csum) && (gso == 0 || rules.guest_kinds.contains(&gso))
+}
+
 /// A frame on its way to a driver.
 #[derive(Clone, Copy)]
 pub enum Frame<'a> {
@@ -275,7 +285,7 @@ impl Frame<'_> {
     #[inline]
     pub fn beginning(&self, into: &mut [u8]) -> usize {
         let mut count = 0;
-        self.for_each(|at, size| {
+        self.each(|at, size| {
             let size = size.min(into.len() - count);
             // SAFETY: as many bytes are there, and there is room for them.
             unsafe { std::ptr::copy(at, into[count..].as_mut_ptr(), size) };
@@ -286,20 +296,20 @@ impl Frame<'_> {
 
     /// Call with each part of it, in order.
     #[inline]
-    fn for_each(&self, mut each: impl FnMut(*const u8, usize)) {
+    pub fn each(&self, mut part: impl FnMut(*const u8, usize)) {
         match *self {
-            Frame::Bytes(bytes) => each(bytes.as_ptr(), bytes.len()),
-            Frame::Pieces(pieces) => for_each(pieces, HEADER, |at, size| each(at, size)),
+            Frame::Bytes(bytes) => part(bytes.as_ptr(), bytes.len()),
+            Frame::Pieces(pieces) => for_each(pieces, HEADER, |at, size| part(at, size)),
             Frame::Read(bytes, pieces) => {
-                each(bytes.as_ptr(), bytes.len());
-                for_each(pieces, HEADER + bytes.len(), |at, size| each(at, size));
+                part(bytes.as_ptr(), bytes.len());
+                for_each(pieces, HEADER + bytes.len(), |at, size| part(at, size));
             }
         }
     }
 
     /// Append a copy.
     pub fn copy(&self, into: &mut Vec<u8>) {
-        self.for_each(|at, size| {
+        self.each(|at, size| {
             let before = into.len();
             into.resize(before + size, 0);
             // SAFETY: as many bytes are there, and there is room for them.
@@ -487,7 +497,7 @@ impl Receiver {
                 }
                 let mut room = Room { burst: &self.burst, chain: self.filled, piece: 0, at: 0 };
                 room.put(header.as_ptr(), HEADER);
-                frame.for_each(|at, size| room.put(at, size));
+                frame.each(|at, size| room.put(at, size));
             }
         }
         let mut left = total;

@@ -20,7 +20,9 @@ use std::time::Instant;
 use vbus_ring::ring::{read_words, Burst, Chain};
 use vbus_ring::signal::Notify;
 
-use crate::net::{count, wrong, Backlog, Counters, Fields, Frame, Header, Laid, Packet, Receiver, Rules, HEADER};
+use crate::net::{
+    count, takes, wrong, Backlog, Counters, Fields, Frame, Header, Laid, Packet, Receiver, Rules, HEADER,
+};
 use crate::offload::{finish, Cut, HEAD};
 use crate::outbox::{Fault, Outbox};
 use crate::queue::{Queue, Running};
@@ -676,16 +678,6 @@ impl Giving<'_, '_> {
 
 fn chosen<'a>(items: &'a [Item<'a>], mask: u32) -> impl Iterator<Item = &'a Item<'a>> {
     items.iter().enumerate().filter(move |(index, _)| mask & 1 << index != 0).map(|(_, item)| item)
-}
-
-/// Whether a driver takes a frame with what its header leaves undone.
-#[inline]
-fn takes(rules: &Rules, header: Header) -> bool {
-    if header[0] == 0 {
-        return true;
-    }
-    let Fields { csum, gso, .. } = Fields::of(header);
-    (!csum || rules.guest_csum) && (gso == 0 || rules.guest_kinds.contains(&gso))
 }
 
 /// A number that is the same for all frames of a flow, in both directions.

@@ -89,7 +89,7 @@ class Net(Device):
     (an interface of this machine, made at plug and gone at unplug, or a persistent tap that is there already) or
     `pcap:FILE` (what is sent is written for Wireshark). `mac`: such as "52:54:00:12:34:56", by default one that follows
     from the device's UUID. `mtu`: 68 to 65535. `queue_pairs`: 1 to 8. `link`: whether it begins up. `engine`: "native"
-    or "python", by default native where that is possible (a loopback, a switch). Of a switch's port,
+    or "python", by default native where that is possible (all but a file). Of a switch's port,
     `isolated`: whether it talks with no other isolated one; `flood_limit`: how many frames a second may go to all.
     """
 
@@ -228,7 +228,7 @@ class Net(Device):
         if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
             raise UsageError(f"net: queue_pairs {queue_pairs} is out of range: 1 to {MAX_QUEUE_PAIRS}")
         self._wanted_engine = check_engine("net", engine)
-        self._engines: Sequence[_core.LoopbackEngine | _core.SwitchEngine] = []
+        self._engines: Sequence[_core.LoopbackEngine | _core.SwitchEngine | _core.TapEngine] = []
         self._backend = make_backend(backend)
         self._is_port = isinstance(self._backend, SwitchPort)
         if isolated:
@@ -285,29 +285,35 @@ class Net(Device):
     def unplugged(self) -> None:
         """Close the backend; a tap that was made for this is gone then."""
         self._unwatch()
-        with self._lock:
-            self._backend.close()
         engines, self._engines = self._engines, []
         for engine in engines:
             self._past += Counter(engine.counters)
+            if isinstance(engine, _core.TapEngine):
+                engine.close()
+        with self._lock:
+            self._backend.close()
 
     def _pair_queues(self) -> list[tuple[Queue, Queue]]:
         return [(self._queues[receiveq(pair)], self._queues[transmitq(pair)]) for pair in range(self._max_pairs)]
 
     def engines(self) -> Sequence[Engine]:
-        """One for each pair of a loopback or of a switch's port. UsageError when another was asked to be native."""
+        """One for each pair, unless a file is behind it. UsageError when one was asked for in vain."""
         if self._wanted_engine == "python":
             not_native(self, None, "as it was asked for")
             return []
-        if not isinstance(self._backend, (Loopback, SwitchPort)):
+        if not isinstance(self._backend, (Loopback, SwitchPort, TapBackend)):
             not_native(self, self._wanted_engine, f"{self._backend} is served in Python")
             return []
         if self.bus.workers.count == 0:
             not_native(self, self._wanted_engine, "the bus has no workers")
             return []
-        if not self._engines:
-            signal = self.slot.engine_signal()
+        signal = self.slot.engine_signal()
+        if isinstance(self._backend, Loopback):
             self._engines = [_core.LoopbackEngine(rx.core, tx.core, signal) for rx, tx in self._pair_queues()]
+        elif isinstance(self._backend, TapBackend):
+            fds = self._backend.tap.fds
+            pairs = zip(self._pair_queues(), fds, strict=True)
+            self._engines = [_core.TapEngine(rx.core, tx.core, fd, signal) for (rx, tx), fd in pairs]
         self._tell_engines()
         return [Engine(core, queues) for core, queues in zip(self._engines, self._pair_queues(), strict=True)]
 
@@ -336,6 +342,13 @@ class Net(Device):
                 vlans=None if wanted.vlans is None else sorted(wanted.vlans),
             )
             engine.set_rules(rules)
+            if isinstance(engine, _core.TapEngine):
+                # What it left where it is may be to be read now.
+                self.slot.mark(self._receivers[pair].queue)
+
+    def engine_failed(self, error: OSError) -> None:
+        """There is no tap any more."""
+        self._lose(error)
 
     _WRONG = ("too_short", "too_long", "checksum", "segments", "header", "queue", "refused")
 
@@ -404,7 +417,7 @@ class Net(Device):
 
     def _watch(self, pair: int) -> None:
         fd = self._backend.fileno(pair)
-        if fd is not None:
+        if fd is not None and not self._receivers[pair].queue.core.native:
             self.watch(fd, partial(self._pump, pair))
 
     def _unwatch(self) -> None:
@@ -565,6 +578,7 @@ class Net(Device):
             self._counts["lost"] += 1
             self.config.status &= ~LinkStatus.LINK_UP
         self.log.error("%s is gone (%s): the link is down until it is plugged again", self._backend, error.strerror)
+        self._tell_engines()
         self.config_changed()
 
     # To the driver.
@@ -575,9 +589,8 @@ class Net(Device):
             self._commands(queue)
             return
         pair = queue.index // 2
-        receiver = self._receivers[pair]
-        if receiver.waiting and pair < self._pairs:
-            receiver.waiting = False
+        if pair < self._pairs:
+            # It waited for buffers, or was served natively before.
             self._watch(pair)
         self._pump(pair)
 
@@ -602,21 +615,20 @@ class Net(Device):
         read = self._backend.read
         for _ in range(BUDGET):
             if not receiver.has_room():
-                self._pause(pair, receiver)
+                self._pause(pair)
                 return
             packet = read(pair)
             if packet is None:
                 return
             if self._admits(packet) and not receiver.put(packet):
-                self._pause(pair, receiver)
+                self._pause(pair)
                 return
         # A descriptor that is still readable brings us back by itself.
         if self._backend.fileno(pair) is None:
             self.slot.mark(receiver.queue)
 
-    def _pause(self, pair: int, receiver: Receiver) -> None:
+    def _pause(self, pair: int) -> None:
         """Leave what comes where it is, until there are buffers."""
-        receiver.waiting = True
         fd = self._backend.fileno(pair)
         if fd is not None:
             self.unwatch(fd)
@@ -685,6 +697,9 @@ class Net(Device):
             if fd is not None:
                 self.unwatch(fd)
             self._counts["unread"] += self._receivers[pair].forget()
+        if pairs < before:
+            # Before they are taken away: to read one then is an error.
+            self._tell_engines()
         try:
             self._backend.set_pairs(pairs)
         except OSError as error:
