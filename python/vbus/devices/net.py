@@ -89,8 +89,8 @@ class Net(Device):
     (an interface of this machine, made at plug and gone at unplug, or a persistent tap that is there already) or
     `pcap:FILE` (what is sent is written for Wireshark). `mac`: such as "52:54:00:12:34:56", by default one that follows
     from the device's UUID. `mtu`: 68 to 65535. `queue_pairs`: 1 to 8. `link`: whether it begins up. `engine`: "native"
-    or "python", by default native where that is possible (all but a file). Of a switch's port,
-    `isolated`: whether it talks with no other isolated one; `flood_limit`: how many frames a second may go to all.
+    or "python", by default native where that is possible (all but a file). Of a switch's port, `isolated`: whether it
+    talks with no other isolated one; `flood_limit`: how many frames a second may go to all.
     """
 
     device_id = virtio.DeviceID.NETWORK
