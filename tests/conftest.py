@@ -20,7 +20,14 @@ from vbus.proxy import Remote
 
 pytest_plugins = ["skips"] if (Path(__file__).parent / "skips.py").exists() else []
 
-CONNECTORS = ("process-tunnelled", "process-direct", "stream-unix", "stream-tcp")
+CONNECTORS = (
+    "process-tunnelled",
+    "process-direct",
+    "stream-unix",
+    "stream-tcp",
+    "ivshmem-tunnelled",
+    "ivshmem-direct",
+)
 
 
 # Behind a shell's `&` an interrupt is ignored, and would be in every process that a test starts.
@@ -44,6 +51,10 @@ def make_connector(kind: str, folder: Path, name: str = "c") -> Connector:
             return vbus.connectors.Stream(f"unix:{folder / name}.sock")
         case "stream-tcp":
             return vbus.connectors.Stream("tcp:127.0.0.1:0")
+        case "ivshmem-tunnelled":
+            return vbus.connectors.Ivshmem(folder / f"{name}.sock", keep=False)
+        case "ivshmem-direct":
+            return vbus.connectors.Ivshmem(folder / f"{name}.sock", signal="direct", keep=False)
     raise ValueError(kind)
 
 

@@ -439,7 +439,7 @@ def test_a_geometry_that_does_not_fit_is_refused(change: dict[str, int]) -> None
         EventReceiver(area, **geometry)
     bells = [Doorbell(eventfd()) for _ in range(geometry["priorities"])]
     with pytest.raises(ValueError, match=r"slots|taken|sleep|max_sources|priorities"):
-        EventSender(area, stats=STATS, doorbells=bells, **geometry)
+        EventSender(area, stats=STATS, doorbells=bells, **geometry)  # type: ignore[arg-type]
 
 
 def test_sources_and_priorities_out_of_range_are_refused(rings: Rings) -> None:

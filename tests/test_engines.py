@@ -249,7 +249,7 @@ def test_two_networks_give_back_alike(pair: Both, connector: str, packed: bool, 
         got = [[result(future) for future in own if future.done()] for own in posted]
         assert got[0] == got[1], step
         posted = [[future for future in own if not future.done()] for own in posted]
-    assert nets[0].rx_packets == nets[0]._counted("rx_packets") > 0, "the engine served"
+    assert nets[0].tx_packets == nets[0]._counted("tx_packets") > 0, "the engine served"
     assert [dict(bus.slot(name).violations) for name in ("native", "python")] == [{}, {}]
 
 

@@ -278,7 +278,10 @@ MISTAKES = {
         "--machine",
         "s390x",
     ): "machines.toml: disk0: QEMU has no vhost-user front-end for ",
-    ("qemu-args", "plain.toml"): "plain.toml: no connector of type vhost-user: write [connector.NAME] with type = ",
+    (
+        "qemu-args",
+        "plain.toml",
+    ): "plain.toml: no connector of type vhost-user or ivshmem: write [connector.NAME] with type = ",
     ("qemu-args", "twice.toml"): "twice.toml: rng0 has two connectors of type vhost-user, and one front-end",
     ("qemu-args", "wrong.toml"): "wrong.toml: device.disk0: blk: give either path",
 }

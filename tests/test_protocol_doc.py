@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 
 from vbus import channel, msg
-from vbus.connectors import peer, peer_channels, peer_host, process, stream
+from vbus.connectors import area_peer, peer, peer_channels, peer_host, process, stream
 from vbus.msg import messages, wire
 from vbus.msg.codec import TABLE
 from vbus.msg.generation import EVENT_BIT, FRAME_HEADER_SIZE, TYPE_RESPONSE
@@ -171,7 +171,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     (section,) = re.findall(r"^## Limits\n(.*?)^## ", PAGE, re.MULTILINE | re.DOTALL)
     lines = re.findall(r"^\| (.+?) \| (\d+)(?: bytes)? \|$", section, re.MULTILINE)
     assert {what: int(value) for what, value in lines} == {
-        "largest message, `process`": process.MAX_MESSAGE,
+        "largest message, `process`": area_peer.MAX_MESSAGE,
         "largest message, `stream`": stream.MAX_MESSAGE,
         "smallest `max_msg_size` of a HELLO": peer.LEAST_MESSAGE,
         "name": MAX_NAME,

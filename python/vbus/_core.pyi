@@ -146,11 +146,13 @@ class EventSender:
         max_sources: int,
         priorities: int,
         doorbells: Sequence[Doorbell],
+        always: bool = False,
     ) -> EventSender:
         """Offsets into `area`: `slots` (per priority, max_sources slots of 16 bytes: u32 sequence, source, generation,
         0), `stats` (per source 32 bytes: u64 signalled, sent, rung, 0), `taken` (u32 per source, the consumer's),
         `sleep` (per priority one u32 at the start of 64 bytes, the consumer's). max_sources is a power of two.
-        One doorbell a priority. ValueError when the geometry does not fit the area or is misaligned.
+        One doorbell a priority; with `always` it rings for every signal, whether its consumer sleeps or not. ValueError
+        when the geometry does not fit the area or is misaligned.
         """
     def open(self, source: int, generation: int, priority: int) -> Signal:
         """Start a generation of a source: clears this side's half of the pair. ValueError: out of range."""

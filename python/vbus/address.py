@@ -1,7 +1,7 @@
 """Addresses: what a person types to say where a bus is.
 
-`process:PATH` (a bare path is that), `unix:PATH`, `vhost-user:PATH`, `tcp:HOST:PORT`, `tls:HOST:PORT`. IPv6 hosts are
-written in brackets.
+`process:PATH` (a bare path is that), `unix:PATH`, `vhost-user:PATH`, `ivshmem:PATH`, `tcp:HOST:PORT`, `tls:HOST:PORT`.
+IPv6 hosts are written in brackets.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from vbus.errors import UsageError
 
-KINDS = ("process", "unix", "vhost-user", "tcp", "tls")
+KINDS = ("process", "unix", "vhost-user", "ivshmem", "tcp", "tls")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A parsed address: `path` for process, unix and vhost-user, `host` and `port` for tcp and tls."""
+    """A parsed address: `path` for process, unix, vhost-user and ivshmem, `host` and `port` for tcp and tls."""
 
     kind: str
     path: Path = Path()
@@ -51,7 +51,8 @@ def parse(text: str) -> Address:
         kind, rest = "process", text
     if kind not in KINDS or not rest:
         raise UsageError(
-            f"address {text!r}: write process:PATH, unix:PATH, vhost-user:PATH, tcp:HOST:PORT or tls:HOST:PORT"
+            f"address {text!r}: write process:PATH, unix:PATH, vhost-user:PATH, ivshmem:PATH, tcp:HOST:PORT or "
+            "tls:HOST:PORT"
         )
     if kind not in ("tcp", "tls"):
         return Address(kind, path=Path(rest))

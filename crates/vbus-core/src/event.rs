@@ -21,7 +21,7 @@ pub struct EventSender(Arc<Producer<Window, Arc<doorbell::Doorbell>>>);
 #[pymethods]
 impl EventSender {
     #[new]
-    #[pyo3(signature = (area, *, slots, stats, taken, sleep, max_sources, priorities, doorbells))]
+    #[pyo3(signature = (area, *, slots, stats, taken, sleep, max_sources, priorities, doorbells, always = false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         area: PyRef<'_, Mapping>,
@@ -32,10 +32,11 @@ impl EventSender {
         max_sources: u32,
         priorities: u32,
         doorbells: Vec<PyRef<'_, Doorbell>>,
+        always: bool,
     ) -> PyResult<Self> {
         let geometry = Geometry { slots, taken, sleep, max_sources, priorities };
         let producer = Producer::new(self::area(&area)?, geometry, stats, bells(&doorbells)).map_err(value_error)?;
-        Ok(Self(Arc::new(producer)))
+        Ok(Self(Arc::new(producer.always(always))))
     }
 
     fn open(&self, source: u32, generation: u32, priority: u32) -> PyResult<Signal> {

@@ -229,6 +229,8 @@ pub struct Producer<A, B> {
     states: Box<[AtomicU64]>,
     rings: Box<[Ring<B>]>,
     opened: Mutex<Box<[Opened]>>,
+    /// Whether every signal rings, whoever sleeps: one notification, one doorbell.
+    always: bool,
 }
 
 fn state(generation: u32, sent: u32) -> u64 {
@@ -253,7 +255,14 @@ impl<A: Area, B: Bell> Producer<A, B> {
             states: (0..sources).map(|_| AtomicU64::new(0)).collect(),
             rings: bells.into_iter().map(ring).collect(),
             opened: Mutex::new((0..sources).map(|_| Opened::default()).collect()),
+            always: false,
         })
+    }
+
+    /// Ring for every signal, as connectors do that have no event rings: to compare with.
+    pub fn always(mut self, always: bool) -> Self {
+        self.always = always;
+        self
     }
 
     fn opened(&self) -> MutexGuard<'_, Box<[Opened]>> {
@@ -330,7 +339,14 @@ impl<A: Area, B: Bell> Producer<A, B> {
         // we see the last event outstanding, and its service, already past `taken`, does not see what was published.
         full_fence(Site::Published);
         signalled.settle(count);
+        if self.send(source) || self.always {
+            self.wake(source);
+        }
+    }
 
+    /// Put an event into the ring, unless one is outstanding; whether it did.
+    #[inline(always)]
+    fn send(&self, source: &Source) -> bool {
         // `taken` first, and with Acquire: it was stored after its slot was read, which was written after `sent` was
         // raised, so the `sent` read next is no older than this `taken`, and unequal means outstanding. Acquire also
         // keeps the writes to a slot below behind the consumer's reads of its last lap (see `tail`).
@@ -340,13 +356,13 @@ impl<A: Area, B: Bell> Producer<A, B> {
         // Unequal: an event is outstanding, and its service will come behind the fence above (or the generation is
         // over, or `taken` lies, which hurts only the liar).
         if sent != state(source.generation, taken) {
-            return;
+            return false;
         }
         let claimed = state(source.generation, taken.wrapping_add(1));
         // Relaxed: the claim is published by the slot's sequence number. A loser of this race need not do more: the
         // winner's event was taken at the earliest behind the loser's look at `taken`, hence behind its fence.
         if word.compare_exchange(sent, claimed, Ordering::Relaxed, Ordering::Relaxed).is_err() {
-            return;
+            return false;
         }
         // Claims of one source are ordered by its own `taken`, so that no larger value can be shown before this one.
         self.shown(source, 1).count();
@@ -361,7 +377,13 @@ impl<A: Area, B: Bell> Producer<A, B> {
         self.area.store32(slot + 8, source.generation, Ordering::Relaxed);
         // Release: whoever sees this sequence number sees the two words above.
         self.area.store32(slot, position.wrapping_add(1), Ordering::Release);
+        true
+    }
 
+    /// Ring for a consumer that sleeps.
+    #[inline(always)]
+    fn wake(&self, source: &Source) {
+        let ring = &self.rings[source.priority];
         // The slot before the look at `sleep_seq`. Without this fence we could see the consumer awake while its last
         // look before sleeping finds the slot empty.
         full_fence(Site::Sent);
@@ -369,7 +391,8 @@ impl<A: Area, B: Bell> Producer<A, B> {
         let asleep = self.area.load32(self.geometry.sleep(source.priority), Ordering::Relaxed);
         // One doorbell a sleep: whoever changes `rung` to this sleep's number rings. A slow thread that puts back an
         // older number costs a doorbell too many, never one too few, since it rings as well.
-        if asleep & 1 == 1 && ring.rung.swap(asleep, Ordering::Relaxed) != asleep && ring.bell.ring() {
+        let due = asleep & 1 == 1 && ring.rung.swap(asleep, Ordering::Relaxed) != asleep;
+        if (due || self.always) && ring.bell.ring() {
             let rung = self.shown(source, 2);
             let count = rung.count();
             std::sync::atomic::fence(Ordering::SeqCst);

@@ -35,6 +35,8 @@ class Found:
     source: str
     """The file, or the bus."""
     devices: list[VhostUserDevice] = field(default_factory=list)
+    functions: dict[str, Path] = field(default_factory=dict)
+    """Connectors that show the whole bus as one function, and their sockets."""
     notes: list[str] = field(default_factory=list)
     """What is left out, and why."""
 
@@ -46,11 +48,11 @@ class Found:
 
 
 def find(what: str | None) -> Found:
-    """The devices of a file, of the running bus of this name, or of the only one. UsageError when there are none."""
+    """What is found of a file, of the running bus of this name, or of the only one. UsageError when that is nothing."""
     found = of_file(Path(what)) if what is not None and what.endswith(".toml") else of_bus(buses.the_bus(what))
-    if not found.devices:
+    if not found.devices and not found.functions:
         raise UsageError(
-            f"{found.source}: no connector of type vhost-user: write [connector.NAME] with "
+            f"{found.source}: no connector of type vhost-user or ivshmem: write [connector.NAME] with "
             'type = "vhost-user" and device = "DEVICE"'
         )
     return found
@@ -59,18 +61,21 @@ def find(what: str | None) -> Found:
 def of_file(path: Path) -> Found:
     """The devices of a file, with the sockets that `vbus run` will bind. ConfigError."""
     from vbus import config, rundir
-    from vbus.connectors import VhostUser
+    from vbus.connectors import Ivshmem, VhostUser
 
     spec = config.load(path)
     found = Found(str(path))
     devices = {device.name: device for device in spec.devices}
     for connector in spec.connectors:
         assert connector.name is not None, "in a file, each has one"
-        if connector.cls is not VhostUser:
+        if connector.cls not in (VhostUser, Ivshmem):
             found.notes.append(f"connector {connector.name} of type {connector.cls.type_name} has no options")
             continue
         options = connector.options
         socket = Path(options["socket"]) if "socket" in options else rundir.socket_place(spec.name, connector.name)
+        if connector.cls is Ivshmem:
+            found.functions[connector.name] = socket.absolute()
+            continue
         found.add(_described(spec, devices[options["device"]], socket.absolute(), options.get("connect", False)))
     return found
 
@@ -106,6 +111,9 @@ def of_bus(bus: BusClient) -> Found:
     """The devices of a running bus."""
     found = Found(f"bus {bus.name}")
     for row in bus.connectors():
+        if row["type"] == "ivshmem":
+            found.functions[row["name"]] = Path(row["address"].removeprefix("ivshmem:")).absolute()
+            continue
         if row["type"] != "vhost-user":
             found.notes.append(f"connector {row['name']} of type {row['type']} has no options")
             continue
@@ -195,7 +203,9 @@ def qemu_args_command(
     reconnect: Literal["ms", "s", "no"],
     as_json: bool,
 ) -> None:
-    """Print QEMU's options for every device behind a connector of type vhost-user: of a file, or of a running bus.
+    """Print QEMU's options for every device behind a connector of type vhost-user, and for every bus behind ivshmem.
+
+    Of a file, or of a running bus.
 
     qemu-system-x86_64 $(vbus qemu-args bus.toml) ... starts a guest that has them. A path with spaces is quoted, as
     xargs wants it: vbus qemu-args bus.toml | xargs qemu-system-x86_64 ...
@@ -204,10 +214,13 @@ def qemu_args_command(
 
     size = None if memory == "none" else parse_size(memory, "--memory")
     found = find(what)
-    from vbus.vm.options import device_options, machine_options
+    from vbus.shmem.ivshmem import VECTORS
+    from vbus.vm.options import device_options, function_options, machine_options
 
     words = machine_options(machine, size, root_ports)
     words += _each(found, lambda device: device_options(device, machine, reconnect))
+    for name, socket in found.functions.items():
+        words += function_options(name, socket, VECTORS, machine)
     for note in found.notes:
         click.echo(f"# {note}", err=True)
     if as_json:
@@ -255,6 +268,9 @@ def libvirt_xml_command(what: str | None, machine: str, no_reconnect: bool) -> N
     classes that libvirt has no element for, qemu:commandline with its namespace.
     """
     found = find(what)
+    found.notes += [f"connector {name} of type ivshmem: see vbus qemu-args" for name in found.functions]
+    if not found.devices:
+        raise UsageError(f"{found.source}: no connector of type vhost-user: libvirt has no word for others")
     from vbus.vm import libvirt
     from vbus.vm.options import device_options
 

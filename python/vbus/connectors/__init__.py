@@ -5,10 +5,11 @@ together from the parts in `vbus.msg` and `vbus.shmem`. `CONNECTORS` names them 
 """
 
 from vbus.bus import Connector
+from vbus.connectors.ivshmem import Ivshmem
 from vbus.connectors.process import Process
 from vbus.connectors.stream import Stream
 from vbus.connectors.vhost_user import VhostUser
 
-CONNECTORS: dict[str, type[Connector]] = {cls.type_name: cls for cls in (Process, Stream, VhostUser)}
+CONNECTORS: dict[str, type[Connector]] = {cls.type_name: cls for cls in (Process, Stream, VhostUser, Ivshmem)}
 
-__all__ = ["CONNECTORS", "Process", "Stream", "VhostUser"]
+__all__ = ["CONNECTORS", "Ivshmem", "Process", "Stream", "VhostUser"]

@@ -50,6 +50,8 @@ class MessagePeer(Attachment):
     signal_kind: int
     max_message: int
     max_request = 0
+    extra_features = 0
+    """Bits of the transport's own, which are offered and taken beside those of every device."""
 
     def __init__(self, host: PeerHost, bus: Bus, label: str, accounts: list[Account]) -> None:
         self.host = host
@@ -224,7 +226,7 @@ class MessagePeer(Attachment):
                 answer(msg.NameResponse(slot.uuid, slot.name))
             case msg.GetDeviceFeatures(block_index=first, num_blocks=count):
                 # Blocks that the device has not are zero; `first` may be anything.
-                exposed = features.to_blocks(slot.exposed, FEATURE_BLOCKS)
+                exposed = features.to_blocks(slot.exposed | self.extra_features, FEATURE_BLOCKS)
                 count = min(count, MAX_BLOCKS)
                 blocks = [exposed[n] if n < FEATURE_BLOCKS else 0 for n in range(first, first + count)]
                 answer(msg.GetDeviceFeaturesResponse(first, count, tuple(blocks)))
@@ -233,7 +235,7 @@ class MessagePeer(Attachment):
                     raise RefusedError(f"{slot.name} has {FEATURE_BLOCKS} blocks of features")
                 mask = ((1 << 32 * len(blocks)) - 1) << 32 * first
                 bits = slot.negotiated & ~mask | features.from_blocks(blocks) << 32 * first
-                slot.set_driver_features(self, bits)
+                slot.set_driver_features(self, bits & ~self.extra_features)
                 answer(msg.SetDriverFeaturesResponse())
             case msg.GetConfig(offset=offset, length=length):
                 generation, data = slot.read_config(offset, min(length, self.limit - HEADROOM))

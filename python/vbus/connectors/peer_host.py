@@ -43,8 +43,8 @@ class PeerHost(Connector):
         """A bound socket. UsageError."""
 
     @abstractmethod
-    def greet(self, sock: socket.socket, bus: Bus, label: str, accounts: list[Account]) -> MessagePeer:
-        """Make a peer of an admitted connection. OSError."""
+    def greet(self, sock: socket.socket, bus: Bus, label: str, accounts: list[Account]) -> MessagePeer | None:
+        """Make a peer of an admitted connection, or None: then peers are to come, by `add`. OSError."""
 
     @abstractmethod
     def refuse(self, sock: socket.socket, reason: str) -> None:
@@ -89,19 +89,23 @@ class PeerHost(Connector):
                 label = f"{self.name}: {who if who is not None else 'unknown'}"
                 if not self.admits(bus, who):
                     self._refuse(sock, label, "is not a member of this bus")
-                elif not self._has_place():
+                elif not self.has_place():
                     self._refuse(sock, label, f"has no place: {MAX_PEERS} drivers are connected")
                 else:
                     peer = self.greet(sock, bus, label, bus.accounts_of(who))
                     stack.pop_all()
-                    with self._peers_lock:
-                        # Its turns may have parted from it already.
-                        if not peer.parted:
-                            self.peers.append(peer)
+                    if peer is not None:
+                        self.add(peer)
             except OSError as error:
                 self._note(f"{self.name}", f"could not be greeted: {error}")
 
-    def _has_place(self) -> bool:
+    def add(self, peer: MessagePeer) -> None:
+        """Know a peer, unless its turns have parted from it already."""
+        with self._peers_lock:
+            if not peer.parted:
+                self.peers.append(peer)
+
+    def has_place(self) -> bool:
         """Whether one more driver can be taken; those that never introduced themselves make room."""
         if len(self.peers) >= MAX_PEERS:
             for peer in list(self.peers):

@@ -16,20 +16,16 @@ from typing import ClassVar, Literal
 
 from vbus import _core, msg, rundir
 from vbus.bus import Account, Bus, Queue, Slot, reserve_all
-from vbus.bus.slot import SignalCounters
-from vbus.channel import Mirror
+from vbus.connectors.area_peer import AreaPeer
 from vbus.connectors.eventfd import is_eventfd
-from vbus.connectors.peer import MAX_DRIVER_MEMORY, MessagePeer
+from vbus.connectors.peer import MAX_DRIVER_MEMORY
 from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError, Violation
 from vbus.shmem import handshake
 from vbus.shmem.area import PRIORITIES, Area, check_sealed
-from vbus.shmem.channels import ChannelRings
 from vbus.shmem.handshake import Greeting
-from vbus.shmem.link import Link
 from vbus.units import format_size
 
-MAX_MESSAGE = 16384
 MAX_WAITING_FDS = 32
 """Descriptors that a driver may have sent ahead of the messages that name them."""
 SIGNAL_KINDS = {"direct": msg.SignalKind.DIRECT, "tunnelled": msg.SignalKind.TUNNELLED}
@@ -78,113 +74,40 @@ class Process(PeerHost):
         handshake.send_packet(sock, Greeting(0, 0, errno.EACCES, reason).pack(), [])
 
 
-class ProcessPeer(MessagePeer):
+class ProcessPeer(AreaPeer):
     """One process on the other side of an area."""
 
     memory_kind = msg.MemoryKind.SHARED
-    max_message = MAX_MESSAGE
 
     def __init__(self, host: Process, bus: Bus, label: str, accounts: list[Account], sock: socket.socket) -> None:
-        super().__init__(host, bus, label, accounts)
-        self.signal_kind = SIGNAL_KINDS[host.signal]
-        self._direct = host.signal == "direct"
-        self._sock = sock
-        self._fds: dict[int, int] = {}
-        self._mapped: dict[int, int] = {}
-        """Bytes of each region that are on the members' accounts, by its address."""
-        self._bells: dict[tuple[int, int], tuple[_core.Doorbell, _core.Doorbell]] = {}
-        self._signals: dict[tuple[int, int], _core.Signal] = {}
-        sock.setblocking(False)
         raw = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2 + 2 * PRIORITIES)]
         try:
-            self.area = Area.create(bus.name, bus.max_sources)
+            area = Area.create(bus.name, bus.max_sources)
             try:
                 bells = [_core.Doorbell(fd) for fd in raw]
-                self.receiver = self.area.receiver(to_device=True)
-                self.rings = ChannelRings(self.area, device_side=True)
-                self.rings.listen(self.receiver, self._rings_key)
-                handshake.send_packet(sock, Greeting(self.signal_kind, PRIORITIES).pack(), [self.area.fd, *raw])
+                super().__init__(host, bus, label, accounts, area)
+                self.signal_kind = SIGNAL_KINDS[host.signal]
+                self._direct = host.signal == "direct"
+                self._sock = sock
+                self._fds: dict[int, int] = {}
+                self._mapped: dict[int, int] = {}
+                """Bytes of each region that are on the members' accounts, by its address."""
+                self._bells: dict[tuple[int, int], tuple[_core.Doorbell, _core.Doorbell]] = {}
+                sock.setblocking(False)
+                try:
+                    handshake.send_packet(sock, Greeting(self.signal_kind, PRIORITIES).pack(), [area.fd, *raw])
+                except BaseException:
+                    # It died before it was greeted. Its keys must not keep the area.
+                    self.actor.close()
+                    raise
             finally:
-                self.area.close()
-        except BaseException:
-            # It died before it was greeted. Its keys must not keep the area.
-            self.actor.close()
-            raise
+                area.close()
         finally:
             handshake.close_all(raw)
-        to_device, to_driver = bells[2 : 2 + PRIORITIES], bells[2 + PRIORITIES :]
-        self.link = Link(self.area, device_side=True, bell_in=bells[0], bell_out=bells[1])
-        self.sender = self.area.sender(to_driver, to_device=False)
-        self._link_key = self.actor.key(self._link_turn, 0)
-        self._fault_key = self.actor.key(self._faulted, 0)
-        scheduler = bus.pool.scheduler
-        scheduler.add_fd(self.link.bell_in.fileno(), self._link_key)
-        scheduler.add_events(self.receiver, to_device, self._fault_key)
+        self.connect((bells[0], bells[1]), bells[2 : 2 + PRIORITIES], bells[2 + PRIORITIES :])
         self.actor.watch(sock.fileno(), self._socket_turn)
 
-    # Channels.
-
-    def _rings_key(self, priority: int) -> int:
-        return self.actor.key(lambda: self._rings_turn(priority), priority)
-
-    def _rings_turn(self, priority: int) -> bool:
-        if self.parted:
-            return False
-        try:
-            for message in self.rings.receive(priority):
-                self.received_on_channel(message)
-                if self.parted:
-                    return False
-        except Violation as violation:
-            self.part(str(violation))
-            return False
-        self.channels.room(priority)
-        return self.rings.more
-
-    def transmit_on_channel(self, priority: int, message: bytes) -> bool:
-        """Send through the ring of this priority."""
-        try:
-            return self.rings.send(priority, message)
-        except Violation as violation:
-            self.part(str(violation))
-            return False
-
-    def map_region(self, place: int, size: int) -> tuple[int, memoryview | Mirror]:
-        """A part of the area."""
-        offset = self.area.geometry.regions + place
-        memory = self.area.region(offset, size)
-        memory[:] = bytes(size)
-        return offset, memory
-
-    # The link and the socket.
-
-    def transmit(self, message: bytes, priority: int) -> None:
-        """Send through the area, in order: nothing but control travels there."""
-        self.link.send(message)
-
-    def has_room(self) -> bool:
-        """Whether the driver has read what was sent before."""
-        return self.link.is_idle
-
-    def _link_turn(self) -> bool:
-        if self.parted:
-            return False
-        try:
-            for message in self.link.receive():
-                self.received(message)
-                if self.parted:
-                    return False
-        except Violation as violation:
-            self.part(str(violation))
-            return False
-        self.flush_events()
-        return self.link.more
-
-    def _faulted(self) -> bool:
-        fault = self.receiver.fault
-        if fault is not None:
-            self.part(str(fault))
-        return False
+    # The socket.
 
     def _socket_turn(self) -> None:
         """Take descriptors that the driver sent; the end of the socket is the end of the driver."""
@@ -228,10 +151,6 @@ class ProcessPeer(MessagePeer):
         return fd
 
     # Memory.
-
-    def introduced(self) -> None:
-        """The driver's side listens to events: from now on channels may speak."""
-        self.rings.speak(self.sender)
 
     def bodied(self, frame: msg.Frame) -> bool:
         """Memory and doorbells."""
@@ -280,10 +199,9 @@ class ProcessPeer(MessagePeer):
     # Signals.
 
     def open_sources(self, slot: Slot) -> None:
-        """Listen to the slot's event sources, in its present generation."""
+        """Listen to the slot's event sources, where signals are tunnelled."""
         if not self._direct:
-            for queue in slot.queues:
-                self.receiver.open(slot.first_source + queue.index, slot.generation, slot.key(queue))
+            super().open_sources(slot)
 
     def _pair_doorbells(self, number: int, index: int, kick: int, call: int) -> None:
         slot = self.bus.slot_at(number)
@@ -302,46 +220,25 @@ class ProcessPeer(MessagePeer):
         self._signals.pop((number, index), None)
         slot.attach_doorbell(queue, bells[0])
 
-    def signal(self, slot: Slot, queue: Queue) -> _core.Signal:
-        """An event in the rings, or the queue's own doorbell."""
-        known = self._signals.get((slot.number, queue.index))
-        if known is not None:
-            # The queue was reset, and its source goes on.
-            return known
-        source = slot.first_source + queue.index
-        if self._direct:
-            try:
-                bell = self._bells[slot.number, queue.index][1]
-            except KeyError:
-                raise Violation("doorbell-missing", f"queue {queue.index} has no doorbell") from None
-            signal = _core.Signal.direct(bell, self.area.stats_place(source, to_device=False))
-        else:
-            signal = self.sender.open(source, slot.generation, slot.queue_priorities[queue.index])
-        self._signals[slot.number, queue.index] = signal
-        return signal
+    def new_signal(self, slot: Slot, queue: Queue) -> _core.Signal:
+        """An event in the rings, or the queue's own doorbell. Violation: doorbell-missing."""
+        if not self._direct:
+            return super().new_signal(slot, queue)
+        try:
+            bell = self._bells[slot.number, queue.index][1]
+        except KeyError:
+            raise Violation("doorbell-missing", f"queue {queue.index} has no doorbell") from None
+        return _core.Signal.direct(bell, self.area.stats_place(slot.first_source + queue.index, to_device=False))
 
     def slot_reset(self, slot: Slot) -> None:
         """Forget the signals of a slot."""
+        super().slot_reset(slot)
         for queue in slot.queues:
-            source = slot.first_source + queue.index
-            self._signals.pop((slot.number, queue.index), None)
             self._bells.pop((slot.number, queue.index), None)
-            if not self._direct:
-                self.sender.close(source)
-                self.receiver.close(source)
-
-    def counters(self, slot: Slot, queue: Queue) -> SignalCounters:
-        """Towards the device: what the driver says in the area. Towards the driver: what was counted here."""
-        signal = self._signals.get((slot.number, queue.index))
-        if signal is None:
-            return (0, 0, 0), (0, 0, 0)
-        return self.area.read_stats(slot.first_source + queue.index, to_device=True), signal.counters
 
     def close(self) -> None:
         """Give descriptors, doorbells and memory back."""
-        scheduler = self.bus.pool.scheduler
-        scheduler.remove_events(self.receiver)
-        scheduler.remove_fd(self.link.bell_in.fileno())
+        super().close()
         self.actor.unwatch(self._sock.fileno())
         self._sock.close()
         handshake.close_all(list(self._fds.values()))
@@ -349,4 +246,3 @@ class ProcessPeer(MessagePeer):
         self._unmapped(sum(self._mapped.values()))
         self._mapped.clear()
         self._bells.clear()
-        self._signals.clear()

@@ -215,7 +215,7 @@ class ConnectorRow(Model):
 class Connect(Model):
     """A connector to make."""
 
-    type: str = Field(description="process, stream or vhost-user.")
+    type: str = Field(description="process, stream, vhost-user or ivshmem.")
     name: str | None = Field(None, description="By default: the type, and a number where that is taken.")
     options: dict[str, Any] = Field({}, description="Its keys in a file; text is converted.")
     directory: str | None = Field(None, description="Where relative paths begin; by default where the bus runs.")

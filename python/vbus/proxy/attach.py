@@ -31,7 +31,8 @@ def attach(
     config_size: int | None = None,
     mac: bytes | None = None,
 ) -> Remote:
-    """Attach to the bus at `address` (process:PATH, a bare path, unix:PATH, tcp:HOST:PORT, tls:HOST:PORT) and discover.
+    """Attach to the bus at `address`, and discover: process:PATH or a bare path, unix:PATH, ivshmem:PATH,
+    tcp:HOST:PORT, tls:HOST:PORT.
 
     Or be the front-end of the one device behind `vhost-user:PATH`, whose protocol does not tell everything: its class
     (`device_id`, which must be given); what to call it (`name`, else as the socket); how many of its queues, or of
@@ -63,6 +64,10 @@ def attach(
             from vbus.proxy.connectors.process import ProcessConnector
 
             connector = ProcessConnector(where.path, loop, timeout)
+        elif where.kind == "ivshmem":
+            from vbus.proxy.connectors.ivshmem import Function, IvshmemConnector
+
+            connector = IvshmemConnector(Function(where.path, timeout), loop)
         elif where.kind == "vhost-user":
             from vbus.proxy.connectors.vhost_user import FrontEndOptions, VhostUserConnector
 

@@ -11,11 +11,15 @@ The device's side makes it, the driver's side maps it. Each word is written by e
                   regions of event channels, 64 KiB aligned                      both sides write
 
 Nobody trusts the other's words: the driver's side checks the header once, with the limits below, and keeps its copy.
+
+Where an area lives longer than the driver's side (a guest's kernel begins anew, and the function that it sees is the
+same), it is made anew in its place, and two words in the header's page say so: see `renew`.
 """
 
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import struct
 import weakref
@@ -29,6 +33,10 @@ MAGIC = 0x0031_6165_7261_6276
 VERSION = 1
 HEADER = struct.Struct("<QIIQIIII" + "QQ" + "QQQQ" + "QQQQ" + "QQQQ")
 HEADER_SIZE = 4096
+SESSION_REQUEST = 0xF00
+SESSION = 0xF40
+"""Offsets of two words of 32 bits that are 0 where an area has one driver's side for all its life: what the driver's
+side asks for, and what the area was made for."""
 PRIORITIES = 8
 LINK_SIZE = 64 * 1024
 LINK_HEADER = 128
@@ -184,17 +192,65 @@ class Area:
     def create(cls, name: str, max_sources: int) -> Area:
         """Make an area in a sealed memfd (the device's side). OSError when memory or descriptors run out."""
         geometry = Geometry.plan(max_sources)
-        fd = sealed_memfd(f"vbus-{name}", geometry.total)
+        area = cls.blank(sealed_memfd(f"vbus-{name}", geometry.total), geometry)
+        area._write_header()
+        return area
+
+    @classmethod
+    def blank(cls, fd: int, geometry: Geometry) -> Area:
+        """Where an area shall be, in a sealed memfd, which is taken: nobody finds one until `renew`. OSError."""
         try:
-            mapping = _core.Mapping(fd, geometry.total)
-            header = geometry.pack()
-            with memoryview(mapping) as view:
-                view[8 : len(header)] = header[8:]
-                view[:8] = header[:8]
+            return cls(fd, _core.Mapping(fd, geometry.total), geometry)
         except BaseException:
             os.close(fd)
             raise
-        return cls(fd, mapping, geometry)
+
+    def _write_header(self) -> None:
+        header = self.geometry.pack()
+        self._view[8 : len(header)] = header[8:]
+        self._view[:8] = header[:8]
+
+    # Sessions: the device's side.
+
+    @property
+    def session_request(self) -> int:
+        """The session that the driver's side asks for."""
+        (value,) = struct.unpack_from("<I", self._view, SESSION_REQUEST)
+        return int(value)
+
+    def renew(self, session: int) -> None:
+        """Make the area anew, all zeroes, for a session. Nobody of this side may use it meanwhile. OSError.
+
+        The magic goes first and comes last, and the session behind it: whoever sees that has all of it. (Between these
+        stores are system calls, and the processors that share memory with a guest keep the order of stores.)
+        """
+        self._view[:8] = bytes(8)
+        with mmap.mmap(self.fd, self.geometry.total) as pages:
+            # Pages that were used give their memory back, and read as zeroes for whoever has them mapped.
+            pages.madvise(mmap.MADV_REMOVE, HEADER_SIZE, self.geometry.total - HEADER_SIZE)
+        self._write_header()
+        self._set_session(session)
+
+    def end_session(self) -> None:
+        """The device's side is going: what the driver's side asked for is no more."""
+        self._view[:8] = bytes(8)
+        self._set_session(0)
+
+    def _set_session(self, session: int) -> None:
+        struct.pack_into("<I", self._view, SESSION, session)
+
+    # Sessions: the driver's side.
+
+    @staticmethod
+    def request_session(view: memoryview, session: int) -> None:
+        """Ask for a session, in the header's page; the doorbell is rung by whoever asks."""
+        struct.pack_into("<I", view, SESSION_REQUEST, session)
+
+    @staticmethod
+    def sessions(view: memoryview) -> tuple[int, int]:
+        """What was asked for, and what the area was made for."""
+        (asked,), (made,) = struct.unpack_from("<I", view, SESSION_REQUEST), struct.unpack_from("<I", view, SESSION)
+        return int(asked), int(made)
 
     @classmethod
     def open(cls, fd: int) -> Area:
@@ -237,8 +293,8 @@ class Area:
     def _places(self, to_device: bool) -> EventPlaces:
         return self.geometry.events_to_device if to_device else self.geometry.events_to_driver
 
-    def sender(self, doorbells: list[_core.Doorbell], *, to_device: bool) -> _core.EventSender:
-        """The producing end of one direction's event rings."""
+    def sender(self, doorbells: list[_core.Doorbell], *, to_device: bool, always: bool = False) -> _core.EventSender:
+        """The producing end of one direction's event rings; `always`: ring for every event, not for sleepers alone."""
         p = self._places(to_device)
         return _core.EventSender(
             self.mapping,
@@ -249,6 +305,7 @@ class Area:
             max_sources=self.geometry.max_sources,
             priorities=PRIORITIES,
             doorbells=doorbells,
+            always=always,
         )
 
     def receiver(self, *, to_device: bool) -> _core.EventReceiver:

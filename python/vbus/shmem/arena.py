@@ -22,13 +22,16 @@ DRIVER_ADDRESS = 1 << 32
 class Arena:
     """`size` bytes (a power of two), with driver addresses from `address` on. Not for several threads at once."""
 
-    def __init__(self, size: int = DEFAULT_SIZE, address: int = DRIVER_ADDRESS) -> None:
+    def __init__(
+        self, size: int = DEFAULT_SIZE, address: int = DRIVER_ADDRESS, part: tuple[int, int] | None = None
+    ) -> None:
+        """`part`: a descriptor, which is taken, and where in it the arena is to be, instead of a memfd of its own."""
         self.size = size
         self.address = address
-        self.fd = sealed_memfd("vbus-arena", size)
+        self.fd, offset = (sealed_memfd("vbus-arena", size), 0) if part is None else part
         # Whoever fails half-way may forget to close.
         self._closer = weakref.finalize(self, os.close, self.fd)
-        self.mapping = _core.Mapping(self.fd, size)
+        self.mapping = _core.Mapping(self.fd, size, offset)
         self.view = memoryview(self.mapping)
         self._buddy = Buddy(size, SMALLEST)
 

@@ -227,6 +227,15 @@ def machine_options(machine: str = "q35", memory: int | None = 1 << 30, ports: i
     return words
 
 
+def function_options(name: str, socket: Path, vectors: int, machine: str = "q35") -> list[str]:
+    """The words of a command line for a function of ivshmem with so many vectors. NoFrontEndError, UsageError."""
+    if machine_kind(machine).bus != "pci":
+        raise NoFrontEndError(f"{name}: QEMU has ivshmem on PCI alone: take another machine than {machine}")
+    chardev = {"id": f"c-{name}", "path": str(socket)}
+    device = {"id": name, "chardev": chardev["id"], "vectors": vectors}
+    return ["-chardev", _option("socket", chardev), "-device", _option("ivshmem-doorbell", device)]
+
+
 def machine_kind(machine: str) -> MachineKind:
     """The row of a machine. UsageError when it is not known."""
     try:
