@@ -15,6 +15,7 @@ from typing import Protocol
 import pytest
 
 import vbus
+from vbus import _core
 from vbus.bus import Bus, Connector, Device
 from vbus.proxy import Remote
 
@@ -28,6 +29,19 @@ CONNECTORS = (
     "ivshmem-tunnelled",
     "ivshmem-direct",
 )
+
+
+def _without_io_uring() -> str:
+    """Why nothing that uses it can be tested here; empty where it can."""
+    try:
+        _core.BlkEngine.permitted()
+    except OSError as error:
+        return f"io_uring is not permitted here: {error.strerror}"
+    return ""
+
+
+WITHOUT_IO_URING = _without_io_uring()
+needs_io_uring = pytest.mark.skipif(bool(WITHOUT_IO_URING), reason=WITHOUT_IO_URING)
 
 
 # Behind a shell's `&` an interrupt is ignored, and would be in every process that a test starts.

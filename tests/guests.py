@@ -19,15 +19,31 @@ from typing import Any, Self
 
 from vbus import config
 from vbus.bus import Bus, Device
-from vbus.connectors import VhostUser
+from vbus.connectors import Ivshmem, VhostUser
 from vbus.control.server import Control
 from vbus.devices import Blk, Net
 from vbus.rundir import BusDirectory
+from vbus.shmem import ivshmem
 from vbus.vm import Guest
-from vbus.vm.options import VhostUserDevice, device_options
+from vbus.vm.build import build
+from vbus.vm.options import VhostUserDevice, device_options, function_options
 
 MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], "Input": ["virtio_input", "evdev"]}
 """The guest's modules, by the class of the device."""
+SOURCES = Path(__file__).parent.parent / "guest" / "linux"
+"""Of the modules with which a guest sees a whole bus."""
+
+
+def bus_modules() -> list[Path]:
+    """Those modules, for the kernel that guests have, each after what it needs."""
+    built = build(SOURCES).modules
+    return [built[name] for name in ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")]
+
+
+def function_args(connector: Ivshmem) -> list[str]:
+    """QEMU's options for the function that a connector serves."""
+    assert connector.socket is not None
+    return function_options(connector.name, connector.socket, ivshmem.VECTORS)
 
 
 def device_args(

@@ -58,6 +58,30 @@ class AsyncEcho(vbus.Device):
         self.now -= 1
 
 
+class Awaits(vbus.Device):
+    """Writes back what it reads; but what begins with "wait" only when it is let."""
+
+    device_id = ECHO_ID
+    queues = ("requests",)
+    concurrency = 16
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self._go = asyncio.Event()
+
+    async def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        data = request.read()
+        if data.startswith(b"wait"):
+            self.waiting += 1
+            await self._go.wait()
+            self.waiting -= 1
+        request.write(data)
+
+    def release(self) -> None:
+        """Let it answer, from now on."""
+        self.post(self._go.set)
+
+
 class Backwards(vbus.Device):
     """Answers eight requests at a time, the last one first."""
 

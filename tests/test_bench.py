@@ -6,9 +6,10 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal as signals
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,13 +17,13 @@ from xml.etree import ElementTree
 import pytest
 
 from command import VBUS, fails, out, vbus
-from conftest import wait_until
+from conftest import needs_io_uring, wait_until
 from vbus.bench import children, harness, measure, measurements, plot, report, tables
 from vbus.bench.driver_side import Window, arrivals_of
 from vbus.bench.measure import Summary, UnequalWorkError
 from vbus.bench.measurement import Bar, Comparison, Sample
+from vbus.bench.measurements import blk, signal_picture
 from vbus.bench.measurements import signal as bench
-from vbus.bench.measurements import signal_picture
 from vbus.bench.peers import Peer
 from vbus.cli import bench as cli_bench
 from vbus.cli import main
@@ -56,8 +57,21 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Quick:
     return Quick({result["benchmark"]: result for result in json.loads(done.stdout)}, folder)
 
 
+def is_there(name: str) -> bool:
+    """Whether all programs are that a measurement cannot do without."""
+    return all(shutil.which(one.program) for one in harness.load(name).needs)
+
+
+def result_of(quick: Quick, name: str) -> dict[str, Any]:
+    """What was measured."""
+    if not is_there(name):
+        pytest.skip(f"{name} needs {', '.join(one.package for one in harness.load(name).needs)}")
+    return quick.results[name]
+
+
 def test_all_that_can_be_measured_is(quick: Quick) -> None:
-    assert list(quick.results) == list(harness.NAMES) == list(cli_bench.ABOUT)
+    assert list(harness.NAMES) == list(cli_bench.ABOUT)
+    assert list(quick.results) == [name for name in harness.NAMES if is_there(name)]
     modules = {path.stem for path in Path(measurements.__file__).parent.glob("*.py")}
     assert {name for name in modules if hasattr(importlib.import_module(f"{MODULES}.{name}"), "MEASUREMENT")} == {
         *harness.NAMES
@@ -66,14 +80,15 @@ def test_all_that_can_be_measured_is(quick: Quick) -> None:
 
 @pytest.mark.parametrize("name", harness.NAMES)
 def test_a_quick_run_has_every_row_of_its_plan(quick: Quick, name: str) -> None:
-    result = quick.results[name]
+    result = result_of(quick, name)
     assert list(result) == [
         *("benchmark", "machine", "peers", "load_average", "began", "seconds", "options", "rows", "comparisons"),
     ]
     assert list(result["machine"]) == ["cpu", "cpus", "architecture", "memory_bytes", "kernel", "python", "vbus"]
     measurement = harness.load(name)
-    assert (measurement.name, result["peers"]) == (name, [])
     plan = harness.plan_of(measurement, quick=True)
+    assert measurement.name == name
+    assert result["peers"] == json.loads(json.dumps([one.describe() for one in measurement.taking_part(plan)]))
     assert result["options"] == json.loads(json.dumps(asdict(plan)))
     assert (plan.rounds, plan.quick) == (1, True)
     cases = measurement.cases(plan)
@@ -100,7 +115,7 @@ def test_a_quick_run_has_every_row_of_its_plan(quick: Quick, name: str) -> None:
 
 @pytest.mark.parametrize("name", harness.NAMES)
 def test_what_is_written_is_what_is_printed_and_can_be_looked_at(quick: Quick, name: str) -> None:
-    result = quick.results[name]
+    result = result_of(quick, name)
     assert json.loads((quick.folder / f"{name}.json").read_text()) == [result]
     text = (quick.folder / f"{name}.svg").read_text()
     assert text == harness.load(name).draw(result)
@@ -117,7 +132,7 @@ def test_what_is_written_is_what_is_printed_and_can_be_looked_at(quick: Quick, n
 def test_tables_have_every_row_and_every_verdict(
     quick: Quick, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    result = quick.results[name]
+    result = result_of(quick, name)
     monkeypatch.setattr(harness, "run", lambda measurement, plan, say: result)
     target, picture = tmp_path / "file.json", tmp_path / "file.svg"
     assert main(["bench", name, "--quick", "--json", str(target), "--plot", str(picture)]) == 0
@@ -274,6 +289,157 @@ def runs(pid: int) -> bool:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+# Disks.
+
+QSD = pytest.mark.skipif(shutil.which(blk.QSD) is None, reason="no qemu-storage-daemon: apt-get install qemu-utils")
+HAS_FIO = pytest.mark.skipif(shutil.which(blk.FIO) is None, reason="no fio: apt-get install fio")
+
+
+def sample_of(variant: blk.Variant, case: blk.Case, folder: Path, **changes: Any) -> Sample:
+    """One run of a small plan."""
+    plan = replace(blk.MEASUREMENT.plan(quick=True), quick=True, **changes)
+    blk.MEASUREMENT.prepare(plan, folder)
+    run = folder / variant.server.replace(" ", "-")
+    run.mkdir()
+    return blk.MEASUREMENT.sample(plan, case, variant, run)
+
+
+def test_every_server_of_a_disk_reads_the_same(quick: Quick) -> None:
+    result = quick.results["blk"]
+    for case in {json.dumps(row["case"]) for row in result["rows"]}:
+        works = [row["work"] for row in result["rows"] if row["case"] == json.loads(case)]
+        assert len(works) > 1
+        assert all(work == works[0] for work in works)
+        assert works[0]["bytes_read"] == blk.SIZE * works[0]["requests"]
+        assert works[0]["checksum"]
+
+
+def _read(path: Path) -> bytes:
+    """What is in a file, as long as it is there."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+@QSD
+@needs_io_uring
+def test_the_daemon_of_qemu_reads_the_same_as_io_uring_alone(tmp_path: Path) -> None:
+    deep = blk.CASES[0]
+    alone = sample_of(blk.ALONE, deep, tmp_path)
+    peer = sample_of(blk.PEER_POLLS, deep, tmp_path, peer=True)
+    assert peer.work == alone.work
+    assert set(peer.values) == set(alone.values)
+    # That it has no packed rings is said, and is no figure of split ones.
+    packed = replace(blk.PEER, ring="packed")
+    with pytest.raises(children.SideError, match="qemu-storage-daemon has no packed rings"):
+        blk.MEASUREMENT.sample(blk.MEASUREMENT.plan(quick=True), deep, packed, tmp_path / blk.QSD)
+    # What a side has started ends with it, however that ends.
+    commands = Path("/proc").glob
+    assert wait_until(lambda: not any(str(tmp_path).encode() in _read(path) for path in commands("[0-9]*/cmdline")), 30)
+
+
+@HAS_FIO
+@needs_io_uring
+def test_fio_reads_as_much_as_io_uring_alone(tmp_path: Path) -> None:
+    bare = blk.CASES[-1]
+    fio, alone = (sample_of(variant, bare, tmp_path) for variant in (blk.FIO_ALONE, blk.ALONE))
+    assert fio.work == alone.work == {"requests": 4000, "bytes_read": 4000 * blk.SIZE}
+    assert set(fio.values) < set(alone.values)
+
+
+@needs_io_uring
+def test_reads_of_a_file_itself_are_checked(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(os.urandom(8 * blk.SIZE))
+    with children.Child("vbus.bench.disk_side") as side:
+        shape = {"path": str(image), "total": 64, "depth": 4, "size": blk.SIZE, "seed": 1, "batch": 2}
+        told = side.ask("bare", places=8, **shape)
+        assert (told["requests"], told["bytes_received"]) == (64, 64 * blk.SIZE)
+        assert side.ask("bare", places=8, **shape | {"depth": 1})["checksum"] == told["checksum"]
+        assert side.ask("bare", places=8, **shape | {"seed": 2})["checksum"] != told["checksum"]
+        with pytest.raises(children.SideError, match="0 bytes were read of 4096"):
+            side.ask("bare", places=16, **shape)
+        with pytest.raises(children.SideError, match="multiples of 512"):
+            side.ask("bare", places=8, **shape | {"size": 100})
+
+
+def test_a_server_that_ends_is_what_it_said(tmp_path: Path) -> None:
+    with children.Child("vbus.bench.disk_side") as side:
+        command = ["sh", "-c", "echo no such disk >&2; false"]
+        with pytest.raises(children.SideError, match="sh does not serve: no such disk"):
+            side.ask("start", command=command, socket=str(tmp_path / "none.sock"))
+        with pytest.raises(children.SideError, match="sh failed: no such disk"):
+            side.ask("run", command=command)
+
+
+def test_what_takes_part_is_in_the_result_with_every_option() -> None:
+    plan = replace(blk.MEASUREMENT.plan(quick=False), peer=True, io_uring=True, fio=True)
+    qsd, fio = blk.MEASUREMENT.taking_part(plan)
+    assert [command.split()[0] for command in (*qsd.commands, *fio.commands)] == [blk.QSD, blk.QSD, blk.FIO]
+    assert [re.findall(r"poll-max-ns=(\d+)", command) for command in qsd.commands] == [["0"], ["100000"]]
+    assert "/" not in "".join((*qsd.commands, *fio.commands))
+    cases = blk.MEASUREMENT.cases(plan)
+    assert [blk.FIO_ALONE in blk.MEASUREMENT.variants(plan, case) for case in cases] == [False, False, False, True]
+    limits = [bar.limit for case in cases for one in blk.MEASUREMENT.comparisons(plan, case) for bar in one.bars]
+    assert limits == [0.8, 1.5, 0.8, 1.5, 1, 1, 1, 1]
+
+
+def test_without_io_uring_disks_are_measured_in_python_and_it_is_said(quick: Quick) -> None:
+    plan = replace(blk.MEASUREMENT.plan(quick=True), quick=True, peer=True, io_uring=False)
+    assert blk.MEASUREMENT.taking_part(plan) == ()
+    cases = blk.MEASUREMENT.cases(plan)
+    assert {one.engine for case in cases for one in blk.MEASUREMENT.variants(plan, case)} == {"python"}
+    result = quick.results["blk"]
+    python = [row for row in result["rows"] if row["variant"].get("engine") == "python"]
+    without = result | {"options": asdict(plan), "rows": python, "comparisons": []}
+    assert blk.MEASUREMENT.notes(result) == []
+    [note] = blk.MEASUREMENT.notes(without)
+    assert note.startswith("io_uring is not permitted here")
+    words = blk.MEASUREMENT.words(without)
+    assert "*The engine*" not in words
+    assert words.rstrip().endswith("No bar is missed.")
+
+
+@needs_io_uring
+def test_words_are_of_what_was_measured(quick: Quick) -> None:
+    result = quick.results["blk"]
+    words = blk.MEASUREMENT.words(result)
+    assert [part in words for part in ("*The engine*", "*The ring*", "*The limit*")] == [True] * 3
+    assert [part in words for part in ("qemu-storage-daemon", "*fio*")] == [False] * 2
+    [row] = [row for row in result["comparisons"] if row["of"] == blk.NATIVE.factors() and row["bars"]]
+    missed = row | {"bars": [row["bars"][0] | {"met": False, "ratio": 0.25}]}
+    said = blk.MEASUREMENT.words(result | {"comparisons": [missed]})
+    assert said.rstrip().endswith(
+        "Where we lose: 32, polls: vbus, native, split, notified against io_uring alone: reads a second 0.25x."
+    )
+
+
+def test_a_peer_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    [line] = fails("bench", "blk", "--peer", "--quick", cwd=tmp_path, env={"PATH": str(tmp_path)})
+    assert line == (
+        "vbus: qemu-storage-daemon is not installed: install it (Debian's package qemu-utils), "
+        "or measure without --peer"
+    )
+
+
+@QSD
+def test_of_everything_what_has_a_peer_is_measured_beside_it(
+    quick: Quick, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside = {}
+
+    def run(measurement: Any, plan: Any, say: Any) -> dict[str, Any]:
+        beside[measurement.name] = plan.peer
+        return quick.results[measurement.name]
+
+    monkeypatch.setattr(harness, "run", run)
+    assert main(["bench", "all", "--quick", "--peer", "--json"]) == 0
+    assert beside == {name: bool(harness.load(name).peers) for name in harness.NAMES}
+    assert beside["blk"]
+    capsys.readouterr()
 
 
 # The same work, or no figure.

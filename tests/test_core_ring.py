@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 
 from vbus import _core
@@ -304,6 +305,44 @@ class TestRequests:
         pair.queue.complete([request])
         assert pair.driver.reap(1) == [(request.index, 7)]
 
+    def test_views_end_with_their_request(self, pair: Pair) -> None:
+        request = pair.request([(0, 4)], [(8, 4)])
+        readable, writable = request.views()
+        part = writable[0][1:3]
+        assert request.views() == (readable, writable), "the same ones"
+        pair.queue.complete([request])
+        with pytest.raises(ValueError, match="released memoryview"):
+            bytes(readable[0])
+        with pytest.raises(ValueError, match="released memoryview"):
+            writable[0][0] = 1
+        with pytest.raises(ValueError, match="completed"):
+            request.views()
+        pair.data[9:11] = b"on"
+        assert bytes(part) == b"on", "what was made of one never faults"
+
+    def test_numpy_works_on_views_without_a_copy(self, pair: Pair) -> None:
+        request = pair.request([(0, 8)], [(16, 16), (40, 3)])
+        readable, writable = request.views()
+        samples = numpy.frombuffer(readable[0], dtype="<i2")
+        assert not samples.flags.writeable
+        struct.pack_into("<4h", pair.data, 0, 1, -2, 300, -400)
+        assert samples.tolist() == [1, -2, 300, -400], "the driver's later write shows"
+        with pytest.raises(ValueError, match="read-only"):
+            samples[0] = 1
+
+        scaled = numpy.frombuffer(writable[0], dtype="<f4")
+        numpy.multiply(samples, 0.5, out=scaled, casting="unsafe")
+        assert struct.unpack_from("<4f", pair.data, 16) == (0.5, -1.0, 150.0, -200.0), "in its place at once"
+        scaled.view("<u4")[:] ^= 0x8000_0000
+        assert struct.unpack_from("<4f", pair.data, 16) == (-0.5, 1.0, -150.0, 200.0)
+        with pytest.raises(ValueError, match="multiple of element size"):
+            numpy.frombuffer(writable[1], dtype="<i2")
+        request.written = scaled.nbytes
+        pair.queue.complete([request])
+        assert pair.driver.reap(1) == [(request.index, 16)]
+        struct.pack_into("<f", pair.data, 16, 7.0)
+        assert scaled[0] == 7.0, "an array keeps its memory"
+
     def test_the_written_length_is_checked(self, pair: Pair) -> None:
         request = pair.request([], [(0, 4)])
         for wrong in (-1, 5, 1 << 64, -(1 << 70)):
@@ -386,6 +425,117 @@ class TestRequests:
         with pytest.raises(ValueError, match="completed"):
             request.write(b"late")
         assert bytes(pair.data[8:12]) == bytes(4)
+
+
+class TestTurn:
+    """Requests that are served where they are taken, which share what was taken together."""
+
+    def test_they_read_and_write_over_several_buffers(self, pair: Pair) -> None:
+        pair.data[0:3], pair.data[10:15], pair.data[20:21] = b"abc", b"defgh", b"i"
+
+        def handle(queue: object, request: _core.Request) -> None:
+            assert (request.readable_total, request.writable_total) == (9, 6)
+            assert request.read(2) == b"ab"
+            rest = bytearray(4)
+            assert request.readinto(rest) == 4
+            assert (bytes(rest), request.readable) == (b"cdef", 3)
+            assert request.read() == b"ghi"
+            assert request.read() == b""
+            assert request.write(b"1") == 1
+            assert request.write(memoryview(b"x2345x")[1:-1]) == 4
+            assert violation(lambda: request.write(b"67")) == "buffer-too-small"
+            readable, writable = request.views()
+            assert [bytes(view) for view in readable] == [b"abc", b"defgh", b"i"]
+            assert [bytes(view) for view in writable] == [b"12", b"345\0"]
+            with pytest.raises(TypeError):
+                readable[0][0] = 1
+            writable[1][3:4] = b"6"
+            request.written = 6
+
+        token = pair.add([(0, 3), (10, 5), (20, 1)], [(100, 2), (200, 4)])
+        assert pair.queue.serve(handle, None, 8, batch=False)
+        assert pair.driver.reap(10) == [(token, 6)]
+        assert (bytes(pair.data[100:102]), bytes(pair.data[200:204])) == (b"12", b"3456")
+        assert pair.queue.counters == (1, 9, 6)
+        assert not pair.queue.serve(handle, None, 8, batch=False)
+
+    @pytest.mark.parametrize("batch", [False, True])
+    def test_one_that_is_kept_stays_what_it_is(self, pair: Pair, batch: bool) -> None:
+        """Requests share objects only while nobody knows them: one that is kept, or its views, is its own."""
+        pair.data[0:8] = b"01234567"
+        kept: list[_core.Request] = []
+        views: list[memoryview] = []
+        seen: list[bytes] = []
+
+        def handle(queue: object, request: _core.Request) -> None:
+            assert (request.written, request.readable, request.done) == (0, 1, False)
+            seen.append(request.read())
+            if len(seen) % 3 == 0:
+                kept.append(request)
+            if len(seen) % 3 == 1:
+                views.append(memoryview(request.views()[0][0])[:])
+            request.written = request.writable_total
+
+        def handle_batch(queue: object, requests: _core.Batch) -> None:
+            assert requests[0] is requests[0]
+            for request in requests:
+                handle(queue, request)
+
+        tokens = [pair.add([(at, 1)], []) for at in range(7)]
+        assert pair.queue.serve(handle_batch if batch else handle, None, 8, batch=batch)
+        assert pair.driver.reap(8) == [(token, 0) for token in tokens]
+        assert seen == [b"0", b"1", b"2", b"3", b"4", b"5", b"6"]
+        assert [request.index for request in kept] == [tokens[2], tokens[5]]
+        assert all(request.done and request.readable == 0 for request in kept)
+        assert [bytes(view) for view in views] == [b"0", b"3", b"6"]
+
+    def test_those_behind_one_that_raises_wait_for_another_turn(self, pair: Pair) -> None:
+        tokens = [pair.add([(at, 1)], []) for at in range(4)]
+        seen: list[int] = []
+
+        def handle(queue: object, request: _core.Request) -> None:
+            seen.append(request.index)
+            if len(seen) == 2:
+                raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError, match="no"):
+            pair.queue.serve(handle, None, 8, batch=False)
+        assert pair.queue.in_flight == 3
+        assert pair.queue.serve(handle, None, 0, batch=False), "they were taken before"
+        assert seen == tokens
+        assert pair.driver.reap(8) == [(token, 0) for token in (tokens[0], *tokens[2:])]
+
+    def test_it_goes_on_while_nobody_waits(self, pair: Pair) -> None:
+        """With a scheduler that has nothing else, all is served in one turn; with something, a share of it."""
+        scheduler = _core.Scheduler()
+        actor, other = scheduler.actor(), scheduler.actor()
+        key, waiting = scheduler.key(actor, 3), scheduler.key(other, 7)
+        scheduler.mark(key)
+        assert scheduler.next(0) == (actor, key)
+        seen: list[int] = []
+
+        def serve() -> bool:
+            for at in range(6):
+                pair.add([(at, 1)], [])
+            return pair.queue.serve(
+                lambda queue, request: seen.append(request.index), None, 2, batch=False, others=(scheduler, actor, 3)
+            )
+
+        assert not serve()
+        assert (len(seen), pair.queue.in_flight) == (6, 0)
+        pair.driver.reap(8)
+        scheduler.mark(waiting)
+        assert serve()
+        assert (len(seen), pair.queue.in_flight) == (8, 0), "others wait, even if they are less urgent"
+        scheduler.close()
+
+    def test_a_batch_that_nobody_looks_at_is_answered(self, pair: Pair) -> None:
+        tokens = [pair.add([(at, 1)], []) for at in range(5)]
+        sizes: list[int] = []
+        assert pair.queue.serve(lambda queue, requests: sizes.append(len(requests)), None, 4, batch=True)
+        assert sizes == [4]
+        assert pair.driver.reap(8) == [(token, 0) for token in tokens[:4]]
+        assert pair.queue.counters == (4, 4, 0)
 
 
 class TestDeviceQueue:
@@ -739,11 +889,7 @@ def test_a_ring_that_was_in_use_is_gone_on_with(packed: bool) -> None:
 
 
 class TestInflight:
-    """What is in flight, kept in a region that outlives the queue: vhost-user's layout for split rings."""
-
-    def test_of_a_packed_ring_it_is_not_kept(self) -> None:
-        with pytest.raises(ValueError, match="packed"):
-            Pair(packed=True).start(inflight=(mapping(4096), 0))
+    """What is in flight, kept in a region that outlives the queue: vhost-user's layouts."""
 
     def test_what_is_in_flight_is_given_to_the_next(self, split: Pair) -> None:
         pair = split
@@ -769,6 +915,58 @@ class TestInflight:
         pair.queue.complete(requests)
         assert sorted(pair.driver.reap(10)) == sorted([(tokens[1], 4), *((tokens[n], 0) for n in (0, 2, 3))])
         assert (pair.queue.next, struct.unpack_from("<H", at, 14)) == (4, (4,))
+
+    @pytest.mark.parametrize("event_idx", [True, False])
+    @pytest.mark.parametrize("indirect", [True, False])
+    def test_of_a_packed_ring(self, event_idx: bool, indirect: bool) -> None:
+        pair = Pair(size=7, event_idx=event_idx, indirect=indirect, packed=True)
+        size = _core.DeviceQueue.inflight_size(7, packed=True)
+        assert (size, _core.DeviceQueue.inflight_size(1, packed=True)) == (256, 64)
+        region = mapping(4096)
+        at = memoryview(region)[size:]
+        pair.start(inflight=(region, size))
+        assert struct.unpack_from("<QHHHHHHBB", at) == (0, 1, 7, 0, 0, 0, 0, 1, 1)
+        given: list[int] = []
+        for turn in range(10):
+            tokens = [pair.add([(0, 4)], [(8, 4)]) for _ in range(3)]
+            first, second, third = pair.queue.take(3)
+            second.write(b"done")
+            pair.queue.complete([second])
+            assert pair.queue.in_flight == 2
+            del first, second, third
+
+            # As if the process had ended: the next one knows the region and nothing else.
+            pair.queue = _core.DeviceQueue(8)
+            pair.start(resume=77, inflight=(region, size))
+            requests = pair.queue.take(10)
+            assert [(request.readable_total, request.writable_total) for request in requests] == [(4, 4)] * 2
+            given += [request.index for request in requests]
+            pair.queue.complete(requests)
+            assert sorted(pair.driver.reap(10)) == sorted([(tokens[1], 4), (tokens[0], 0), (tokens[2], 0)])
+            taken = 3 * (turn + 1) * (1 if indirect else 2)
+            wrap = taken // 7 % 2 == 0
+            assert pair.queue.next == (taken % 7 | wrap << 15) * 0x1_0001
+            assert struct.unpack_from("<HHBB", at, 16) == (taken % 7, taken % 7, wrap, wrap)
+        assert len(given) == 20
+
+    def test_what_a_region_of_a_packed_ring_may_not_be(self) -> None:
+        pair = Pair(packed=True)
+        region = mapping(4096)
+        pair.start(inflight=(region, 0))
+        for place, number, name in [
+            (0, 1, "inflight-features"),
+            (8, 2, "inflight-version"),
+            (10, 16, "inflight-size"),
+            (14, 8, "inflight-next"),
+            (18, 8, "inflight-used-index"),
+            (34, 0, "inflight-loop"),
+        ]:
+            before = struct.unpack_from("<H", region, place)
+            struct.pack_into("<H", region, place, number)
+            assert violation(lambda: pair.start(inflight=(region, 0))) == name
+            assert not pair.queue.running
+            struct.pack_into("<H", region, place, *before)
+        pair.start(inflight=(region, 0))
 
     def test_what_a_region_may_not_be(self, split: Pair) -> None:
         pair = split

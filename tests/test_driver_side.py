@@ -16,6 +16,7 @@ import vbus
 from conftest import Attached, make_connector, wait_until
 from models import (
     AsyncEcho,
+    Awaits,
     Backwards,
     BatchEcho,
     Echo,
@@ -96,6 +97,22 @@ def test_async_handlers_overlap_up_to_their_limit(attached: Attached) -> None:
     for future in [driver.queue(0).submit([b"x"], 1) for _ in range(200)]:
         future.result(20)
     assert 1 < device.most <= AsyncEcho.concurrency
+
+
+@LAYOUTS
+def test_an_async_handler_that_awaits_does_not_hold_up_its_queue(attached: Attached, packed: bool) -> None:
+    device = Awaits()
+    _, remote = attached(awaits=device)
+    driver = remote.driver("awaits", EchoDriver, packed=packed)
+    slow = [driver.queue(0).submit([b"wait %d" % n], 8) for n in range(3)]
+    assert wait_until(lambda: device.waiting == 3)
+    # Many more than may be under way at once, asked later and answered before.
+    quick = [driver.queue(0).submit([b"%d" % n], 8) for n in range(300)]
+    assert [future.result(20) for future in quick] == [b"%d" % n for n in range(300)]
+    assert not any(future.done() for future in slow)
+    assert device.waiting == 3
+    device.release()
+    assert [future.result(20) for future in slow] == [b"wait %d" % n for n in range(3)]
 
 
 @LAYOUTS

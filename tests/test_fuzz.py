@@ -51,7 +51,7 @@ def test_the_targets_are_found() -> None:
     assert {"bus_messages", "vhost_user_messages"} <= set(TARGETS)
     done = harness(ROOT / "fuzz", "nothing")
     assert done.returncode == 2
-    for name in (*TARGETS, "split_ring", "packed_ring", "driver_ring"):
+    for name in (*TARGETS, "split_ring", "packed_ring", "driver_ring", "engine_loopback", "engine_blk"):
         assert name in done.stderr
 
 

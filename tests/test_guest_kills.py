@@ -15,6 +15,7 @@ import pytest
 
 from guests import Served, device_args, file_served, namespace
 from vbus.devices import Blk, Net, Rng
+from vbus.virtio.features import RING_PACKED
 from vbus.vm import Guest
 
 pytestmark = [
@@ -93,17 +94,24 @@ def no_errors(vm: Guest) -> None:
 
 
 # Behind memory-mapped virtio, rings are larger than the front-end says beforehand.
-@pytest.mark.parametrize(("machine", "kills"), [("q35", KILLS), ("microvm", 3)])
-def test_a_disk_loses_nothing(tmp_path: Path, machine: str, kills: int) -> None:
+@pytest.mark.parametrize(
+    ("machine", "kills", "packed"),
+    [("q35", KILLS, False), ("q35", KILLS, True), ("microvm", 3, False)],
+    ids=["q35", "q35-packed", "microvm"],
+)
+def test_a_disk_loses_nothing(tmp_path: Path, machine: str, kills: int, packed: bool) -> None:
     with (tmp_path / "disk.img").open("wb") as disk:
         disk.truncate(32 * MIB)
     (tmp_path / "bus.toml").write_text(DISK)
-    args = device_args(machine, "disk0", Blk(tmp_path / "disk.img", queues=2), tmp_path / "disk0.sock", reconnect=True)
+    disk0 = Blk(tmp_path / "disk.img", queues=2)
+    args = device_args(machine, "disk0", disk0, tmp_path / "disk0.sock", reconnect=True, packed=packed)
     chance = random.Random(int(time.time()))
     with (
         Served(tmp_path / "bus.toml", "killed") as served,
         Guest(machine, args=args, modules=["virtio_blk"], cpus=2, files={"/bin/writer": WRITER}) as vm,
     ):
+        negotiated = vm.run("cat /sys/bus/virtio/devices/virtio0/features").strip()
+        assert negotiated[RING_PACKED] == str(int(packed))
         vm.run("for i in 0 1; do (writer $i; echo $? >/tmp/ended$i) & done")
         for _ in range(kills):
             before = counts(vm)
@@ -120,10 +128,11 @@ def test_a_disk_loses_nothing(tmp_path: Path, machine: str, kills: int) -> None:
         no_errors(vm)
 
 
-def test_a_transfer_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_transfer_goes_on(tmp_path: Path, packed: bool) -> None:
     (tmp_path / "bus.toml").write_text(NET.format(tap=TAP))
     chance = random.Random(int(time.time()))
-    args = device_args("q35", "net0", Net(queue_pairs=2), tmp_path / "net0.sock", reconnect=True)
+    args = device_args("q35", "net0", Net(queue_pairs=2), tmp_path / "net0.sock", reconnect=True, packed=packed)
     with namespace(f"{TAP}s") as inside:
         subprocess.run([*inside, "ip", "tuntap", "add", TAP, "mode", "tap", "multi_queue"], check=True)
         subprocess.run([*inside, "ip", "address", "add", f"{HERE}/24", "dev", TAP], check=True)
@@ -133,6 +142,8 @@ def test_a_transfer_goes_on(tmp_path: Path) -> None:
             Served(tmp_path / "bus.toml", "killed", inside) as served,
             Guest(args=args, modules=["virtio_net"], cpus=2) as vm,
         ):
+            negotiated = vm.run("cat /sys/bus/virtio/devices/virtio0/features").strip()
+            assert negotiated[RING_PACKED] == str(int(packed))
             vm.run(f"ip addr add {THERE}/24 dev eth0 && ip link set eth0 up")
             fetch = f"wget -q -O - http://{HERE}:8000/file | sha256sum"
             vm.wait_for(fetch)

@@ -7,7 +7,9 @@ import contextlib
 import gc
 import itertools
 import os
+import random
 import select
+import signal
 import socket
 import struct
 import threading
@@ -18,6 +20,8 @@ from pathlib import Path
 import pytest
 
 import vbus
+from conftest import WITHOUT_IO_URING
+from guests import Served
 from models import Echo, Lamp
 from vbus import _core
 from vbus.connectors import VhostUser
@@ -34,6 +38,10 @@ USER = 0x7F00_0000_0000
 SIZE = 1 << 20
 DATA = 0x8_0000
 MY_FEATURES = 1 << features.VERSION_1 | 1 << m.PROTOCOL_FEATURES
+PACKED = MY_FEATURES | 1 << features.RING_PACKED
+FIRST = 0x8000_8000
+"""Where a packed ring begins."""
+LAYOUTS = pytest.mark.parametrize(("bits", "base"), [(MY_FEATURES, 0), (PACKED, FIRST)], ids=["split", "packed"])
 DEADLINE = 20.0
 
 
@@ -81,10 +89,7 @@ class Front:
     """A front-end that does what a test tells it, and believes nothing."""
 
     def __init__(self, path: Path) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(DEADLINE)
-        self.sock.connect(str(path))
-        self.reader = wire.Reader(self.sock)
+        self.connect(path)
         self.fd = os.memfd_create("guest")
         os.ftruncate(self.fd, SIZE)
         self.arena = _core.Mapping(self.fd, SIZE)
@@ -92,12 +97,22 @@ class Front:
         self.kick = os.eventfd(0)
         self.call = os.eventfd(0, os.EFD_NONBLOCK)
         self.ring: _core.DriverQueue
+        self.inflight: tuple[m.Inflight, int] | None = None
 
-    def close(self) -> None:
-        for fd in (self.fd, self.kick, self.call):
-            os.close(fd)
+    def connect(self, path: Path) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(DEADLINE)
+        self.sock.connect(str(path))
+        self.reader = wire.Reader(self.sock)
+
+    def hang_up(self) -> None:
         self.reader.close()
         self.sock.close()
+
+    def close(self) -> None:
+        for fd in (self.fd, self.kick, self.call, *([self.inflight[1]] if self.inflight else [])):
+            os.close(fd)
+        self.hang_up()
 
     def say(self, request: Request, payload: m.Payload | None = None, *fds: int, ack: bool = False) -> None:
         wire.send(self.sock, codec.encode(request, payload or m.Empty(), need_reply=ack), list(fds))
@@ -156,6 +171,24 @@ class Front:
         if call:
             self.acked(Request.SET_VRING_CALL, m.U64(index), self.call)
 
+    def ask_inflight(self, asked: int) -> None:
+        """Have memory made for what is in flight of one queue."""
+        self.say(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, asked))
+        got = self.reader.read()
+        assert got is not None
+        message, fds = codec.decode(got[0]), got[1]
+        assert isinstance(message, codec.Message)
+        inflight = message.payload
+        assert isinstance(inflight, m.Inflight)
+        assert (inflight.num_queues, inflight.queue_size) == (1, asked)
+        assert os.fstat(fds[0]).st_size == inflight.mmap_size
+        self.inflight = inflight, fds[0]
+        self.give_inflight()
+
+    def give_inflight(self) -> None:
+        assert self.inflight is not None
+        self.acked(Request.SET_INFLIGHT_FD, *self.inflight)
+
     def start(self, index: int = 0) -> None:
         self.acked(Request.SET_VRING_KICK, m.U64(index), self.kick)
         self.acked(Request.SET_VRING_ENABLE, m.VringState(index, 1))
@@ -168,14 +201,19 @@ class Front:
     def ring_kick(self) -> None:
         os.eventfd_write(self.kick, 1)
 
-    def answered(self) -> bytes:
+    def reap(self, count: int) -> list[tuple[int, int]]:
+        """Wait for so many answers."""
         found: list[tuple[int, int]] = []
 
         def reaped() -> bool:
             found.extend(self.ring.reap(8))
-            return bool(found)
+            return len(found) >= count
 
         wait_until(reaped)
+        return found
+
+    def answered(self) -> bytes:
+        found = self.reap(1)
         return bytes(self.bytes[DATA + 4096 : DATA + 4096 + found[0][1]])
 
 
@@ -341,11 +379,6 @@ def test_a_driver_whose_call_was_never_made_is_called_by_whoever_goes_on(fronts:
     wait_until(lambda: _drained(front.call) > 0)
 
 
-PACKED = MY_FEATURES | 1 << features.RING_PACKED
-FIRST = 0x8000_8000
-"""Where a packed ring begins."""
-
-
 @pytest.mark.parametrize("base", [FIRST, 0x8000], ids=hex)
 def test_a_packed_queue_goes_on_where_it_stopped(fronts: Callable[..., Front], base: int) -> None:
     front = fronts(Echo()).greet()
@@ -363,13 +396,43 @@ def test_a_packed_queue_goes_on_where_it_stopped(fronts: Callable[..., Front], b
         front.start()
 
 
+@pytest.mark.parametrize("answered", [0, 1, 3, 6, 7, 8, 20])
+def test_a_packed_queue_that_nobody_keeps_goes_on_where_it_was(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, answered: int
+) -> None:
+    bits = PACKED | 1 << features.RING_INDIRECT_DESC
+    front = fronts(Echo()).greet()
+    front.set_up(bits=bits, base=FIRST)
+    front.start()
+    for n in range(answered):
+        front.submit(b"request %d" % n)
+        front.ring_kick()
+        assert front.answered() == b"request %d" % n
+    # As a kill is seen from here; QEMU knows no more of a network's rings then than where they began.
+    front.hang_up()
+    wait_until(lambda: bus.slot("d0").owner is None)
+    for _ in range(2):
+        front.submit(b"and on")
+    front.connect(tmp_path / "d0.sock")
+    front.greet()
+    front.set_up(bits=bits, base=FIRST, fresh=False)
+    front.start()
+    for _ in range(8):
+        assert front.answered() == b"and on"
+        front.submit(b"and on")
+        front.ring_kick()
+    wait_until(lambda: front.ring.reap(8) != [] or front.ring.outstanding == 0)
+    place = (answered + 10) % 7 | (0 if (answered + 10) // 7 % 2 else 0x8000)
+    assert front.ask(Request.GET_VRING_BASE, m.VringState(0, 0)) == m.VringState(0, place * 0x1_0001)
+
+
 def test_a_packed_queue_that_never_ran_begins_at_its_beginning(fronts: Callable[..., Front]) -> None:
     front = fronts(Echo()).greet()
     front.acked(Request.SET_FEATURES, m.U64(PACKED))
     assert front.ask(Request.GET_VRING_BASE, m.VringState(0, 0)) == m.VringState(0, FIRST)
 
 
-@pytest.mark.parametrize(("bits", "base"), [(MY_FEATURES, 0), (PACKED, FIRST)], ids=["split", "packed"])
+@LAYOUTS
 def test_buffers_that_a_device_keeps_are_given_again(
     fronts: Callable[..., Front], monkeypatch: pytest.MonkeyPatch, bits: int, base: int
 ) -> None:
@@ -388,23 +451,6 @@ def test_buffers_that_a_device_keeps_are_given_again(
     front.start()
     assert front.answered() == b"slow"
     wait_until(lambda: front.ring.reap(8) != [] or front.ring.outstanding == 0)
-
-
-def test_of_packed_rings_nothing_in_flight_is_kept(fronts: Callable[..., Front]) -> None:
-    front = fronts(Echo()).greet(INFLIGHT)
-    front.acked(Request.SET_FEATURES, m.U64(PACKED))
-    assert front.ask(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 8)) == m.Inflight(0, 0, 1, 8)
-    # A region from before, when the driver was another one, is not looked at.
-    assert isinstance(front.ask(Request.GET_FEATURES), m.U64)
-    fd = os.memfd_create("inflight")
-    os.ftruncate(fd, 4096)
-    front.acked(Request.SET_INFLIGHT_FD, m.Inflight(4096, 0, 1, 8), fd)
-    os.close(fd)
-    front.set_up(bits=PACKED, base=FIRST)
-    front.start()
-    front.submit(b"packed")
-    front.ring_kick()
-    assert front.answered() == b"packed"
 
 
 def test_one_queue_cannot_be_reset_by_a_front_end(fronts: Callable[..., Front]) -> None:
@@ -519,45 +565,92 @@ def test_another_front_end_on_the_same_socket_is_refused(bus: vbus.Bus, fronts: 
 INFLIGHT = ProtocolFeature.INFLIGHT_SHMFD
 
 
-# A front-end asks before its guest has chosen: the ring may become larger than it thought.
+# A front-end asks before its guest has chosen: the ring may become larger than it thought, or another.
 @pytest.mark.parametrize("asked", [8, 2])
+@pytest.mark.parametrize("early", [True, False], ids=["before features", "after features"])
+@pytest.mark.parametrize(("bits", "bases"), [(MY_FEATURES, [0, 1]), (PACKED, [FIRST, 0x8002])], ids=["split", "packed"])
 def test_requests_under_way_are_served_again_by_whoever_comes_next(
-    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, asked: int
+    bus: vbus.Bus,
+    fronts: Callable[..., Front],
+    tmp_path: Path,
+    bits: int,
+    bases: list[int],
+    early: bool,
+    asked: int,
 ) -> None:
     device = Keeper()
     front = fronts(device).greet(INFLIGHT)
-    front.say(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, asked))
-    got = front.reader.read()
-    assert got is not None
-    message, fds = codec.decode(got[0]), got[1]
-    assert isinstance(message, codec.Message)
-    inflight = message.payload
-    assert isinstance(inflight, m.Inflight)
-    assert (inflight.num_queues, inflight.queue_size) == (1, asked)
-    assert os.fstat(fds[0]).st_size == inflight.mmap_size
-    front.acked(Request.SET_INFLIGHT_FD, inflight, fds[0])
-    front.set_up()
+    if not early:
+        front.acked(Request.SET_FEATURES, m.U64(bits))
+    front.ask_inflight(asked)
+    front.set_up(bits=bits, base=bases[0])
     front.start()
     front.submit(b"x")
     front.ring_kick()
     wait_until(lambda: len(device.kept) == 1)
     # As a kill is seen from here: it is gone, with a request in its hands.
-    front.sock.close()
+    front.hang_up()
     device.answers = True
     wait_until(lambda: bus.slot("d0").owner is None)
     assert front.ring.reap(8) == []
-    front.reader.close()
-    front.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    front.sock.settimeout(DEADLINE)
-    front.sock.connect(str(tmp_path / "d0.sock"))
-    front.reader = wire.Reader(front.sock)
+    front.connect(tmp_path / "d0.sock")
     front.greet(INFLIGHT)
-    front.acked(Request.SET_INFLIGHT_FD, inflight, fds[0])
+    front.give_inflight()
     # The ring was read up to its first entry, which nobody answered: that it comes back is due to the region alone.
-    front.set_up(base=1, fresh=False)
+    front.set_up(bits=bits, base=bases[1], fresh=False)
     front.start()
     assert front.answered() == b"slow"
-    os.close(fds[0])
+
+
+@LAYOUTS
+def test_requests_that_were_overtaken_are_served_again(
+    bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, bits: int, base: int
+) -> None:
+    device = Keeper()
+    front = fronts(device).greet(INFLIGHT)
+    front.acked(Request.SET_FEATURES, m.U64(bits))
+    front.ask_inflight(8)
+    front.set_up(bits=bits, base=base)
+    front.start()
+    tokens: list[int] = []
+
+    def submit(number: int) -> None:
+        """A request that says its number, and has a place of its own for the answer."""
+        at = DATA + 64 * number
+        front.bytes[at] = number
+        token = front.ring.add([(GUEST + at, 1)], [(GUEST + at + 8, 8)])
+        assert token is not None
+        tokens.append(token)
+        front.ring.publish()
+        front.ring_kick()
+
+    for number in range(3):
+        submit(number)
+    wait_until(lambda: len(device.kept) == 3)
+    queue = bus.slot("d0").queues[0]
+    second = device.kept[1]
+    second.write(b"early")
+    queue.complete(second)
+    assert front.reap(1) == [(tokens[1], 5)]
+    # In a packed ring, it lies where what was overtaken did.
+    submit(3)
+    wait_until(lambda: len(device.kept) == 4)
+    front.hang_up()
+    wait_until(lambda: bus.slot("d0").owner is None)
+    device.kept.clear()
+    front.connect(tmp_path / "d0.sock")
+    front.greet(INFLIGHT)
+    front.give_inflight()
+    front.set_up(bits=bits, base=base, fresh=False)
+    front.start()
+    wait_until(lambda: len(device.kept) == 3)
+    assert [request.read() for request in device.kept] == [b"\0", b"\2", b"\3"]
+    for request in reversed(device.kept):
+        request.write(b"late %d" % request.readable_total)
+        queue.complete(request)
+    assert front.reap(3) == [(tokens[number], 6) for number in (3, 2, 0)]
+    assert bytes(front.bytes[DATA + 8 : DATA + 14]) == b"late 1"
+    assert front.ring.outstanding == 0
 
 
 def logged(log: memoryview) -> set[int]:
@@ -1134,17 +1227,13 @@ def test_config_space_of_another_driver_is_refused_by_name(
 
 # Served natively: by a worker, which hears kicks itself.
 
-LAYOUTS = pytest.mark.parametrize(("bits", "base"), [(MY_FEATURES, 0), (PACKED, FIRST)], ids=["split", "packed"])
 
+class Reader:
+    """A front-end that reads a disk of 64 blocks."""
 
-class Disk:
-    """A disk of 64 blocks that an engine serves, and a front-end that reads them."""
-
-    def __init__(self, bus: vbus.Bus, fronts: Callable[..., Front], path: Path, bits: int, base: int) -> None:
+    def __init__(self, front: Front, path: Path, bits: int, base: int) -> None:
         path.write_bytes(b"".join(bytes([n]) * SECTOR for n in range(64)))
-        self.device = Blk(path=path, engine="native")
-        self.front = fronts(self.device).greet(ProtocolFeature.LOG_SHMFD)
-        assert bus.slot("d0").engine == "native"
+        self.front = front
         self.bits = bits
         self.read: list[int] = []
         """Blocks that were asked for and not looked at."""
@@ -1189,6 +1278,20 @@ class Disk:
         return count
 
 
+class Disk(Reader):
+    """The disk as well, which an engine serves."""
+
+    def __init__(self, bus: vbus.Bus, fronts: Callable[..., Front], path: Path, bits: int, base: int) -> None:
+        if WITHOUT_IO_URING:
+            pytest.skip(WITHOUT_IO_URING)
+        path.touch()
+        os.truncate(path, 64 * SECTOR)
+        self.device = Blk(path=path, engine="native")
+        front = fronts(self.device).greet(ProtocolFeature.LOG_SHMFD)
+        assert bus.slot("d0").engine == "native"
+        super().__init__(front, path, bits, base)
+
+
 @LAYOUTS
 def test_a_native_queue_that_is_stopped_under_load_loses_nothing(
     bus: vbus.Bus, fronts: Callable[..., Front], tmp_path: Path, bits: int, base: int
@@ -1215,6 +1318,52 @@ def test_a_native_queue_that_is_stopped_under_load_loses_nothing(
     taken += disk.look()
     assert taken == asked == disk.device.reads
     assert not bus.slot("d0").violations
+
+
+KILLED = """
+[bus]
+name = "killed-front"
+[device.d0]
+type = "blk"
+path = "disk.img"
+engine = "{engine}"
+[connector.d0]
+type = "vhost-user"
+device = "d0"
+socket = "d0.sock"
+"""
+
+
+@LAYOUTS
+@pytest.mark.parametrize("engine", ["native", "python"])
+def test_a_process_that_is_killed_under_load_loses_nothing(tmp_path: Path, engine: str, bits: int, base: int) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(64 * SECTOR))
+    (tmp_path / "bus.toml").write_text(KILLED.format(engine=engine))
+    chance = random.Random(engine + str(bits))
+    with (
+        Served(tmp_path / "bus.toml", "killed-front") as served,
+        contextlib.closing(Front(tmp_path / "d0.sock").greet(INFLIGHT)) as front,
+    ):
+        front.acked(Request.SET_FEATURES, m.U64(bits))
+        front.ask_inflight(8)
+        disk = Reader(front, tmp_path / "disk.img", bits, base)
+        asked = answered = 0
+        for _ in range(5):
+            end = answered + chance.randrange(20, 100)
+            while answered < end:
+                while len(disk.tokens) < 3:
+                    disk.ask(asked % 64)
+                    asked += 1
+                answered += disk.reap()
+            served.end(signal.SIGKILL)
+            front.hang_up()
+            served.start()
+            front.connect(tmp_path / "d0.sock")
+            front.greet(INFLIGHT)
+            front.give_inflight()
+            # What a front-end knows of a ring that nobody stopped: where it began.
+            disk.begin(base)
+        assert answered + disk.look() == asked
 
 
 @LAYOUTS

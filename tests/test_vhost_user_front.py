@@ -38,6 +38,7 @@ from vbus.vhost_user import codec, wire
 from vbus.vhost_user import messages as m
 from vbus.vhost_user.messages import ProtocolFeature, Request
 from vbus.virtio import Status
+from vbus.virtio.features import RING_PACKED
 
 DEADLINE = 20.0
 MIB = 1 << 20
@@ -85,12 +86,16 @@ def test_entropy(front: Callable[..., Remote], signal: str) -> None:
     assert len({rng.read(64) for _ in range(20)}) == 20
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_a_disk_with_several_queues(bus: vbus.Bus, front: Callable[..., Remote], tmp_path: Path, signal: str) -> None:
+def test_a_disk_with_several_queues(
+    bus: vbus.Bus, front: Callable[..., Remote], tmp_path: Path, signal: str, packed: bool
+) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(MIB))
     remote = front(Blk(path=image, queues=4), "disk0", signal=signal)
-    disk = remote.driver("disk0", drivers.Blk)
+    disk = remote.driver("disk0", drivers.Blk, packed=packed)
+    assert bool(disk.device.negotiated >> RING_PACKED & 1) == packed
     assert (disk.size, len(disk.device.queues)) == (MIB, 4)
     data = random.Random(1).randbytes(300_000)
     disk.pwrite(data, 12_345)
@@ -154,11 +159,12 @@ def exchange(net: drivers.Net, pairs: int) -> None:
     assert sorted(got) == sorted(sent)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_a_network_whose_pairs_the_front_end_chooses(front: Callable[..., Remote], signal: str) -> None:
+def test_a_network_whose_pairs_the_front_end_chooses(front: Callable[..., Remote], signal: str, packed: bool) -> None:
     device = Net(queue_pairs=2)
     remote = front(device, "net0", signal=signal, mac=bytes.fromhex("525400aabbcc"))
-    net = remote.driver("net0", drivers.Net)
+    net = remote.driver("net0", drivers.Net, packed=packed)
     assert (net.max_pairs, net.mac.hex(), net.link, device.pairs) == (2, "525400aabbcc", True, 1)
     exchange(net, 1)
     net.set_queue_pairs(2)
@@ -364,21 +370,22 @@ def total(driver: EchoDriver, more: bytes) -> int:
     return int.from_bytes(driver.echo(more, 8), "little")
 
 
-def test_state_moves_from_one_process_to_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_state_moves_from_one_process_to_another(tmp_path: Path, packed: bool) -> None:
     with (
         process(tmp_path, "source") as (_, here),
         process(tmp_path, "target") as (_, there),
         vbus.attach(here, device_id=ECHO_ID, name="d0") as source,
         vbus.attach(there, device_id=ECHO_ID, name="d0") as target,
     ):
-        driver = source.driver("d0", EchoDriver)
+        driver = source.driver("d0", EchoDriver, packed=packed)
         assert total(driver, b"12345") == 5
         state = connector(source).save_state()
         assert state == b"tally" + (5).to_bytes(8, "little")
         # The source goes on, as after a migration that failed, and can be asked again.
         assert total(driver, b"67") == 7
         connector(target).load_state(connector(source).save_state())
-        other = target.driver("d0", EchoDriver)
+        other = target.driver("d0", EchoDriver, packed=packed)
         assert total(other, b"890") == 10
         # Also into one that is driven, whose rings stop for a while and go on.
         connector(target).load_state(state)

@@ -3,6 +3,7 @@
 //! A target is one file in `src/bin`: `target!(one, seeds)` names the function that takes an input, and the one that
 //! makes valid inputs to begin with. A finding is a panic.
 
+pub mod queue;
 pub mod world;
 
 use std::os::fd::{AsFd, FromRawFd};

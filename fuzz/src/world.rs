@@ -105,6 +105,13 @@ impl World {
         }
     }
 
+    /// No byte changed but in regions that may be written, whether they are there now or not.
+    pub fn look_outside(&mut self) {
+        let writable = PLACES.iter().filter(|place| place.writable);
+        let parts: Vec<_> = writable.map(|place| (place.mapping, place.offset, place.size as usize)).collect();
+        self.look(&parts);
+    }
+
     /// The pieces of a chain, each in a region that there is, and that may be written if it must.
     pub fn pieces(&self, segments: &Segments, write: bool) -> Vec<(usize, usize, usize)> {
         let mut total = 0;

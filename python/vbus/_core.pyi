@@ -24,6 +24,7 @@ __all__ = [
     "Engine",
     "EventReceiver",
     "EventSender",
+    "Frames",
     "LinkRing",
     "Load",
     "LoopbackEngine",
@@ -41,6 +42,7 @@ __all__ = [
     "Task",
     "Worker",
     "bench_calls",
+    "bench_reads",
 ]
 
 @final
@@ -258,7 +260,11 @@ class Request:
     def write(self, data: _ReadableBuffer, /) -> int:
         """Append to the writable part. Violation buffer-too-small when it does not fit; nothing is written then."""
     def views(self) -> tuple[list[memoryview], list[memoryview]]:
-        """(readable, writable): the driver's own memory, from its beginning, without a copy."""
+        """(readable, writable): the driver's own memory, from its beginning, without a copy. The same ones each time.
+
+        They are released when the request is completed: to use one then is a ValueError, and so is `views` itself. What
+        was made of one (a slice, an array) never faults, but shows memory that is the driver's again.
+        """
     @property
     def done(self) -> bool:
         """Already completed, or its queue was stopped."""
@@ -307,9 +313,10 @@ class DeviceQueue:
         suppression. With `in_order`, requests that are completed early are shown when all before them are.
 
         `inflight`: a writable mapping and the offset in it where this queue keeps what is in flight, as vhost-user lays
-        it out for split rings. What a predecessor left there is given by `take` first, in the order in which it was
-        taken. Then `resume` is not looked at: the ring goes on behind the used ring's index and what is in flight. A
-        region that was never used (version 0) begins at the used ring's index. ValueError for a packed ring.
+        it out for rings of its layout. What a predecessor left there is given by `take` first, in the order in which it
+        was taken. Then `resume` is not looked at: the ring goes on behind what is used and what is in flight, by the
+        region and, of a split ring, the used ring's index. A region that was never used (version 0) begins at what is
+        used: by that index, or by `resume`.
 
         Violation: queue-size (0, not a power of two in a split ring, above max_size), ring-position (`resume` is no
         place of such a ring), ring-misaligned, ring-outside-memory,
@@ -318,8 +325,14 @@ class DeviceQueue:
         region-lost, log-too-small.
         """
     @staticmethod
-    def inflight_size(size: int) -> int:
+    def inflight_size(size: int, *, packed: bool = False) -> int:
         """Bytes that a queue of this size takes of what is in flight, rounded up to 64. ValueError: 0, above 32768."""
+    @staticmethod
+    def find_place(memory: Memory, size: int, desc: int, said: int) -> int:
+        """Where a packed ring goes on whose device ended without a word, as `next` says it, of which a front-end that
+        may know no better says `said`. By the flags in its descriptors, of which `desc` is the address: for rings of
+        chains of one descriptor each, which were used in order. A ring that tells nothing goes on where it is said.
+        """
     @property
     def paused(self) -> bool:
         """Whether nothing more is to be taken for now: kept here for engines, `take` does not look."""
@@ -366,15 +379,18 @@ class DeviceQueue:
         *,
         batch: bool,
         charge: Callable[[int, int], object] | None = None,
-        urgent: tuple[Scheduler, int, int] | None = None,
+        others: tuple[Scheduler, int, int] | None = None,
     ) -> bool:
         """Let `handler(queue, request)` answer requests, each completed when it returns; with `batch`, let
-        `handler(queue, requests)` answer all, completed together. True when there were some.
+        `handler(queue, requests)` answer all, completed together. False when there are none, or none any more;
+        notifications are on then.
 
         At most `limit` are taken from the ring, and none while some wait that a turn before put off: it does so with
-        those behind one whose handler raised, which is raised here, and when something more urgent waits: `urgent` is a
-        scheduler, the actor whose turn this is, and the priority of its key. `charge` is told of requests and bytes
-        that were taken, before they are handled. Violation: as `take` and `complete`.
+        those behind one whose handler raised, which is raised here, and when something more urgent waits. `others`: a
+        scheduler, the actor whose turn this is, and the priority of its key. As long as nobody else waits there, for a
+        millisecond at most, up to `limit` more are taken, again and again, and looked for a little before notifications
+        are asked for. `charge` is told of requests and bytes that were taken, before they are handled; nothing is taken
+        a second time then. Violation: as `take` and `complete`.
         """
     def complete(self, requests: Sequence[Request]) -> None:
         """Give requests back as used, published together, and signal when the driver wants it. Requests that
@@ -403,8 +419,8 @@ class Worker:
     def tasks(self) -> int:
         """Engines that it has."""
     @property
-    def counters(self) -> tuple[int, int, int]:
-        """Turns that found work, turns that found none, and how often it slept."""
+    def counters(self) -> tuple[int, int, int, int]:
+        """Turns that found work, turns that found none, how often it slept, and nanoseconds of turns with work."""
     def close(self) -> None:
         """End it, and its engines."""
 
@@ -439,6 +455,8 @@ class Engine:
         """Requests that the device model shall answer, at most `limit`, each with the queue."""
     def settle(self, timeout: float) -> bool:
         """Wait until nothing is under way in the driver's memory; False after `timeout` seconds."""
+    def end(self) -> None:
+        """Give back what it holds: one that no worker has had, whose workers do that."""
     def forget(self) -> None:
         """The driver is gone, and whatever waits for it."""
 
@@ -449,8 +467,11 @@ class LoopbackEngine(Engine):
     def __new__(cls, receive: DeviceQueue, transmit: DeviceQueue, signal: Signal) -> LoopbackEngine: ...
     def set_rules(self, rules: NetRules) -> None:
         """These hold for frames from now on."""
-    def leave_buffers(self) -> list[Request]:
-        """Buffers that were taken off the receive queue and not used, for whoever serves it from now on."""
+    def hand_over(self) -> tuple[bool, list[bytearray]]:
+        """Give what it keeps to whoever serves the queues from now on: buffers, which the receive queue gives first,
+        and packets that wait for buffers and can be had in no other way, oldest first. The first of the two tells if
+        the oldest is known to be wanted.
+        """
 
 @final
 class TapEngine(Engine):
@@ -462,8 +483,11 @@ class TapEngine(Engine):
         """
     def set_rules(self, rules: NetRules) -> None:
         """These hold for frames from now on; those that the tap has wait there as long as there are no buffers."""
-    def leave_buffers(self) -> list[Request]:
-        """Buffers that were taken off the receive queue and not used, for whoever serves it from now on."""
+    def hand_over(self) -> tuple[bool, list[bytearray]]:
+        """Give what it keeps to whoever serves the queues from now on: buffers, which the receive queue gives first,
+        and packets that wait for buffers and can be had in no other way, oldest first. The first of the two tells if
+        the oldest is known to be wanted.
+        """
     def close(self) -> None:
         """Let go of the tap. Once no worker has this engine any more."""
 
@@ -536,8 +560,11 @@ class SwitchEngine(Engine):
     def __new__(cls, port: SwitchPort, pair: int) -> SwitchEngine: ...
     def set_rules(self, rules: NetRules) -> None:
         """These hold for frames from now on. A link that goes down takes what waits, and what was learned, with it."""
-    def leave_buffers(self) -> list[Request]:
-        """Buffers that were taken off the receive queue and not used, for whoever serves it from now on."""
+    def hand_over(self) -> tuple[bool, list[bytearray]]:
+        """Give what it keeps to whoever serves the queues from now on: buffers, which the receive queue gives first,
+        and packets that wait for buffers and can be had in no other way, oldest first. The first of the two tells if
+        the oldest is known to be wanted.
+        """
 
 @final
 class BlkEngine(Engine):
@@ -654,6 +681,42 @@ class Load:
     def random_reads(self, total: int, size: int, places: int, seed: int, bell: Doorbell | None = None) -> _LoadReport:
         """`total` reads of a disk of `places` times `size` bytes, at places that follow from `seed`."""
 
+class _FramesReport(TypedDict):
+    frames: int
+    checksum: int
+    """Of their numbers."""
+    alone_p50_ns: int
+    """Until a frame was back that was alone; of a burst, the first, and the last."""
+    alone_p99_ns: int
+    first_p50_ns: int
+    first_p99_ns: int
+    last_p50_ns: int
+    last_p99_ns: int
+    held_p50_ns: int
+    """What the first of a burst took more than the frame before it that was alone."""
+    held_p99_ns: int
+
+@final
+class Frames:
+    """A driver of a network card that gives back what it is sent, without Python in its loop.
+
+    Of both queues (receive, transmit): a driver's side with nothing outstanding, the arena that holds its buffers, the
+    driver address of the arena's first byte, and where in it they begin.
+    """
+
+    def __new__(
+        cls, receive: tuple[DriverQueue, Mapping, int, int], transmit: tuple[DriverQueue, Mapping, int, int]
+    ) -> Frames: ...
+    @staticmethod
+    def bytes_needed(burst: int, size: int) -> int:
+        """Bytes of each arena that the buffers of a burst take, for frames of `size` bytes."""
+    def run(self, count: int, burst: int, size: int) -> _FramesReport:
+        """A frame of `size` bytes alone and then `burst` of them at once, `count` times, each polled for.
+
+        ValueError: a frame that is too short, an arena without room. RuntimeError: a frame came back wrong, or none for
+        30 seconds. Violation: as `DriverQueue.reap`.
+        """
+
 class _Rounds(TypedDict):
     round_trips: int
     checksum: int
@@ -697,6 +760,15 @@ class BenchRequest:
 
     @property
     def number(self) -> int: ...
+
+def bench_reads(
+    fd: int, arena: Mapping, total: int, size: int, places: int, seed: int, *, depth: int, batch: int
+) -> _LoadReport:
+    """The reads of `Load.random_reads`, from a file itself, by io_uring: `depth` under way, submitted up to `batch`
+    together. `arena` has room for `Load.bytes_needed(depth, 16 + size + 1)` bytes.
+
+    OSError: io_uring is not permitted, or the file cannot be read. RuntimeError: it is shorter.
+    """
 
 def bench_calls(function: Callable[..., object], queue: object, count: int, batch: int = 0) -> float:
     """Call `function(queue, BenchRequest)` `count` times, or `function(queue, list)` with `batch` of them each until

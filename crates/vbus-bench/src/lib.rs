@@ -4,7 +4,9 @@
 //! loop counts and sums up what it did, so that two sides can be compared before a figure is believed.
 
 pub mod bare;
+pub mod frames;
 pub mod load;
 pub mod pingpong;
+pub mod reads;
 pub mod wait;
 pub mod work;

@@ -12,6 +12,9 @@ use vbus_ring::violation::Violation;
 use crate::wait::{sleep, Patience, Silence};
 use crate::work::{Work, Wrong};
 
+/// Requests that are shown to a device at a time: one that is awake need not wait for all that many answers bring.
+const PART: usize = 16;
+
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -51,6 +54,8 @@ pub struct Report {
 
 /// Where the buffers of requests are.
 pub struct Buffers {
+    arena: Arc<Mapping>,
+    places: Vec<usize>,
     windows: Vec<Window>,
     addresses: Vec<u64>,
 }
@@ -59,9 +64,10 @@ impl Buffers {
     /// `depth` buffers of `size` bytes, each at a cache line of its own, in an arena from `offset`; its first byte has the
     /// driver address `address`. Panics when they are not inside.
     pub fn new(arena: &Arc<Mapping>, address: u64, offset: usize, depth: usize, size: usize) -> Self {
-        let places = (0..depth).map(|number| offset + number * Self::stride(size));
-        let windows = places.clone().map(|place| Window::new(arena.clone(), place, size)).collect();
-        Self { windows, addresses: places.map(|place| address + place as u64).collect() }
+        let places: Vec<usize> = (0..depth).map(|number| offset + number * Self::stride(size)).collect();
+        let windows = places.iter().map(|&place| Window::new(arena.clone(), place, size)).collect();
+        let addresses = places.iter().map(|&place| address + place as u64).collect();
+        Self { arena: arena.clone(), places, windows, addresses }
     }
 
     /// Bytes from one buffer to the next.
@@ -69,17 +75,33 @@ impl Buffers {
         size.next_multiple_of(64)
     }
 
+    /// Where the device finds it.
+    pub fn address(&self, number: usize) -> u64 {
+        self.addresses[number]
+    }
+
     /// How many.
     pub fn depth(&self) -> usize {
         self.windows.len()
+    }
+
+    /// One of them.
+    pub fn window(&self, buffer: usize) -> &Window {
+        &self.windows[buffer]
+    }
+
+    /// Where one is in this process, as long as these buffers are.
+    pub fn as_ptr(&self, buffer: usize) -> *mut u8 {
+        // SAFETY: inside the mapping, as its window is.
+        unsafe { self.arena.as_ptr().add(self.places[buffer]) }
     }
 }
 
 /// What is under way in a buffer.
 #[derive(Clone, Copy, Default)]
-struct Request {
-    number: u64,
-    began: u64,
+pub(crate) struct Request {
+    pub number: u64,
+    pub began: u64,
 }
 
 /// Drive a ring until `total` requests are done.
@@ -106,6 +128,9 @@ pub fn run<W: Work>(
     let began = Instant::now();
     let clock = || began.elapsed().as_nanos() as u64;
     while report.requests < total {
+        // Once for all that are asked together: a clock takes as long as a request.
+        let now = clock();
+        let (mut unseen, mut awaited) = (0, false);
         while asked < total {
             let Some(buffer) = free.pop() else { break };
             work.ask(asked, &buffers.windows[buffer]);
@@ -114,10 +139,16 @@ pub fn run<W: Work>(
             let token = ring.add(&parts[..1], if writable > 0 { &parts[1..] } else { &[] });
             let token = token.ok().flatten().ok_or(LoadError::NoRoom(buffers.depth()))?;
             owners[usize::from(token)] = buffer;
-            under_way[buffer] = Request { number: asked, began: clock() };
+            under_way[buffer] = Request { number: asked, began: now };
             asked += 1;
+            unseen += 1;
+            if unseen == PART {
+                unseen = 0;
+                awaited |= ring.publish();
+            }
         }
-        if ring.publish() {
+        // Behind all of them: one that sleeps is to find enough to do.
+        if ring.publish() || awaited {
             notify();
         }
         finished.clear();

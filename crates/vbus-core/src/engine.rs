@@ -9,14 +9,14 @@ use std::time::Duration;
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict};
-use vbus_engine::net::{Filter, Rules, ETHERNET, HEADER, LONGEST};
+use vbus_engine::net::{Filter, Header, Rules, ETHERNET, HEADER, LONGEST};
 use vbus_engine::queue::Queue;
 use vbus_engine::worker::{self, Polling, PRIORITIES};
 use vbus_engine::{blk, loopback, switch, tap};
-use vbus_ring::ring::Chain;
 
 use crate::doorbell::Doorbell;
-use crate::ring::{DeviceQueue, Request};
+use crate::request::Request;
+use crate::ring::DeviceQueue;
 use crate::signal::Signal;
 use crate::violation::{named, os_error};
 
@@ -53,9 +53,9 @@ impl Worker {
     }
 
     #[getter]
-    fn counters(&self) -> (u64, u64, u64) {
-        let [turns, idle_turns, sleeps] = self.0.counters();
-        (turns, idle_turns, sleeps)
+    fn counters(&self) -> (u64, u64, u64, u64) {
+        let [turns, idle_turns, sleeps, busy] = self.0.counters();
+        (turns, idle_turns, sleeps, busy)
     }
 
     fn close(&self, py: Python<'_>) {
@@ -109,8 +109,9 @@ impl Engine {
     }
 
     fn faults<'py>(&self, py: Python<'py>) -> PyResult<Vec<(usize, Bound<'py, PyAny>)>> {
-        let faults = self.engine.outbox().faults();
-        faults.into_iter().map(|fault| Ok((fault.queue, named(py, fault.name, &fault.detail)?))).collect()
+        let faults = self.engine.outbox().faults().into_iter();
+        let current = faults.filter(|(run, fault)| self.queues[fault.queue].run() == *run);
+        current.map(|(_, fault)| Ok((fault.queue, named(py, fault.name, &fault.detail)?))).collect()
     }
 
     fn errors(&self) -> Vec<i32> {
@@ -121,7 +122,7 @@ impl Engine {
         let requests = self.engine.outbox().requests(limit);
         let request = |(queue, run, chain)| {
             let of: &Arc<Queue> = &self.queues[queue];
-            (queue, Request::new(chain, of.clone(), run))
+            (queue, Request::own(chain, of.clone(), run))
         };
         requests.into_iter().map(request).collect()
     }
@@ -129,6 +130,10 @@ impl Engine {
     fn settle(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
         let timeout = Duration::try_from_secs_f64(timeout).map_err(|error| PyValueError::new_err(error.to_string()))?;
         Ok(py.detach(|| self.engine.settle(timeout)))
+    }
+
+    fn end(&self, py: Python<'_>) {
+        py.detach(|| self.engine.end());
     }
 
     fn forget(&self, py: Python<'_>) {
@@ -167,15 +172,18 @@ impl LoopbackEngine {
         py.detach(|| self.0.set_rules(rules));
     }
 
-    fn leave_buffers(&self) -> Vec<Request> {
-        let (run, chains) = self.0.leave_buffers();
-        left(chains, self.0.receive(), run)
+    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyByteArray>>) {
+        let (wanted, packets) = py.detach(|| self.0.hand_over());
+        (wanted, packets.into_iter().map(|packet| whole(py, packet)).collect())
     }
 }
 
-/// Buffers that an engine took and did not use.
-fn left(chains: Vec<Chain>, queue: &Arc<Queue>, run: u64) -> Vec<Request> {
-    chains.into_iter().map(|chain| Request::new(chain, queue.clone(), run)).collect()
+/// A packet, its header before it.
+fn whole(py: Python<'_>, (header, frame): (Header, Vec<u8>)) -> Bound<'_, PyByteArray> {
+    let mut packet = Vec::with_capacity(HEADER + frame.len());
+    packet.extend(header.iter().flat_map(|word| word.to_le_bytes()));
+    packet.extend(frame);
+    PyByteArray::new(py, &packet)
 }
 
 /// Serves a pair of queues with a queue of a tap.
@@ -203,9 +211,9 @@ impl TapEngine {
         py.detach(|| self.0.set_rules(rules));
     }
 
-    fn leave_buffers(&self, py: Python<'_>) -> Vec<Request> {
-        let (run, chains) = py.detach(|| self.0.leave_buffers());
-        left(chains, self.0.receive(), run)
+    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyByteArray>>) {
+        let packet = py.detach(|| self.0.hand_over());
+        (packet.is_some(), packet.into_iter().map(|packet| whole(py, packet)).collect())
     }
 
     fn close(&self, py: Python<'_>) {
@@ -341,15 +349,7 @@ impl SwitchPort {
 
     fn read<'py>(&self, py: Python<'py>, pair: usize) -> PyResult<Option<Bound<'py, PyByteArray>>> {
         self.check(pair)?;
-        let Some((header, frame)) = py.detach(|| self.port.read(pair)) else { return Ok(None) };
-        let packet = PyByteArray::new_with(py, HEADER + frame.len(), |bytes| {
-            for (bytes, word) in bytes.chunks_exact_mut(4).zip(header) {
-                bytes.copy_from_slice(&word.to_le_bytes());
-            }
-            bytes[HEADER..].copy_from_slice(&frame);
-            Ok(())
-        })?;
-        Ok(Some(packet))
+        Ok(py.detach(|| self.port.read(pair)).map(|packet| whole(py, packet)))
     }
 }
 
@@ -372,9 +372,9 @@ impl SwitchEngine {
         py.detach(|| self.0.set_rules(rules));
     }
 
-    fn leave_buffers(slf: PyRef<'_, Self>) -> Vec<Request> {
-        let (run, chains) = slf.0.leave_buffers();
-        left(chains, &slf.as_super().queues[0], run)
+    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyByteArray>>) {
+        let packet = py.detach(|| self.0.hand_over());
+        (packet.is_some(), packet.into_iter().map(|packet| whole(py, packet)).collect())
     }
 }
 

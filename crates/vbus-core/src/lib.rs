@@ -9,6 +9,7 @@ mod engine;
 mod event;
 mod link;
 mod memory;
+mod request;
 mod ring;
 mod scheduler;
 mod serve;
@@ -19,7 +20,7 @@ mod violation;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::bench::{bench_calls, BenchRequest, EchoSide, Load, PingSide};
+    use crate::bench::{bench_calls, bench_reads, BenchRequest, EchoSide, Frames, Load, PingSide};
     #[pymodule_export]
     use crate::doorbell::Doorbell;
     #[pymodule_export]
@@ -33,7 +34,9 @@ mod _core {
     #[pymodule_export]
     use crate::memory::{Mapping, Memory};
     #[pymodule_export]
-    use crate::ring::{DeviceQueue, DriverQueue, Request};
+    use crate::request::Request;
+    #[pymodule_export]
+    use crate::ring::{DeviceQueue, DriverQueue};
     #[pymodule_export]
     use crate::scheduler::Scheduler;
     #[pymodule_export]

@@ -112,13 +112,16 @@ unsafe fn fill(
     }
 }
 
-/// Memoryviews over a request's memory.
-pub fn views<'py>(py: Python<'py>, segments: &Segments, read_only: bool) -> PyResult<Vec<Bound<'py, PyMemoryView>>> {
-    let view = |(mapping, offset, size): (&Arc<mem::Mapping>, _, _)| {
-        let view = Bound::new(py, View { mapping: mapping.clone(), offset, size, read_only })?;
-        PyMemoryView::from(view.as_any())
-    };
-    segments.iter().map(view).collect()
+/// A memoryview over a part of a mapping.
+pub fn view(
+    py: Python<'_>,
+    mapping: &Arc<mem::Mapping>,
+    offset: usize,
+    size: usize,
+    read_only: bool,
+) -> PyResult<Py<PyMemoryView>> {
+    let view = Bound::new(py, View { mapping: mapping.clone(), offset, size, read_only })?;
+    Ok(PyMemoryView::from(view.as_any())?.unbind())
 }
 
 /// Call `use_it` with the bytes of a buffer, which Python code may change at the same time, or which may be the very

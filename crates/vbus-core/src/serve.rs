@@ -1,44 +1,59 @@
 //! A turn of a queue: requests are taken off the ring together, and Python is entered once for each, or once for all.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PyList};
-use vbus_engine::queue::Queue;
-use vbus_ring::ring::Chain;
+use vbus_engine::queue::{Begun, Queue};
+use vbus_ring::event::MAX_PRIORITIES;
+use vbus_ring::ring::Burst;
 use vbus_ring::schedule::Scheduler;
+use vbus_ring::violation::Violation;
 
-use crate::ring::{put, ring, Request};
+use crate::request::{complete, Request, Turn};
 use crate::violation::to_error;
 
 /// How long something more urgent may wait before a turn looks for it: looking takes longer than a short handler.
 const LOOK: Duration = Duration::from_micros(10);
+/// How long a turn may go on while nobody waits: beginning another takes longer than a few short handlers.
+const TURN: Duration = Duration::from_millis(1);
+/// How long a turn looks for what comes next before it ends: less than what ending it and waking up again takes.
+const LINGER: Duration = Duration::from_micros(5);
 
-/// Who looks whether something more urgent waits.
-pub struct Urgent {
+/// Who else may want a turn.
+pub struct Others {
     scheduler: Arc<Scheduler>,
     actor: u64,
     priority: u32,
     last: Instant,
 }
 
-impl Urgent {
-    /// For a turn of this actor, of a key of this priority, which begins.
+impl Others {
+    /// Beside a turn of this actor, of a key of this priority, which begins.
     pub fn new(scheduler: Arc<Scheduler>, actor: u64, priority: u32) -> Self {
         Self { scheduler, actor, priority, last: Instant::now() }
     }
 
-    /// Whether the turn should make room, as far as it is time to look.
-    fn waits(&mut self) -> bool {
+    /// Whether the turn should make room for something more urgent, as far as it is time to look.
+    fn are_urgent(&mut self) -> bool {
+        // Who holds a key of the highest priority makes room for nobody.
+        if self.priority == 0 {
+            return false;
+        }
         let now = Instant::now();
         if now - self.last < LOOK {
             return false;
         }
         self.last = now;
         self.scheduler.urgent(self.actor, self.priority)
+    }
+
+    /// Whether anybody waits.
+    fn wait(&self) -> bool {
+        self.scheduler.urgent(self.actor, MAX_PRIORITIES)
     }
 }
 
@@ -54,134 +69,191 @@ pub fn call<'py>(function: &Bound<'py, PyAny>, one: &Bound<'py, PyAny>, two: &Bo
     Ok(())
 }
 
-/// Serve what the queue holds, at most `limit` from the ring, by `handler(queue, request)` or, for a `batch`,
-/// `handler(queue, requests)`; each is completed when its handler returns. True when there was something.
+/// How often a queue's turns looked in vain for what comes next, one after the other.
 ///
-/// `charge(requests, bytes)` is told what was taken off the ring, before it is handled. What a handler raises ends the
-/// turn; those behind it wait for another, as they do when something more urgent comes.
-#[allow(clippy::too_many_arguments)]
-pub fn serve(
-    py: Python<'_>,
-    shared: &Arc<Queue>,
-    handler: &Bound<'_, PyAny>,
-    queue: &Bound<'_, PyAny>,
-    limit: usize,
-    batch: bool,
-    charge: Option<&Bound<'_, PyAny>>,
-    urgent: Option<Urgent>,
-) -> PyResult<bool> {
-    let mut chains = Vec::with_capacity(limit);
-    let (taken, run) = shared.begin(limit, &mut chains).map_err(|violation| to_error(py, &violation))?;
-    if chains.is_empty() {
-        return Ok(false);
-    }
-    if let (Some(charge), 1..) = (charge, taken) {
-        let bytes: u64 = chains.iter().map(|chain| chain.readable().total() + chain.writable().total()).sum();
-        charge.call1((taken, bytes))?;
-    }
-    if batch {
-        serve_together(py, shared, run, handler, queue, chains)?;
-    } else {
-        let mut left = chains.into_iter();
-        let result = serve_each(py, shared, run, handler, queue, &mut left, urgent);
-        if left.len() > 0 {
-            shared.put_off(run, left);
-        }
-        result?;
-    }
-    Ok(true)
-}
+/// A driver that runs beside us is back soon; one that has to wait for our CPU never is while we look for it.
+#[derive(Default)]
+pub struct Vain(AtomicU32);
 
-fn serve_each(
-    py: Python<'_>,
-    shared: &Arc<Queue>,
-    run: u64,
-    handler: &Bound<'_, PyAny>,
-    queue: &Bound<'_, PyAny>,
-    chains: &mut std::vec::IntoIter<Chain>,
-    mut urgent: Option<Urgent>,
-) -> PyResult<()> {
-    while let Some(chain) = chains.next() {
-        let request = Bound::new(py, Request::new(chain, shared.clone(), run))?;
-        call(handler, queue, request.as_any())?;
-        let notify = put(shared, std::iter::once(request.get()));
-        ring(py, notify.map_err(|violation| to_error(py, &violation))?);
-        if chains.len() > 0 && urgent.as_mut().is_some_and(Urgent::waits) {
-            break;
+impl Vain {
+    /// Turns that look in vain before only every so manieth does.
+    const FEW: u32 = 4;
+    const EVERY: u32 = 16;
+
+    /// How long a turn may look that has worked for so long: no longer than that, as a driver that asks one thing at a
+    /// time does not come back before it has its answer.
+    fn patience(&self, worked: Duration) -> Duration {
+        static CPUS: OnceLock<usize> = OnceLock::new();
+        let cpus = *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from));
+        let turns = self.0.load(Ordering::Relaxed);
+        if cpus > 1 && (turns < Self::FEW || turns % Self::EVERY == 0) {
+            worked.min(LINGER)
+        } else {
+            Duration::ZERO
         }
     }
-    Ok(())
+
+    fn found(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    fn found_nothing(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
-fn serve_together(
-    py: Python<'_>,
-    shared: &Arc<Queue>,
-    run: u64,
-    handler: &Bound<'_, PyAny>,
-    queue: &Bound<'_, PyAny>,
-    chains: Vec<Chain>,
-) -> PyResult<()> {
-    let requests: Vec<Request> = chains.into_iter().map(|chain| Request::new(chain, shared.clone(), run)).collect();
-    let count = requests.len();
-    let batch = Bound::new(py, Batch { shared: shared.clone(), count, held: Mutex::new(Held::Natives(requests)) })?;
-    call(handler, queue, batch.as_any())?;
-    batch.get().complete(py)
+/// Serves what a queue holds: by `handler(queue, request)` or, for a `batch`, `handler(queue, requests)`.
+pub struct Server<'a, 'py> {
+    pub py: Python<'py>,
+    pub shared: &'a Arc<Queue>,
+    pub handler: &'a Bound<'py, PyAny>,
+    pub queue: &'a Bound<'py, PyAny>,
+    /// How many are taken off the ring at once.
+    pub limit: usize,
+    pub batch: bool,
+    /// Told how many requests and bytes were taken off the ring, before they are handled.
+    pub charge: Option<&'a Bound<'py, PyAny>>,
+    pub others: Option<Others>,
+    /// Of this queue.
+    pub vain: &'a Vain,
 }
 
-enum Held {
-    /// Nobody has looked at them.
-    Natives(Vec<Request>),
-    /// Somebody looks at them for the first time.
-    Between,
-    List(Py<PyList>),
+impl Server<'_, '_> {
+    /// Serve; false when there was nothing, or there is nothing any more, and notifications are on. Each request is
+    /// completed when its handler returns.
+    ///
+    /// What a handler raises ends the turn; those behind it wait for another, as they do when something more urgent
+    /// comes. As long as nobody waits the turn goes on, if it has not taken too long; except with a `charge`, which may
+    /// have brought about that nothing more is to be taken.
+    pub fn serve(mut self) -> PyResult<bool> {
+        let began = Instant::now();
+        let mut spare = Burst::default();
+        let mut patience = None;
+        loop {
+            let Some((turn, first)) = self.begin(spare, patience)? else { return Ok(false) };
+            if self.batch {
+                self.together(&turn, first)?;
+            } else if !self.each(&turn, first)? {
+                return Ok(true);
+            }
+            let alone = || self.others.as_ref().is_some_and(|others| !others.wait());
+            let spent = began.elapsed();
+            let last = self.limit == 0 || self.charge.is_some() || spent >= TURN;
+            if last || self.shared.paused() || self.shared.draining() || !alone() {
+                return Ok(true);
+            }
+            patience = Some(self.vain.patience(spent));
+            spare = Arc::into_inner(turn).and_then(|turn| Arc::into_inner(turn.burst)).unwrap_or_default();
+        }
+    }
+
+    /// What there is on the queue now or, for a turn that goes on, soon.
+    fn look(&self, mut spare: Burst, patience: Option<Duration>) -> Result<Begun, Violation> {
+        let Some(patience) = patience else { return self.shared.begin(self.limit, spare, true) };
+        let mut empty_since: Option<Instant> = None;
+        while empty_since.is_none_or(|since| since.elapsed() < patience) {
+            match self.shared.begin(self.limit, spare, false)? {
+                Begun::Nothing(burst) => spare = burst,
+                begun => {
+                    if empty_since.is_some() {
+                        self.vain.found();
+                    }
+                    return Ok(begun);
+                }
+            }
+            empty_since.get_or_insert_with(Instant::now);
+            std::hint::spin_loop();
+        }
+        self.vain.found_nothing();
+        self.shared.begin(self.limit, spare, true)
+    }
+
+    /// What is to be done, and the first of it that is.
+    fn begin(&self, spare: Burst, patience: Option<Duration>) -> PyResult<Option<(Arc<Turn>, usize)>> {
+        let turn = |burst, run| Arc::new(Turn { queue: self.shared.clone(), run, burst });
+        match self.look(spare, patience).map_err(|violation| to_error(self.py, &violation))? {
+            Begun::Nothing(_) => Ok(None),
+            Begun::Again { burst, first, run } => Ok(Some((turn(burst, run), first))),
+            Begun::Fresh { burst, run } => {
+                if let Some(charge) = self.charge {
+                    let bytes = |chain| burst.readable_total(chain) + burst.writable_total(chain);
+                    charge.call1((burst.len(), (0..burst.len()).map(bytes).sum::<u64>()))?;
+                }
+                Ok(Some((turn(Arc::new(burst), run), 0)))
+            }
+        }
+    }
+
+    /// One after the other; false when something more urgent waits.
+    fn each(&mut self, turn: &Arc<Turn>, first: usize) -> PyResult<bool> {
+        let mut next = first;
+        let result = self.each_until(turn, &mut next);
+        if next < turn.burst.len() {
+            self.shared.put_off(turn.run, turn.burst.clone(), next);
+        }
+        result
+    }
+
+    fn each_until(&mut self, turn: &Arc<Turn>, next: &mut usize) -> PyResult<bool> {
+        let mut known: Option<Bound<'_, Request>> = None;
+        while *next < turn.burst.len() {
+            let request = match known.take() {
+                Some(request) if Request::renew(&request, *next) => request,
+                _ => Bound::new(self.py, Request::of_turn(turn, *next))?,
+            };
+            *next += 1;
+            call(self.handler, self.queue, request.as_any())?;
+            complete(self.py, self.shared, std::iter::once(request.get()))?;
+            if *next < turn.burst.len() && self.others.as_mut().is_some_and(Others::are_urgent) {
+                return Ok(false);
+            }
+            known = Some(request);
+        }
+        Ok(true)
+    }
+
+    fn together(&self, turn: &Arc<Turn>, first: usize) -> PyResult<()> {
+        let batch = Bound::new(self.py, Batch { turn: turn.clone(), first, list: OnceLock::new() })?;
+        call(self.handler, self.queue, batch.as_any())?;
+        batch.get().complete(self.py)
+    }
 }
 
 /// Requests that a handler answers together: objects of Python only once somebody looks at one.
 #[pyclass(frozen, sequence, module = "vbus._core")]
 pub struct Batch {
-    shared: Arc<Queue>,
-    count: usize,
-    held: Mutex<Held>,
+    turn: Arc<Turn>,
+    first: usize,
+    list: OnceLock<Py<PyList>>,
 }
 
 impl Batch {
-    fn list<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        // Not locked while objects are made, which may run Python code.
-        let held = std::mem::replace(&mut *self.lock(), Held::Between);
-        let list = match held {
-            Held::List(list) => list.into_bound(py),
-            Held::Natives(requests) => PyList::new(
-                py,
-                requests.into_iter().map(|request| Py::new(py, request)).collect::<PyResult<Vec<_>>>()?,
-            )?,
-            Held::Between => return Err(PyRuntimeError::new_err("the requests are being looked at")),
-        };
-        *self.lock() = Held::List(list.clone().unbind());
-        Ok(list)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Held> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    fn list<'py>(&self, py: Python<'py>) -> PyResult<&Bound<'py, PyList>> {
+        if self.list.get().is_none() {
+            let requests =
+                (self.first..self.turn.burst.len()).map(|number| Py::new(py, Request::of_turn(&self.turn, number)));
+            let list = PyList::new(py, requests.collect::<PyResult<Vec<_>>>()?)?;
+            // Making it may have run Python code that looked.
+            let _ = self.list.set(list.unbind());
+        }
+        Ok(self.list.get().expect("made above").bind(py))
     }
 
     fn complete(&self, py: Python<'_>) -> PyResult<()> {
-        let notify = match &*self.lock() {
-            Held::Natives(requests) => put(&self.shared, requests.iter()),
-            Held::List(list) => {
+        match self.list.get() {
+            None => self.turn.complete(py, self.first),
+            Some(list) => {
                 let requests: Vec<Bound<'_, Request>> = list.bind(py).extract()?;
-                put(&self.shared, requests.iter().map(|request| request.get()))
+                complete(py, &self.turn.queue, requests.iter().map(|request| request.get()))
             }
-            Held::Between => return Err(PyRuntimeError::new_err("the requests are being looked at")),
-        };
-        ring(py, notify.map_err(|violation| to_error(py, &violation))?);
-        Ok(())
+        }
     }
 }
 
 #[pymethods]
 impl Batch {
     fn __len__(&self) -> usize {
-        self.count
+        self.turn.burst.len() - self.first
     }
 
     fn __getitem__<'py>(&self, py: Python<'py>, index: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
@@ -207,6 +279,6 @@ impl Batch {
     }
 
     fn __repr__(&self) -> String {
-        format!("<Batch of {} requests>", self.count)
+        format!("<Batch of {} requests>", self.__len__())
     }
 }

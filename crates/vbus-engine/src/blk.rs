@@ -11,11 +11,11 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::{opcode, squeue, types, IoUring};
 use vbus_ring::mem::Table;
-use vbus_ring::ring::{read_once, Burst, Piece};
+use vbus_ring::ring::{read_words, Burst, Piece, HEAVY};
 use vbus_ring::signal::Notify;
 
 use crate::outbox::{Fault, Outbox};
@@ -38,6 +38,15 @@ const BATCH: usize = 16;
 const BUDGET: usize = 4;
 /// Buffers that one operation takes.
 const IOV_MAX: usize = 1024;
+/// Parts that there is room for in what is kept for its allocations.
+const SPARE_PARTS: usize = 256;
+/// Where the file is registered with its ring.
+const FILE: types::Fixed = types::Fixed(0);
+/// Operations that may block the kernel's threads at a time, of all disks of a worker: so many that those of a few disks
+/// that hang leave room for all others.
+const BLOCKED: u32 = 4096;
+/// Bytes of a request that a worker does not move itself.
+const LONG: u64 = 1 << 20;
 /// How often an operation is tried again that was only interrupted.
 const TRIES: u32 = 1000;
 
@@ -89,10 +98,23 @@ struct Slot {
     tries: u32,
 }
 
+impl Slot {
+    /// It is over: nothing of the driver is kept, and no more room than most requests need.
+    fn clear(&mut self) {
+        self.table = None;
+        for parts in [&mut self.data, &mut self.left] {
+            parts.clear();
+            parts.shrink_to(SPARE_PARTS);
+        }
+        self.ranges.clear();
+        self.ranges.shrink_to(SPARE_PARTS);
+    }
+}
+
 // A slot stays where it is from its beginning to its end, and is moved about as a pointer.
 #[allow(clippy::vec_box)]
 struct State {
-    fd: OwnedFd,
+    /// The file is registered with it, as its first.
     ring: IoUring,
     burst: Burst,
     slots: Vec<Option<Box<Slot>>>,
@@ -110,6 +132,14 @@ struct State {
 
 // SAFETY: pointers to memory that others write anyway, which the tables beside them keep mapped.
 unsafe impl Send for State {}
+
+/// What comes of giving back requests, to be done without locks.
+#[derive(Default)]
+struct Shown {
+    notify: Option<Arc<dyn Notify>>,
+    /// With the run of the queue.
+    fault: Option<(u64, Fault)>,
+}
 
 /// What the device model sets at any time.
 #[derive(Debug, Default)]
@@ -137,12 +167,20 @@ pub struct Counters {
     pub io_errors: AtomicU64,
 }
 
+/// What others may wait for the end of.
+#[derive(Debug, Default)]
+struct UnderWay {
+    count: usize,
+    /// How many wait: to wake nobody is a system call, too.
+    waiting: usize,
+}
+
 /// The engine of one queue.
 pub struct Blk {
     queue: Arc<Queue>,
     /// Until the engine has ended.
     state: Mutex<Option<State>>,
-    under_way: Mutex<usize>,
+    under_way: Mutex<UnderWay>,
     settled: Condvar,
     /// As the device model has them.
     pub settings: Settings,
@@ -157,9 +195,11 @@ impl Blk {
     ///
     /// The error is the system's: io_uring is not permitted, or there is no memory for it.
     pub fn new(queue: Arc<Queue>, fd: OwnedFd, signal: Arc<dyn Notify>) -> io::Result<Self> {
+        let ring = make_ring(DEPTH as u32)?;
+        // The kernel looks it up once, and not for every operation.
+        ring.submitter().register_files(&[fd.as_raw_fd()])?;
         let state = State {
-            fd,
-            ring: make_ring(DEPTH as u32)?,
+            ring,
             burst: Burst::default(),
             slots: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH as u32).rev().collect(),
@@ -172,7 +212,7 @@ impl Blk {
         Ok(Self {
             queue,
             state: Mutex::new(Some(state)),
-            under_way: Mutex::new(0),
+            under_way: Mutex::default(),
             settled: Condvar::new(),
             settings: Settings::default(),
             counters: Counters::default(),
@@ -181,17 +221,13 @@ impl Blk {
     }
 
     fn wait(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now().checked_add(timeout);
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-        while *under_way > 0 {
-            let left = deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return false;
-            }
-            let left = left.min(Duration::from_secs(1));
-            under_way = self.settled.wait_timeout(under_way, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        under_way.waiting += 1;
+        let busy = |under_way: &mut UnderWay| under_way.count > 0;
+        let waited = self.settled.wait_timeout_while(under_way, timeout, busy);
+        let (mut under_way, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        under_way.waiting -= 1;
+        under_way.count == 0
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<State>> {
@@ -200,26 +236,27 @@ impl Blk {
 
     /// Requests begin, or end.
     fn tell(&self, now: usize) {
-        *self.under_way.lock().unwrap_or_else(PoisonError::into_inner) = now;
-        if now == 0 {
+        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        under_way.count = now;
+        if now == 0 && under_way.waiting > 0 {
             self.settled.notify_all();
         }
     }
 
-    /// Take requests off the ring and queue their operations; how many there were.
-    fn take(&self, state: &mut State, ask: bool) -> usize {
+    /// Take requests off the ring and queue their operations; how many there were, and whether they take long.
+    fn take(&self, state: &mut State, ask: bool) -> (usize, bool) {
         let limit = BATCH.min(state.free.len());
         let run = {
             let mut running = self.queue.serve();
-            let Some(running) = running.as_mut().filter(|_| !self.queue.held()) else { return 0 };
+            let Some(running) = running.as_mut().filter(|_| !self.queue.held()) else { return (0, false) };
             let run = self.queue.run();
             match &state.fault {
-                Some((of, _)) if *of == run => return 0,
+                Some((of, _)) if *of == run => return (0, false),
                 _ => state.fault = None,
             }
             if let Err(violation) = running.ring.burst(limit, &mut state.burst, ask) {
                 state.fault = Some((run, Some(Fault::of(0, &violation))));
-                return 0;
+                return (0, false);
             }
             // Before whoever stops the queue knows that it has stopped.
             if !state.burst.is_empty() {
@@ -227,7 +264,7 @@ impl Blk {
             }
             run
         };
-        let taken = state.burst.len();
+        let (taken, heavy) = (state.burst.len(), state.burst.weight() >= HEAVY);
         for chain in 0..taken {
             if let Some(fault) = fault(&state.burst, chain) {
                 // Those behind it are not answered, and it is not, either.
@@ -248,17 +285,14 @@ impl Blk {
             state.burst.clear();
             self.tell(state.under_way);
         }
-        taken
+        (taken, heavy)
     }
 
     /// What a chain asks for, unless it is for the device model.
     fn request(&self, state: &mut State, chain: usize, run: u64) -> Option<Box<Slot>> {
         let State { burst, spare, .. } = state;
         let (readable, writable) = (burst.readable_total(chain), burst.writable_total(chain));
-        let mut header = [0; HEADER];
-        read_once(burst.readable(chain), &mut header);
-        let [kind, _, low, high] =
-            [0, 4, 8, 12].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| header[at + byte])));
+        let [kind, _, low, high] = read_words(burst.readable(chain))?;
         let sector = u64::from(high) << 32 | u64::from(low);
         let settings = &self.settings;
         let (kind, bytes) = match kind {
@@ -322,7 +356,7 @@ impl Blk {
     /// Queue the operation of a request, or of what is left of it.
     fn push(&self, state: &mut State, index: u32) {
         let Some(slot) = &state.slots[index as usize] else { return };
-        let fd = types::Fd(state.fd.as_raw_fd());
+        let fd = FILE;
         let parts = if slot.left.is_empty() { &slot.data } else { &slot.left };
         let flags = if slot.through { libc::RWF_DSYNC } else { 0 };
         let entry = match (slot.kind, parts.as_slice()) {
@@ -344,7 +378,10 @@ impl Blk {
                 opcode::Writev::new(fd, parts.as_ptr(), count).offset(slot.offset).rw_flags(flags).build()
             }
         };
-        self.queue_entry(state, &entry.user_data(u64::from(index)));
+        // What is in the page cache is moved by whoever submits it: much of it, by a thread of the kernel.
+        let long = slot.kind != Kind::Flush && slot.bytes >= LONG;
+        let flags = if long { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        self.queue_entry(state, &entry.flags(flags).user_data(u64::from(index)));
     }
 
     fn queue_entry(&self, state: &mut State, entry: &squeue::Entry) {
@@ -391,7 +428,10 @@ impl Blk {
     /// An operation is over: go on with its request, or end that.
     fn over(&self, state: &mut State, index: u32, result: i32) {
         let Some(slot) = state.slots[index as usize].as_mut() else { return };
+        // Nobody waits for it any more, but for its end.
+        let stale = slot.run != self.queue.run();
         let failure = match result {
+            _ if stale => None,
             _ if [-libc::EINTR, -libc::EAGAIN].contains(&result) && slot.tries < TRIES => {
                 slot.tries += 1;
                 return self.push(state, index);
@@ -418,6 +458,7 @@ impl Blk {
             _ => None,
         };
         let status = match failure {
+            None if stale => STATUS_IOERR,
             None => {
                 let counter = match slot.kind {
                     Kind::Read => &self.counters.reads,
@@ -430,8 +471,9 @@ impl Blk {
             Some(errno) => {
                 self.counters.io_errors.fetch_add(1, Ordering::Relaxed);
                 self.outbox.error(errno);
-                if slot.kind == Kind::Read {
-                    // The used length covers it: nothing of it may be left as it was.
+                if slot.kind == Kind::Read && errno != libc::EFAULT {
+                    // The used length covers it: nothing of it may be left as it was. What its driver took away is not
+                    // filled: the zeroes that are in its place then would be memory of this process.
                     clear(&slot.data);
                 }
                 STATUS_IOERR
@@ -446,12 +488,12 @@ impl Blk {
         }
     }
 
-    /// Give back what is finished; what to notify.
-    fn show(&self, state: &mut State) -> (Option<Arc<dyn Notify>>, Option<Fault>) {
+    /// Give back what is finished.
+    fn show(&self, state: &mut State) -> Shown {
+        let mut after = Shown::default();
         if state.done.is_empty() {
-            return (None, None);
+            return after;
         }
-        let mut after = (None, None);
         let mut stopped = None;
         {
             let mut current = self.queue.serve();
@@ -468,25 +510,20 @@ impl Blk {
                             written += u64::from(slot.writable);
                         }
                         self.queue.count(count, readable, written);
-                        after.0 = notify.then(|| running.signal.clone());
+                        after.notify = notify.then(|| running.signal.clone());
                     }
                     Err(violation) => {
-                        after.1 = Some(Fault::of(0, &violation));
+                        after.fault = Some((run, Fault::of(0, &violation)));
                         stopped = current.take();
                     }
                 }
             }
         }
         drop(stopped);
-        state.done.iter_mut().for_each(|slot| slot.table = None);
+        state.done.iter_mut().for_each(|slot| slot.clear());
         state.spare.append(&mut state.done);
         self.tell(state.under_way);
         after
-    }
-
-    fn stop(&self, fault: Fault) {
-        self.queue.replace(None);
-        self.outbox.fault(fault);
     }
 }
 
@@ -552,8 +589,10 @@ impl Engine for Blk {
         let mut state = self.lock();
         let ring = &state.as_mut()?.ring;
         if let Err(error) = ring.submitter().register_enable_rings() {
-            self.outbox.fault(Fault { queue: 0, name: "engine-error", detail: error.to_string() });
+            self.failed(&error.to_string());
         }
+        // Older systems have no word for it (before Linux 5.15): there a disk that hangs may hold its neighbours.
+        let _ = ring.submitter().register_iowq_max_workers(&mut [BLOCKED, 0]);
         Some(ring.as_raw_fd())
     }
 
@@ -564,26 +603,26 @@ impl Engine for Blk {
         for _ in 0..BUDGET {
             let mut over = self.reap(state);
             let starved = state.free.is_empty();
-            let taken = self.take(state, ask);
+            let (taken, heavy) = self.take(state, ask);
             self.submit(state);
             over += self.reap(state);
-            let (signal, lost) = self.show(state);
+            let Shown { notify: signal, fault: lost } = self.show(state);
             if let Some(signal) = signal {
                 signal.notify();
             }
-            if let Some(fault) = lost {
-                self.stop(fault);
+            if let Some((run, fault)) = lost {
+                self.outbox.fault(run, fault);
             }
             if state.under_way == 0 {
-                if let Some(fault) = state.fault.as_mut().and_then(|(_, fault)| fault.take()) {
+                if let Some((run, fault)) = state.fault.as_mut().and_then(|(run, fault)| Some((*run, fault.take()?))) {
                     // The device model stops the queue, behind requests that it has to answer itself.
-                    self.outbox.fault(fault);
+                    self.outbox.fault(run, fault);
                 }
             }
             turn.worked |= taken + over > 0;
             // What is under way tells by its descriptor, and the ring tells when a look has found nothing.
             turn.more = (taken > 0 && (ask || taken == BATCH)) || state.queued > 0 || (starved && over > 0);
-            if !turn.more {
+            if !turn.more || heavy {
                 break;
             }
         }
@@ -591,13 +630,18 @@ impl Engine for Blk {
         turn
     }
 
-    fn end(&self) {
-        let Some(mut state) = self.lock().take() else { return };
+    fn end(&self) -> bool {
+        let Some(mut state) = self.lock().take() else { return true };
+        let over = state.under_way == 0;
         if state.under_way > 0 {
-            // The kernel may still write there: it stays mapped for good.
+            // The kernel may still write there: it stays mapped for good. The file is let go of when it does no more.
             std::mem::forget(std::mem::take(&mut state.slots));
+        } else {
+            // At once, and so its lock: the ring goes later, and in its own time.
+            let _ = state.ring.submitter().unregister_files();
         }
         self.tell(0);
+        over
     }
 
     fn outbox(&self) -> &Outbox {
@@ -615,6 +659,6 @@ impl Engine for Blk {
     }
 
     fn failed(&self, reason: &str) {
-        self.stop(Fault { queue: 0, name: "engine-error", detail: reason.to_owned() });
+        self.outbox.fault(self.queue.fail(), Fault { queue: 0, name: "engine-error", detail: reason.to_owned() });
     }
 }

@@ -3,20 +3,22 @@
 //! A frame is copied once, from the buffer that it was sent in to one that is to be received in. Only what finds no
 //! buffer there is copied twice, and kept for a while.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use vbus_ring::ring::{read_words, Burst, Chain};
+use vbus_ring::ring::{read_words, Burst, HEAVY};
 use vbus_ring::signal::Notify;
 
-use crate::net::{count, wrong, Backlog, Counters, Frame, Laid, Packet, Receiver, Rules, HEADER};
+use crate::net::{count, wrong, Backlog, Counters, Frame, Header, Laid, Packet, Receiver, Rules, HEADER};
 use crate::outbox::{Fault, Outbox};
 use crate::queue::{Queue, Running};
 use crate::worker::{Engine, Turn};
 
 /// Frames that are shown together.
-const BATCH: usize = 32;
+const BATCH: usize = 16;
 /// Batches of a turn.
-const BUDGET: usize = 8;
+const BUDGET: usize = 16;
 /// The engine's queues, as faults name them.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -49,7 +51,10 @@ struct After {
     worked: bool,
     full: bool,
     notify: [Option<Arc<dyn Notify>>; 2],
-    fault: Option<Fault>,
+    /// With the run of its queue.
+    fault: Option<(u64, Fault)>,
+    /// Whether it took long, as batches go.
+    heavy: bool,
 }
 
 impl Loopback {
@@ -68,15 +73,16 @@ impl Loopback {
         self.lock().rules = rules;
     }
 
-    /// Where its driver's buffers are.
-    pub fn receive(&self) -> &Arc<Queue> {
-        &self.receive
-    }
-
-    /// Buffers that were taken off the receive queue and not used, and the run that they are of.
-    pub fn leave_buffers(&self) -> (u64, Vec<Chain>) {
+    /// Everything that it keeps of its queues, when others serve them: buffers wait for those in the queue. Gives the
+    /// frames that wait, oldest first, and whether the oldest is known to be wanted.
+    pub fn hand_over(&self) -> (bool, VecDeque<(Header, Vec<u8>)>) {
         let mut state = self.lock();
-        (state.run, state.receiver.leave())
+        let mut receive = self.receive.lock();
+        let chains = state.receiver.hand_over();
+        if let Some(running) = receive.as_mut().filter(|_| state.run == self.receive.run()) {
+            running.left.extend(chains);
+        }
+        state.backlog.take()
     }
 
     fn batch(&self, ask: bool) -> After {
@@ -114,13 +120,15 @@ impl Loopback {
         }
         state.written.clear();
         state.sent.clear();
-        if let Some(fault) = &fault {
+        after.fault = fault.map(|fault| {
             // At once: the driver is told by whoever hears of the fault.
-            let stopped = if fault.queue == RECEIVE { receive.take() } else { transmit.take() };
+            let (queue, current) =
+                if fault.queue == RECEIVE { (&self.receive, &mut receive) } else { (&self.transmit, &mut transmit) };
+            let (stopped, run) = (current.take(), queue.run());
             drop((receive, transmit));
             drop(stopped);
-        }
-        after.fault = fault;
+            (run, fault)
+        });
         after
     }
 
@@ -208,6 +216,7 @@ impl Loopback {
         }
         count(&counters.tx_packets, packets);
         count(&counters.tx_bytes, bytes);
+        after.heavy = sent.weight() >= HEAVY;
         result
     }
 }
@@ -216,27 +225,32 @@ impl Engine for Loopback {
     fn turn(&self, ask: bool) -> Turn {
         let mut turn = Turn::default();
         for _ in 0..BUDGET {
-            let After { worked, full, notify, fault } = self.batch(ask);
+            let After { worked, full, notify, fault, heavy } = self.batch(ask);
             for signal in notify.into_iter().flatten() {
                 signal.notify();
             }
-            if let Some(fault) = fault {
-                self.outbox.fault(fault);
+            if let Some((run, fault)) = fault {
+                self.outbox.fault(run, fault);
             }
             turn.worked |= worked;
             // With `ask`, notifications come when a look has found nothing, and not before.
             turn.more = full || (ask && worked);
-            if !turn.more {
+            if !turn.more || heavy {
                 break;
             }
         }
         turn
     }
 
+    fn settle(&self, _timeout: Duration) -> bool {
+        // Held for a batch: one that began before the queues were held is over.
+        drop(self.lock());
+        true
+    }
+
     fn forget(&self) {
         let mut state = self.lock();
-        count(&self.counters.rx_dropped, state.backlog.len() as u64);
-        state.backlog.clear();
+        count(&self.counters.rx_dropped, state.backlog.take().1.len() as u64);
         state.receiver.reset();
         drop(state);
         self.outbox.forget();
@@ -251,10 +265,8 @@ impl Engine for Loopback {
     }
 
     fn failed(&self, reason: &str) {
-        for queue in [RECEIVE, TRANSMIT] {
-            self.outbox.fault(Fault { queue, name: "engine-error", detail: reason.to_owned() });
+        for (queue, of) in [(RECEIVE, &self.receive), (TRANSMIT, &self.transmit)] {
+            self.outbox.fault(of.fail(), Fault { queue, name: "engine-error", detail: reason.to_owned() });
         }
-        self.receive.replace(None);
-        self.transmit.replace(None);
     }
 }

@@ -398,8 +398,8 @@ impl Receiver {
         (self.shown, self.filled) = (0, 0);
     }
 
-    /// What was taken and is not filled, for whoever goes on with the queue; all that is filled was shown.
-    pub fn leave(&mut self) -> Vec<Chain> {
+    /// What is at hand and not filled, in order, for whoever serves the queue from now on.
+    pub fn hand_over(&mut self) -> Vec<Chain> {
         let chains = (self.filled..self.burst.len()).map(|chain| self.burst.chain(chain)).collect();
         self.reset();
         chains
@@ -527,15 +527,32 @@ impl Receiver {
     }
 }
 
-/// Copy bytes that may overlap, few as they usually are.
+/// Copy bytes that may overlap; few, as they often are, by moves of a fixed size.
 ///
 /// # Safety
 ///
 /// As for `std::ptr::copy`.
 #[inline(always)]
 unsafe fn copy(from: *const u8, to: *mut u8, size: usize) {
+    /// Its first bytes and its last ones, which are all: read before anything is written.
+    #[inline(always)]
+    unsafe fn both<const PART: usize>(from: *const u8, to: *mut u8, size: usize) {
+        // SAFETY: as many bytes are there at least, by the caller's word, and at most twice as many.
+        unsafe {
+            let first = from.cast::<[u8; PART]>().read_unaligned();
+            let last = from.add(size - PART).cast::<[u8; PART]>().read_unaligned();
+            to.cast::<[u8; PART]>().write_unaligned(first);
+            to.add(size - PART).cast::<[u8; PART]>().write_unaligned(last);
+        }
+    }
     // SAFETY: by the caller's word.
-    unsafe { std::ptr::copy(from, to, size) }
+    unsafe {
+        match size {
+            32..=64 => both::<32>(from, to, size),
+            65..=128 => both::<64>(from, to, size),
+            _ => std::ptr::copy(from, to, size),
+        }
+    }
 }
 
 /// Frames that wait for buffers of a driver, copied.
@@ -573,7 +590,7 @@ impl Backlog {
     }
 
     /// The oldest is not waiting any more: here it is.
-    pub fn take(&mut self) -> Option<(Header, Vec<u8>)> {
+    pub fn take_first(&mut self) -> Option<(Header, Vec<u8>)> {
         let oldest = self.frames.pop_front()?;
         self.bytes -= oldest.1.len() + HEADER;
         self.wanted = false;
@@ -582,7 +599,7 @@ impl Backlog {
 
     /// The oldest is not waiting any more.
     pub fn pop(&mut self) {
-        if let Some((_, mut bytes)) = self.take() {
+        if let Some((_, mut bytes)) = self.take_first() {
             if self.spare.len() < Self::SPARE {
                 bytes.clear();
                 self.spare.push(bytes);
@@ -607,5 +624,11 @@ impl Backlog {
     pub fn clear(&mut self) {
         self.frames.clear();
         (self.bytes, self.wanted) = (0, false);
+    }
+
+    /// None waits any more; gives whether the oldest was known to be wanted, and all of them.
+    pub fn take(&mut self) -> (bool, VecDeque<(Header, Vec<u8>)>) {
+        self.bytes = 0;
+        (std::mem::take(&mut self.wanted), std::mem::take(&mut self.frames))
     }
 }

@@ -30,7 +30,8 @@ impl Fault {
 
 #[derive(Default)]
 struct Mail {
-    faults: Vec<Fault>,
+    /// Each with the run of its queue.
+    faults: Vec<(u64, Fault)>,
     errors: Vec<i32>,
     /// Errors that were told already.
     told: BTreeSet<i32>,
@@ -54,12 +55,12 @@ impl Outbox {
         self.mail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something is wrong with a queue: it is stopped, or to be stopped behind the requests that wait here.
-    pub fn fault(&self, fault: Fault) {
+    /// Something is wrong with a run of a queue: it is stopped, or to be stopped behind the requests that wait here.
+    pub fn fault(&self, run: u64, fault: Fault) {
         {
             let mut mail = self.lock();
             if mail.faults.len() < MOST {
-                mail.faults.push(fault);
+                mail.faults.push((run, fault));
             }
         }
         self.signal.notify();
@@ -83,8 +84,9 @@ impl Outbox {
         self.signal.notify();
     }
 
-    /// What is wrong, since it was last asked.
-    pub fn faults(&self) -> Vec<Fault> {
+    /// What is wrong, since it was last asked, each with the run of the queue: what is wrong with one that is over is
+    /// nothing to whoever drives the queue now.
+    pub fn faults(&self) -> Vec<(u64, Fault)> {
         std::mem::take(&mut self.lock().faults)
     }
 

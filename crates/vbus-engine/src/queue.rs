@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-use vbus_ring::ring::{Chain, DeviceRing};
+use vbus_ring::ring::{Burst, Chain, DeviceRing};
 use vbus_ring::signal::Notify;
 use vbus_ring::violation::Violation;
 
@@ -14,15 +14,39 @@ pub struct Running {
     pub ring: DeviceRing,
     /// To be called without the lock.
     pub signal: Arc<dyn Notify>,
-    /// Taken by a turn of the device model that made room before it came to them.
-    put_off: VecDeque<Chain>,
+    /// Taken by an engine that serves no more: the device model's next.
+    pub(crate) left: VecDeque<Chain>,
+    /// Taken by a turn of the device model that made room before it came to them, from the first of them on.
+    put_off: Option<(Arc<Burst>, usize)>,
 }
 
 impl Running {
     /// A ring from which nothing was taken.
     pub fn new(ring: DeviceRing, signal: Arc<dyn Notify>) -> Self {
-        Self { ring, signal, put_off: VecDeque::new() }
+        Self { ring, signal, left: VecDeque::new(), put_off: None }
     }
+}
+
+/// What a turn of the device model begins with; `run`: which run of the queue it is of.
+pub enum Begun {
+    /// There is nothing to do. The burst is given back, for its allocations.
+    Nothing(Burst),
+    /// Just taken off the ring.
+    Fresh {
+        /// All of them.
+        burst: Burst,
+        /// Their run.
+        run: u64,
+    },
+    /// Put off by an earlier turn.
+    Again {
+        /// Some of them were handled then.
+        burst: Arc<Burst>,
+        /// Those were before this one.
+        first: usize,
+        /// Their run.
+        run: u64,
+    },
 }
 
 /// A device's queue.
@@ -49,8 +73,13 @@ pub struct Queue {
 impl Queue {
     /// The ring, when the queue runs.
     pub fn lock(&self) -> MutexGuard<'_, Option<Running>> {
+        match self.running.try_lock() {
+            Ok(running) => return running,
+            // Every change under the lock is complete before anything can panic.
+            Err(TryLockError::Poisoned(error)) => return error.into_inner(),
+            Err(TryLockError::WouldBlock) => (),
+        }
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        // Every change under the lock is complete before anything can panic.
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         running
@@ -76,42 +105,54 @@ impl Queue {
         drop(old);
     }
 
+    /// Something is wrong with the run that there is: it gives nothing any more, until it is replaced. Which run it is.
+    pub fn fail(&self) -> u64 {
+        let (old, run) = {
+            let mut current = self.lock();
+            (current.take(), self.run())
+        };
+        drop(old);
+        run
+    }
+
     /// Counts starts and stops: a request of another run is nobody's any more. It changes under the lock.
     pub fn run(&self) -> u64 {
         self.run.load(Ordering::Relaxed)
     }
 
-    /// Take up to `limit` chains, and which run they are of.
+    /// Take up to `limit` chains, first of those that an engine left, and which run they are of.
     pub fn take(&self, limit: usize, chains: &mut Vec<Chain>) -> Result<u64, Violation> {
         // The run is read under the lock: who stops the queue meanwhile ends the run that these are of.
         let mut current = self.lock();
-        if let Some(running) = current.as_mut() {
-            running.ring.take(limit, chains)?;
+        if let Some(Running { ring, left, .. }) = current.as_mut() {
+            chains.extend(left.drain(..limit.min(left.len())));
+            if chains.is_empty() {
+                ring.take(limit, chains)?;
+            }
         }
         Ok(self.run())
     }
 
-    /// Those that wait for a turn, in their order; when there are none, up to `limit` from the ring. How many those are,
-    /// and which run they are of.
-    pub fn begin(&self, limit: usize, chains: &mut Vec<Chain>) -> Result<(usize, u64), Violation> {
-        let mut taken = 0;
+    /// Those that wait for a turn, in their order; when there are none, up to `limit` from the ring, which go into
+    /// `burst`. None when there are none at all; then, if `ask`, notifications are asked for.
+    pub fn begin(&self, limit: usize, mut burst: Burst, ask: bool) -> Result<Begun, Violation> {
+        burst.clear();
         let mut current = self.lock();
-        if let Some(running) = current.as_mut() {
-            chains.extend(running.put_off.drain(..));
-            if chains.is_empty() {
-                running.ring.take(limit, chains)?;
-                taken = chains.len();
-            }
+        let run = self.run();
+        let Some(running) = current.as_mut() else { return Ok(Begun::Nothing(burst)) };
+        if let Some((burst, first)) = running.put_off.take() {
+            return Ok(Begun::Again { burst, first, run });
         }
-        Ok((taken, self.run()))
+        running.ring.burst(limit, &mut burst, ask)?;
+        Ok(if burst.is_empty() { Begun::Nothing(burst) } else { Begun::Fresh { burst, run } })
     }
 
-    /// Chains of this run wait for another turn, before all others.
-    pub fn put_off(&self, run: u64, chains: impl Iterator<Item = Chain>) {
+    /// Chains of this run, from `first` on, wait for another turn, before all others.
+    pub fn put_off(&self, run: u64, burst: Arc<Burst>, first: usize) {
         let mut current = self.lock();
         if self.run() == run {
             if let Some(running) = current.as_mut() {
-                running.put_off.extend(chains);
+                running.put_off = Some((burst, first));
             }
         }
     }

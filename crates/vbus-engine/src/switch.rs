@@ -15,9 +15,9 @@
 
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use vbus_ring::ring::{read_words, Burst, Chain};
+use vbus_ring::ring::{read_words, Burst, HEAVY};
 use vbus_ring::signal::Notify;
 
 use crate::net::{
@@ -122,9 +122,11 @@ struct Lane {
 #[derive(Default)]
 struct After {
     notify: Vec<Arc<dyn Notify>>,
-    /// Who did what, by port and pair.
-    faults: Vec<(Arc<Port>, usize, Fault)>,
+    /// Who did what, by port and pair, in which run of the queue.
+    faults: Vec<(Arc<Port>, usize, u64, Fault)>,
     stopped: Vec<Running>,
+    /// Whether it took long, as batches go.
+    heavy: bool,
 }
 
 impl After {
@@ -133,8 +135,8 @@ impl After {
             signal.notify();
         }
         drop(self.stopped);
-        for (port, pair, fault) in self.faults {
-            port.lanes[pair].outbox.fault(fault);
+        for (port, pair, run, fault) in self.faults {
+            port.lanes[pair].outbox.fault(run, fault);
         }
     }
 }
@@ -330,7 +332,7 @@ impl Port {
 
     /// The oldest frame that waits for a pair, with its header.
     pub fn read(&self, pair: usize) -> Option<(Header, Vec<u8>)> {
-        lock(&self.lanes[pair].rx).backlog.take()
+        lock(&self.lanes[pair].rx).backlog.take_first()
     }
 
     // A frame's way.
@@ -535,6 +537,7 @@ impl Port {
         let mut fault = self.send_batch(pair, &mut tx, running, ask, after).err();
         let Tx { sent, written, .. } = &mut *tx;
         let taken = sent.len();
+        after.heavy = sent.weight() >= HEAVY;
         if !written.is_empty() {
             match running.ring.complete_burst(sent, 0, written) {
                 Ok(notify) => {
@@ -549,7 +552,7 @@ impl Port {
         sent.clear();
         if let Some(fault) = fault {
             after.stopped.extend(transmit.take());
-            after.faults.push((self.clone(), pair, fault));
+            after.faults.push((self.clone(), pair, lane.pair.transmit.run(), fault));
         }
         (taken > 0, taken == BATCH)
     }
@@ -636,7 +639,7 @@ impl Lane {
         }
         if let Some(fault) = fault {
             after.stopped.extend(receive.take());
-            after.faults.push((port.clone(), pair, fault));
+            after.faults.push((port.clone(), pair, queue.run(), fault));
         }
     }
 }
@@ -719,10 +722,20 @@ impl SwitchPair {
         Self { port, pair }
     }
 
-    /// Buffers that were taken off its receive queue and not used, and the run that they are of.
-    pub fn leave_buffers(&self) -> (u64, Vec<Chain>) {
+    /// Buffers that it has of the receive queue wait in that, for whoever serves it from now on. Gives the oldest frame
+    /// that waits when it is known to be wanted; the others are to be read.
+    pub fn hand_over(&self) -> Option<(Header, Vec<u8>)> {
         let mut rx = lock(&self.lane().rx);
-        (rx.run, rx.receiver.leave())
+        let mut receive = self.lane().pair.receive.lock();
+        let chains = rx.receiver.hand_over();
+        if let Some(running) = receive.as_mut().filter(|_| rx.run == self.lane().pair.receive.run()) {
+            running.left.extend(chains);
+        }
+        if rx.backlog.wanted {
+            rx.backlog.take_first()
+        } else {
+            None
+        }
     }
 
     /// These hold for it from now on: see `Port`.
@@ -742,16 +755,24 @@ impl Engine for SwitchPair {
             let mut after = After::default();
             let drained = self.port.drain(self.pair, ask, &mut after);
             let (sent, full) = self.port.transmit(self.pair, ask, &mut after);
+            let heavy = after.heavy;
             after.settle();
             let worked = drained || sent;
             turn.worked |= worked;
             // With `ask`, notifications come when a look has found nothing, and not before.
             turn.more = full || (ask && worked);
-            if !turn.more {
+            if !turn.more || heavy {
                 break;
             }
         }
         turn
+    }
+
+    fn settle(&self, _timeout: Duration) -> bool {
+        // Held for a batch, of this pair's worker or of another's: one that began before the queues were held is over.
+        drop(lock(&self.lane().tx));
+        drop(lock(&self.lane().rx));
+        true
     }
 
     fn forget(&self) {
@@ -769,10 +790,9 @@ impl Engine for SwitchPair {
     }
 
     fn failed(&self, reason: &str) {
-        for queue in [RECEIVE, TRANSMIT] {
-            self.outbox().fault(Fault { queue, name: "engine-error", detail: reason.to_owned() });
+        let Pair { receive, transmit, .. } = &self.lane().pair;
+        for (queue, of) in [(RECEIVE, receive), (TRANSMIT, transmit)] {
+            self.outbox().fault(of.fail(), Fault { queue, name: "engine-error", detail: reason.to_owned() });
         }
-        self.lane().pair.receive.replace(None);
-        self.lane().pair.transmit.replace(None);
     }
 }

@@ -7,8 +7,9 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use vbus_ring::ring::{read_words, Burst, Chain, Piece};
+use vbus_ring::ring::{read_words, Burst, Piece};
 use vbus_ring::signal::Notify;
 
 use crate::net::{count, takes, wrong, Backlog, Counters, Fields, Frame, Header, Laid, Packet, Receiver, Rules};
@@ -63,7 +64,7 @@ struct After {
     /// Whether everything was read that the tap has, and there are buffers for more.
     watch: bool,
     notify: Vec<Arc<dyn Notify>>,
-    faults: Vec<Fault>,
+    faults: Vec<(u64, Fault)>,
     stopped: Vec<Running>,
     error: Option<io::Error>,
 }
@@ -105,18 +106,16 @@ impl Tap {
         drop(fd);
     }
 
-    /// Where its driver's buffers are.
-    pub fn receive(&self) -> &Arc<Queue> {
-        &self.receive
-    }
-
-    /// Buffers that were taken off the receive queue and not used, and the run that they are of. A frame that waited for
-    /// more of them is lost.
-    pub fn leave_buffers(&self) -> (u64, Vec<Chain>) {
+    /// Buffers that it has of the receive queue wait in that, for whoever serves it from now on. Gives the frame that
+    /// waits for more of them.
+    pub fn hand_over(&self) -> Option<(Header, Vec<u8>)> {
         let mut state = self.lock();
-        count(&self.counters.rx_dropped, state.kept.len() as u64);
-        state.kept.clear();
-        (state.run, state.receiver.leave())
+        let mut receive = self.receive.lock();
+        let chains = state.receiver.hand_over();
+        if let Some(running) = receive.as_mut().filter(|_| state.run == self.receive.run()) {
+            running.left.extend(chains);
+        }
+        state.kept.take_first()
     }
 
     fn batch(&self, ask: bool) -> After {
@@ -152,7 +151,7 @@ impl Tap {
         }
         if let Some(fault) = fault {
             after.stopped.extend(receive.take());
-            after.faults.push(fault);
+            after.faults.push((self.receive.run(), fault));
         }
     }
 
@@ -225,7 +224,7 @@ impl Tap {
         sent.clear();
         if let Some(fault) = fault {
             after.stopped.extend(transmit.take());
-            after.faults.push(fault);
+            after.faults.push((self.transmit.run(), fault));
         }
     }
 
@@ -354,8 +353,8 @@ impl Engine for Tap {
                 signal.notify();
             }
             drop(stopped);
-            for fault in faults {
-                self.outbox.fault(fault);
+            for (run, fault) in faults {
+                self.outbox.fault(run, fault);
             }
             if let Some(errno) = error.and_then(|error| error.raw_os_error()) {
                 self.outbox.error(errno);
@@ -369,6 +368,12 @@ impl Engine for Tap {
             }
         }
         turn
+    }
+
+    fn settle(&self, _timeout: Duration) -> bool {
+        // Held for a batch: one that began before the queues were held is over.
+        drop(self.lock());
+        true
     }
 
     fn forget(&self) {
@@ -390,10 +395,8 @@ impl Engine for Tap {
     }
 
     fn failed(&self, reason: &str) {
-        for queue in [RECEIVE, TRANSMIT] {
-            self.outbox.fault(Fault { queue, name: "engine-error", detail: reason.to_owned() });
+        for (queue, of) in [(RECEIVE, &self.receive), (TRANSMIT, &self.transmit)] {
+            self.outbox.fault(of.fail(), Fault { queue, name: "engine-error", detail: reason.to_owned() });
         }
-        self.receive.replace(None);
-        self.transmit.replace(None);
     }
 }

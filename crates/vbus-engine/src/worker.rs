@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -32,8 +33,9 @@ use crate::outbox::Outbox;
 
 /// Priorities: 0 is the most urgent.
 pub const PRIORITIES: usize = 8;
-/// Turns in a row without a look at the descriptors of others.
+/// Turns in a row without a look at the descriptors of others, and how long they may take together.
 const TURNS: u32 = 8;
+const UNSEEN: Duration = Duration::from_micros(50);
 /// The same, of turns that found nothing.
 const IDLE_TURNS: u32 = 64;
 /// Descriptors looked at in one go.
@@ -68,8 +70,11 @@ pub trait Engine: Send + Sync {
     /// without, somebody looks again.
     fn turn(&self, ask: bool) -> Turn;
 
-    /// The worker's thread has it no more: nothing is under way.
-    fn end(&self) {}
+    /// The worker's thread has it no more. False when the system still does something for it, and the thread cannot end
+    /// before that does.
+    fn end(&self) -> bool {
+        true
+    }
 
     /// Wait until nothing is under way in the memory of its queues, which were stopped; false when that takes longer.
     fn settle(&self, _timeout: Duration) -> bool {
@@ -87,7 +92,7 @@ pub trait Engine: Send + Sync {
     /// What it counted, by name.
     fn counters(&self) -> Vec<(&'static str, u64)>;
 
-    /// A turn panicked, which is a defect: there are no more turns.
+    /// A turn panicked, which is a defect: there are no more turns, and `end` is next.
     fn failed(&self, reason: &str);
 }
 
@@ -137,8 +142,10 @@ impl Task {
     }
 
     /// Be this urgent from the next turn on.
-    pub fn set_priority(&self, priority: u32) {
+    pub fn set_priority(self: &Arc<Self>, priority: u32) {
         self.priority.store(priority.min(PRIORITIES as u32 - 1), Ordering::Relaxed);
+        lock(&self.worker.inbox).moved.push(self.clone());
+        self.worker.call();
     }
 
     fn priority(&self) -> usize {
@@ -210,6 +217,8 @@ impl Parting {
 struct Inbox {
     ready: Vec<Arc<Task>>,
     added: Vec<Arc<Task>>,
+    /// Those whose priority has changed.
+    moved: Vec<Arc<Task>>,
     removed: Vec<(Arc<Task>, Arc<Parting>)>,
 }
 
@@ -229,6 +238,7 @@ struct Shared {
     turns: AtomicU64,
     idle_turns: AtomicU64,
     sleeps: AtomicU64,
+    busy: AtomicU64,
 }
 
 fn owned(fd: RawFd) -> io::Result<OwnedFd> {
@@ -259,6 +269,7 @@ impl Shared {
             turns: AtomicU64::new(0),
             idle_turns: AtomicU64::new(0),
             sleeps: AtomicU64::new(0),
+            busy: AtomicU64::new(0),
         };
         shared.watch(shared.wake.as_raw_fd(), libc::EPOLLIN | libc::EPOLLET, WAKE)?;
         Ok(shared)
@@ -298,7 +309,8 @@ impl Shared {
 /// A thread that gives engines their turns.
 pub struct Worker {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// And whether it can end, which it says at its end.
+    thread: Mutex<Option<(JoinHandle<()>, Receiver<bool>)>>,
 }
 
 impl Worker {
@@ -306,18 +318,18 @@ impl Worker {
     pub fn start(name: &str, polling: Polling, cpus: &[usize]) -> io::Result<Self> {
         let set = cpu_set(cpus)?;
         let shared = Arc::new(Shared::new(polling)?);
-        let (theirs, told) = (shared.clone(), std::sync::mpsc::channel());
+        let (theirs, told, ended) = (shared.clone(), channel(), channel());
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
             let begun = prepare(set.as_ref());
             let failed = begun.is_err();
             // The other end waits for it.
             let _ = told.0.send(begun);
             if !failed {
-                Local::new(theirs).run();
+                let _ = ended.0.send(Local::new(theirs).run());
             }
         })?;
         told.1.recv().map_err(|_| io::Error::other("the worker did not begin"))??;
-        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+        Ok(Self { shared, thread: Mutex::new(Some((thread, ended.1))) })
     }
 
     /// Give an engine its turns from now on; the first soon.
@@ -348,18 +360,21 @@ impl Worker {
         lock(&self.shared.tasks).len()
     }
 
-    /// Turns that had work, turns that had none, and how often it slept.
-    pub fn counters(&self) -> [u64; 3] {
-        let Shared { turns, idle_turns, sleeps, .. } = &*self.shared;
-        [turns, idle_turns, sleeps].map(|counter| counter.load(Ordering::Relaxed))
+    /// Turns that had work, turns that had none, how often it slept, and nanoseconds spent in turns that had work.
+    pub fn counters(&self) -> [u64; 4] {
+        let Shared { turns, idle_turns, sleeps, busy, .. } = &*self.shared;
+        [turns, idle_turns, sleeps, busy].map(|counter| counter.load(Ordering::Relaxed))
     }
 
     /// End it, and its engines.
     pub fn close(&self) {
         self.shared.closed.store(true, Ordering::Release);
         self.shared.call();
-        if let Some(thread) = lock(&self.thread).take() {
-            let _ = thread.join();
+        if let Some((thread, ended)) = lock(&self.thread).take() {
+            // One that cannot end is left behind, with nothing but its end to come. (It is an error that it panicked.)
+            if ended.recv() != Ok(false) {
+                let _ = thread.join();
+            }
         }
     }
 }
@@ -413,10 +428,16 @@ struct Local {
     polled: [Vec<Arc<Task>>; PRIORITIES],
     /// Which of those that are polled is next.
     next: [usize; PRIORITIES],
+    /// Of each priority: whether the next turn is first offered to those that are polled.
+    polled_first: [bool; PRIORITIES],
     began: Instant,
-    /// Turns since the last look at descriptors.
+    /// What the clock said after the last turn, or sleep.
+    clock: u64,
+    /// The last look at descriptors (nanoseconds), and turns since.
+    looked: u64,
     turns: u32,
     idle_turns: u32,
+    can_end: bool,
 }
 
 impl Local {
@@ -426,20 +447,25 @@ impl Local {
             ready: Default::default(),
             polled: Default::default(),
             next: [0; PRIORITIES],
+            polled_first: [false; PRIORITIES],
             began: Instant::now(),
+            clock: 0,
+            looked: 0,
             turns: 0,
             idle_turns: 0,
+            can_end: true,
         }
     }
 
-    fn run(mut self) {
+    /// Until the worker is closed; false when this thread cannot end.
+    fn run(mut self) -> bool {
         while !self.shared.closed.load(Ordering::Acquire) {
             if self.shared.called.load(Ordering::Relaxed) {
                 self.read_inbox();
             }
             if self.step() {
                 self.turns += 1;
-                if self.turns >= TURNS {
+                if self.turns >= TURNS || self.clock.saturating_sub(self.looked) >= UNSEEN.as_nanos() as u64 {
                     self.look(0);
                 }
                 continue;
@@ -460,6 +486,7 @@ impl Local {
             self.part(&task);
         }
         self.shared.ended.store(true, Ordering::Release);
+        self.can_end
     }
 
     fn now(&self) -> u64 {
@@ -469,7 +496,7 @@ impl Local {
     fn read_inbox(&mut self) {
         // Cleared first: what comes after is seen at the next look.
         self.shared.called.swap(false, Ordering::AcqRel);
-        let Inbox { ready, added, removed } = std::mem::take(&mut *lock(&self.shared.inbox));
+        let Inbox { ready, added, moved, removed } = std::mem::take(&mut *lock(&self.shared.inbox));
         for task in added {
             if let Some(fd) = task.engine.begin() {
                 // Not looked at, until a turn asks for it.
@@ -487,6 +514,9 @@ impl Local {
         for task in ready {
             self.ready[task.priority()].push_back(task);
         }
+        for task in moved {
+            self.change_place(&task);
+        }
         for (task, parting) in removed {
             self.part(&task);
             parting.end();
@@ -503,7 +533,7 @@ impl Local {
             self.shared.unwatch(fd);
         }
         lock(&self.shared.tasks).remove(&task.id);
-        task.engine.end();
+        self.can_end &= task.engine.end();
     }
 
     /// Look at it no more.
@@ -511,6 +541,22 @@ impl Local {
         task.polled.store(false, Ordering::Relaxed);
         for tasks in &mut self.polled {
             tasks.retain(|other| !Arc::ptr_eq(other, task));
+        }
+    }
+
+    /// Have it among those of its priority, where it waits or is looked at.
+    fn change_place(&mut self, task: &Arc<Task>) {
+        for tasks in &mut self.ready {
+            let before = tasks.len();
+            tasks.retain(|other| !Arc::ptr_eq(other, task));
+            if tasks.len() < before {
+                self.ready[task.priority()].push_back(task.clone());
+                break;
+            }
+        }
+        if task.polled.load(Ordering::Relaxed) {
+            self.forget(task);
+            self.poll(task);
         }
     }
 
@@ -523,67 +569,81 @@ impl Local {
     /// Give the most urgent that has something to do a turn; false when none has.
     fn step(&mut self) -> bool {
         for priority in 0..PRIORITIES {
-            if let Some(task) = self.ready[priority].pop_front() {
-                if !task.gone.load(Ordering::Relaxed) {
-                    self.serve_ready(task);
-                }
+            // The marked and the polled take turns, so that whoever is marked without end keeps nobody waiting.
+            let polled_first = std::mem::take(&mut self.polled_first[priority]);
+            if polled_first && self.serve_polled(priority) {
                 return true;
             }
-            let count = self.polled[priority].len();
-            for index in 0..count {
-                let place = (self.next[priority] + index) % count;
-                let task = self.polled[priority][place].clone();
-                if self.turn(&task, false).worked {
-                    task.last.store(self.now(), Ordering::Relaxed);
-                    self.next[priority] = (place + 1) % count;
+            while let Some(task) = self.ready[priority].pop_front() {
+                // Before its turn: a mark from now on is for another.
+                task.ready.swap(false, Ordering::AcqRel);
+                // What is polled is looked at anyway.
+                if !task.gone.load(Ordering::Relaxed) && !task.polled.load(Ordering::Relaxed) {
+                    self.serve_ready(&task);
+                    // One that is polled from now on has had its turn.
+                    self.polled_first[priority] = !task.polled.load(Ordering::Relaxed);
                     return true;
                 }
+            }
+            if !polled_first && self.serve_polled(priority) {
+                return true;
             }
         }
         false
     }
 
-    fn serve_ready(&mut self, task: Arc<Task>) {
-        // Before its turn: a mark from now on is for another.
-        task.ready.swap(false, Ordering::AcqRel);
+    /// Give the next of those that are polled and have something to do a turn; false when none has.
+    fn serve_polled(&mut self, priority: usize) -> bool {
+        let count = self.polled[priority].len();
+        for index in 0..count {
+            let place = (self.next[priority] + index) % count;
+            let Some(task) = self.polled[priority].get(place).cloned() else { break };
+            if self.turn(&task, false).worked {
+                task.last.store(self.clock, Ordering::Relaxed);
+                self.next[priority] = (place + 1) % count;
+                return true;
+            }
+        }
+        false
+    }
+
+    fn serve_ready(&mut self, task: &Arc<Task>) {
         let ask = match self.shared.polling {
             Polling::Notified => true,
             Polling::Always => false,
             Polling::Adaptive => {
-                if !task.polled.load(Ordering::Relaxed) {
-                    self.learn(&task);
-                }
+                self.learn(task);
                 task.window.load(Ordering::Relaxed) == 0
             }
         };
-        let turn = self.turn(&task, ask);
+        let turn = self.turn(task, ask);
         if turn.worked && self.shared.polling == Polling::Adaptive {
-            task.last.store(self.now(), Ordering::Relaxed);
+            task.last.store(self.clock, Ordering::Relaxed);
         }
         if task.gone.load(Ordering::Relaxed) {
             return;
         }
         if !ask {
-            self.poll(&task);
+            self.poll(task);
         } else if turn.more && !task.ready.swap(true, Ordering::AcqRel) {
-            self.ready[task.priority()].push_back(task);
+            self.ready[task.priority()].push_back(task.clone());
         }
     }
 
     /// It was notified: how long since its last request? Would it have paid to wait for that?
     fn learn(&self, task: &Task) {
-        let gap = self.now().saturating_sub(task.last.load(Ordering::Relaxed));
+        let gap = self.clock.saturating_sub(task.last.load(Ordering::Relaxed));
         let window = task.window.load(Ordering::Relaxed);
         let (shortest, longest) = (SHORTEST.as_nanos() as u64, LONGEST.as_nanos() as u64);
         let window = if gap <= longest { (window * 2).clamp(shortest, longest) } else { window / 2 };
         task.window.store(if window < shortest { 0 } else { window }, Ordering::Relaxed);
     }
 
-    fn turn(&self, task: &Arc<Task>, ask: bool) -> Turn {
+    fn turn(&mut self, task: &Arc<Task>, ask: bool) -> Turn {
         let turn = catch_unwind(AssertUnwindSafe(|| task.engine.turn(ask))).unwrap_or_else(|cause| {
-            task.gone.store(true, Ordering::Relaxed);
             let text = cause.downcast_ref::<String>().map(String::as_str);
             task.engine.failed(text.or(cause.downcast_ref::<&str>().copied()).unwrap_or("it panicked"));
+            self.part(task);
             Turn::default()
         });
         if ask && turn.watch && !task.watched.swap(true, Ordering::Relaxed) {
@@ -591,9 +651,17 @@ impl Local {
             // It is there, as long as the task is.
             let _ = self.shared.control(libc::EPOLL_CTL_MOD, fd, events, task.id | DESCRIPTOR);
         }
-        let counter = if turn.worked { &self.shared.turns } else { &self.shared.idle_turns };
+        // Once a turn: who polls has nothing else that would tell how busy it is.
+        let now = self.now();
+        let taken = now - std::mem::replace(&mut self.clock, now);
         // Nobody else counts.
-        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let add = |counter: &AtomicU64, more| counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+        if turn.worked {
+            add(&self.shared.turns, 1);
+            add(&self.shared.busy, taken);
+        } else {
+            add(&self.shared.idle_turns, 1);
+        }
         turn
     }
 
@@ -608,7 +676,7 @@ impl Local {
             if self.polled[priority].is_empty() {
                 continue;
             }
-            let now = self.now();
+            let now = self.clock;
             for task in self.polled[priority].clone() {
                 let waited = now.saturating_sub(task.last.load(Ordering::Relaxed));
                 if waited > task.window.load(Ordering::Relaxed) {
@@ -632,6 +700,7 @@ impl Local {
         if !self.shared.called.load(Ordering::Relaxed) {
             self.shared.sleeps.store(self.shared.sleeps.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             self.look(-1);
+            self.clock = self.now();
         }
         self.shared.asleep.store(false, Ordering::Relaxed);
     }
@@ -643,6 +712,7 @@ impl Local {
         let epoll = self.shared.epoll.as_raw_fd();
         // SAFETY: the array outlives the call and has room for BATCH events.
         let found = unsafe { libc::epoll_wait(epoll, events.as_mut_ptr(), BATCH as i32, milliseconds) };
+        self.looked = self.now();
         if found <= 0 {
             return;
         }

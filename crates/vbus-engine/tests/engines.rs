@@ -1,23 +1,123 @@
 //! Workers, and the engines that they run, driven through real rings.
 
-mod common;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
-
-use common::{memfd, reap, wait, Arena, Numbers, Silent, LIMIT, POLLING};
 use vbus_engine::blk::Blk;
 use vbus_engine::loopback::Loopback;
 use vbus_engine::net::{Filter, Rules};
 use vbus_engine::outbox::Outbox;
-use vbus_engine::queue::Queue;
+use vbus_engine::queue::{Queue, Running};
 use vbus_engine::worker::{Engine, Polling, Task, Turn, Worker};
-use vbus_ring::doorbell::Doorbell;
+use vbus_ring::doorbell::{DirectSignal, Doorbell};
+use vbus_ring::mem::{Mapping, Memory, VolatileSlice};
+use vbus_ring::ring::{DeviceRing, DriverRing, Features, Setup};
+use vbus_ring::signal::Notify;
+
+const LIMIT: Duration = Duration::from_secs(20);
+const POLLING: [Polling; 3] = [Polling::Notified, Polling::Adaptive, Polling::Always];
+
+fn wait(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+struct Silent;
+
+impl Notify for Silent {
+    fn notify(&self) {}
+    fn counters(&self) -> [u64; 3] {
+        [0; 3]
+    }
+}
+
+fn memfd(size: usize) -> File {
+    // SAFETY: the name is a string constant; the descriptor is new and owned by nobody else.
+    let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) };
+    file.set_len(size as u64).unwrap();
+    file
+}
+
+/// A driver's memory, with rings one after the other and buffers behind them.
+struct Arena {
+    mapping: Arc<Mapping>,
+    memory: Arc<Memory>,
+    used: usize,
+}
+
+const ADDRESS: u64 = 0x1000_0000;
+
+impl Arena {
+    fn new() -> Self {
+        let size = 64 << 20;
+        let mapping = Arc::new(Mapping::new(memfd(size).as_fd(), size, 0, true).unwrap());
+        let memory = Arc::new(Memory::new(8, 1 << 40));
+        memory.add(ADDRESS, &mapping, 0, size as u64, true).unwrap();
+        Self { mapping, memory, used: 0 }
+    }
+
+    fn take(&mut self, size: usize) -> u64 {
+        let at = self.used;
+        self.used = (at + size).next_multiple_of(64);
+        ADDRESS + at as u64
+    }
+
+    /// Both sides of a ring; the device's is given to the queue.
+    fn ring(&mut self, size: u32, packed: bool, queue: &Queue) -> (DriverRing, Arc<Doorbell>) {
+        let features = Features { packed, event_idx: true, indirect: false, in_order: false };
+        let offset = self.used.next_multiple_of(4096);
+        self.used = offset + DriverRing::bytes_needed(size, packed).unwrap();
+        let driver = DriverRing::new(&self.mapping, offset, ADDRESS, size, features).unwrap();
+        let (desc, avail, used) = (driver.desc(), driver.driver(), driver.device());
+        let setup = Setup { size, desc, driver: avail, device: used, features, resume: None };
+        let ring = DeviceRing::new(self.memory.clone(), 32768, setup).unwrap();
+        let call = Arc::new(Doorbell::create().unwrap());
+        let signal = Arc::new(DirectSignal::new(call.clone(), None).unwrap());
+        queue.replace(Some(Running::new(ring, signal)));
+        queue.set_native(true);
+        (driver, call)
+    }
+
+    fn put(&self, address: u64, bytes: &[u8]) {
+        let mut bytes = bytes.to_vec();
+        let offset = (address - ADDRESS) as usize;
+        let from = VolatileSlice::from(&mut bytes[..]);
+        from.copy_to_volatile_slice(self.mapping.slice(offset, from.len()));
+    }
+
+    fn get(&self, address: u64, size: usize) -> Vec<u8> {
+        let mut bytes = vec![0; size];
+        let offset = (address - ADDRESS) as usize;
+        self.mapping.slice(offset, size).copy_to_volatile_slice(VolatileSlice::from(&mut bytes[..]));
+        bytes
+    }
+}
+
+/// A counter that only looks random.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) % limit
+    }
+}
 
 fn open_rules() -> Rules {
     Rules { link: true, in_use: true, merge: true, ..Rules::default() }
+}
+
+fn reap(ring: &mut DriverRing) -> Vec<(u16, u32)> {
+    let mut finished = Vec::new();
+    ring.reap(1024, &mut finished).unwrap();
+    finished
 }
 
 #[test]
@@ -113,15 +213,16 @@ struct Noted {
     turns: Arc<Mutex<Vec<&'static str>>>,
     left: AtomicU64,
     panics: bool,
-    failed: AtomicBool,
+    failed: AtomicU64,
+    ended: AtomicU64,
     outbox: Outbox,
 }
 
 impl Noted {
     fn new(name: &'static str, left: u64, panics: bool, turns: &Arc<Mutex<Vec<&'static str>>>) -> Arc<Self> {
         let outbox = Outbox::new(Arc::new(Silent));
-        let failed = AtomicBool::new(false);
-        Arc::new(Self { name, turns: turns.clone(), left: AtomicU64::new(left), panics, failed, outbox })
+        let [failed, ended] = [0, 0].map(AtomicU64::new);
+        Arc::new(Self { name, turns: turns.clone(), left: AtomicU64::new(left), panics, failed, ended, outbox })
     }
 }
 
@@ -146,7 +247,12 @@ impl Engine for Noted {
 
     fn failed(&self, reason: &str) {
         assert_eq!(reason, "a defect");
-        self.failed.store(true, Ordering::Relaxed);
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn end(&self) -> bool {
+        self.ended.fetch_add(1, Ordering::Relaxed);
+        true
     }
 }
 
@@ -205,11 +311,131 @@ fn an_engine_that_panics_ends_alone() {
     let worker = Worker::start("test", Polling::Notified, &[]).unwrap();
     let (bad, good) = (Noted::new("bad", 1, true, &turns), Noted::new("good", 3, false, &turns));
     let task = worker.add(bad.clone(), 0);
-    wait("its end", || bad.failed.load(Ordering::Relaxed));
+    wait("its end", || bad.failed.load(Ordering::Relaxed) == 1);
     task.mark();
     worker.add(good.clone(), 0);
     wait("the other's turns", || turns.lock().unwrap().len() == 3);
     task.remove();
+}
+
+#[test]
+fn an_engine_that_panics_has_no_turn_more_and_is_ended() {
+    let turns = Arc::default();
+    let worker = Worker::start("test", Polling::Always, &[]).unwrap();
+    let (bad, good) = (Noted::new("bad", 1, true, &turns), Noted::new("good", 0, false, &turns));
+    let task = worker.add(bad.clone(), 0);
+    worker.add(good.clone(), 0);
+    wait("its end", || bad.ended.load(Ordering::Relaxed) == 1);
+    assert_eq!(worker.tasks(), 1);
+    // The worker goes round and round.
+    good.left.store(100, Ordering::Release);
+    wait("the other's turns", || good.left.load(Ordering::Acquire) == 0);
+    assert_eq!(bad.failed.load(Ordering::Relaxed), 1);
+    task.remove();
+    assert_eq!(bad.ended.load(Ordering::Relaxed), 1);
+}
+
+/// Has work without end, and does something in each turn.
+struct Endless<F> {
+    each: F,
+    outbox: Outbox,
+}
+
+impl<F: Fn() + Send + Sync> Endless<F> {
+    fn new(each: F) -> Arc<Self> {
+        Arc::new(Self { each, outbox: Outbox::new(Arc::new(Silent)) })
+    }
+}
+
+impl<F: Fn() + Send + Sync> Engine for Endless<F> {
+    fn turn(&self, _ask: bool) -> Turn {
+        (self.each)();
+        Turn { worked: true, more: true, watch: false }
+    }
+
+    fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
+    fn failed(&self, reason: &str) {
+        panic!("{reason}");
+    }
+}
+
+#[test]
+fn whoever_is_marked_without_end_starves_nobody_that_is_polled() {
+    for polling in POLLING {
+        let worker = Worker::start("test", polling, &[]).unwrap();
+        let (own, marks) = (Arc::new(OnceLock::<Arc<Task>>::new()), AtomicU64::new(0));
+        let mine = own.clone();
+        let flood = Endless::new(move || {
+            marks.fetch_add(1, Ordering::Relaxed);
+            if let Some(task) = mine.get() {
+                task.mark();
+            }
+        });
+        let turns = Arc::default();
+        let quiet = Noted::new("quiet", 0, false, &turns);
+        let task = worker.add(quiet.clone(), 3);
+        own.set(worker.add(flood.clone(), 3)).ok().unwrap();
+        for count in 1..100 {
+            quiet.left.store(1, Ordering::Release);
+            if polling != Polling::Always {
+                task.mark();
+            }
+            wait("a turn", || turns.lock().unwrap().len() == count);
+        }
+        own.get().unwrap().remove();
+    }
+}
+
+#[test]
+fn a_doorbell_of_what_is_urgent_is_heard_after_each_turn() {
+    let worker = Worker::start("test", Polling::Notified, &[]).unwrap();
+    let turns: Arc<Mutex<Vec<&'static str>>> = Arc::default();
+    let urgent = Noted::new("urgent", 0, false, &turns);
+    let bell = Arc::new(Doorbell::create().unwrap());
+    worker.add(urgent.clone(), 0).listen(&bell).unwrap();
+    let (noted, counted) = (turns.clone(), AtomicU64::new(0));
+    let endless = Endless::new(move || {
+        // Long, as turns go.
+        std::thread::sleep(Duration::from_millis(1));
+        let rings = counted.fetch_add(1, Ordering::Relaxed) % 3 == 2;
+        noted.lock().unwrap().push(if rings { "rings" } else { "other" });
+        if rings {
+            urgent.left.store(1, Ordering::Release);
+            bell.ring();
+        }
+    });
+    worker.add(endless.clone(), 4);
+    wait("many turns", || turns.lock().unwrap().len() > 60);
+    worker.close();
+    let turns = turns.lock().unwrap();
+    for pair in turns.windows(2) {
+        assert_eq!(pair[0] == "rings", pair[1] == "urgent", "{turns:?}");
+    }
+}
+
+#[test]
+fn a_priority_is_that_of_the_next_turns_however_a_worker_waits() {
+    for polling in POLLING {
+        let worker = Worker::start("test", polling, &[]).unwrap();
+        let turns = Arc::default();
+        let engines = [Noted::new("a", u64::MAX, false, &turns), Noted::new("b", u64::MAX, false, &turns)];
+        let tasks = engines.each_ref().map(|engine| worker.add(engine.clone(), 4));
+        for (index, name) in ["a", "b", "a"].into_iter().enumerate() {
+            tasks[index % 2].set_priority(3 - index as u32);
+            wait("turns of one alone", || {
+                let turns = std::mem::take(&mut *turns.lock().unwrap());
+                turns.len() > 10 && turns.iter().all(|other| *other == name)
+            });
+        }
+        worker.close();
+    }
 }
 
 #[test]
@@ -331,4 +557,131 @@ fn a_disk_answers_what_a_buffer_would_with_many_under_way() {
         assert!(engine.settle(LIMIT));
         task.remove();
     }
+}
+
+/// A disk whose reads are under way until somebody writes to its other end; None where io_uring is not permitted.
+fn slow_disk(queue: &Arc<Queue>) -> Option<(Arc<Blk>, File)> {
+    let mut ends = [0; 2];
+    // SAFETY: there is room for two descriptors.
+    assert_eq!(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
+    // SAFETY: both are new, and owned by nobody else.
+    let (disk, other) = unsafe { (OwnedFd::from_raw_fd(ends[0]), File::from_raw_fd(ends[1])) };
+    match Blk::new(queue.clone(), disk, Arc::new(Silent)) {
+        Ok(engine) => {
+            engine.settings.capacity.store(1 << 20, Ordering::Release);
+            Some((Arc::new(engine), other))
+        }
+        Err(error) => {
+            eprintln!("skipped: io_uring is not permitted here: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_run_that_is_over_is_nothing_to_the_next() {
+    for stops in [false, true] {
+        let queue = Arc::new(Queue::default());
+        let Some((engine, mut other)) = slow_disk(&queue) else { return };
+        let mut arena = Arena::new();
+        let (mut ring, _) = arena.ring(8, false, &queue);
+        let address = arena.take(4096);
+        arena.put(address, &[0; 16]);
+        let _ = ring.add(&[(address, 16)], &[(address + 16, 512), (address + 528, 1)]).unwrap();
+        let _ = ring.add(&[(address, 4)], &[(address + 529, 1)]).unwrap();
+        let _ = ring.publish();
+        engine.begin();
+        let turn = engine.turn(true);
+        assert!(turn.watch && engine.outbox.faults().is_empty(), "a read comes before what is wrong");
+        let run = queue.run();
+        if stops {
+            queue.replace(None);
+            assert!(!engine.settle(Duration::ZERO), "the kernel may still write there");
+        }
+        other.write_all(&[7; 512]).unwrap();
+        let mut faults = Vec::new();
+        wait("its end", || {
+            engine.turn(true);
+            faults.extend(engine.outbox.faults());
+            !faults.is_empty() && engine.settle(Duration::ZERO)
+        });
+        assert_eq!(faults.iter().map(|(of, fault)| (*of, fault.name)).collect::<Vec<_>>(), [(run, "blk-header-short")]);
+        assert_eq!(queue.run() == run, !stops);
+        assert_eq!(arena.get(address + 16, 512), [7; 512]);
+        engine.end();
+    }
+}
+
+#[test]
+fn what_was_refused_keeps_no_memory() {
+    let queue = Arc::new(Queue::default());
+    let Some((engine, _other)) = slow_disk(&queue) else { return };
+    engine.begin();
+    for _ in 0..3 {
+        let mut arena = Arena::new();
+        let (mut ring, _) = arena.ring(8, false, &queue);
+        let _ = ring.add(&[(1, 16)], &[(2, 1)]).unwrap();
+        let _ = ring.publish();
+        engine.turn(true);
+        let names: Vec<_> = engine.outbox.faults().into_iter().map(|(_, fault)| fault.name).collect();
+        assert_eq!(names, ["address-outside-memory"]);
+        queue.replace(None);
+        let mapping = Arc::downgrade(&arena.mapping);
+        drop((arena, ring));
+        assert!(mapping.upgrade().is_none());
+    }
+}
+
+#[test]
+fn requests_of_many_pieces_share_a_worker() {
+    const CHAINS: u64 = 12;
+    let (rx, tx) = (Arc::new(Queue::default()), Arc::new(Queue::default()));
+    let engine = Loopback::new(rx.clone(), tx.clone(), Arc::new(Silent));
+    engine.set_rules(open_rules());
+    let mut arena = Arena::new();
+    let (mut transmit, _) = arena.ring(32768, false, &tx);
+    let address = arena.take(1000);
+    arena.put(address, &[0; 1000]);
+    let pieces: Vec<_> = (0..1000).map(|at| (address + at, 1)).collect();
+    for _ in 0..CHAINS {
+        let _ = transmit.add(&pieces, &[]).unwrap().expect("room");
+    }
+    let _ = transmit.publish();
+    let mut seen = Vec::new();
+    while seen.last() != Some(&CHAINS) {
+        assert!(engine.turn(true).worked, "there are more");
+        seen.push(engine.counters.tx_packets.load(Ordering::Relaxed));
+    }
+    assert_eq!(seen, [5, 10, 12], "of 1000 pieces each");
+    assert_eq!(reap(&mut transmit).len() as u64, CHAINS);
+}
+
+#[test]
+fn requests_of_many_bytes_share_a_worker() {
+    const SIZE: u64 = 300 << 10;
+    let queue = Arc::new(Queue::default());
+    let Ok(engine) = Blk::new(queue.clone(), memfd(SIZE as usize).into(), Arc::new(Silent)) else {
+        return eprintln!("skipped: io_uring is not permitted here");
+    };
+    engine.settings.capacity.store(SIZE / 512, Ordering::Release);
+    engine.begin();
+    let mut arena = Arena::new();
+    let (mut ring, _) = arena.ring(64, false, &queue);
+    let address = arena.take(SIZE as usize + 17);
+    arena.put(address, &[0; 16]);
+    for _ in 0..10 {
+        let data = [(address + 16, SIZE), (address + 16 + SIZE, 1)];
+        let _ = ring.add(&[(address, 16)], &data).unwrap().expect("room");
+    }
+    let _ = ring.publish();
+    let mut most = 0;
+    let mut answered = 0;
+    while answered < 10 {
+        let before = queue.lock().as_ref().unwrap().ring.next();
+        engine.turn(true);
+        most = most.max(queue.lock().as_ref().unwrap().ring.next() - before);
+        answered += reap(&mut ring).len();
+    }
+    assert_eq!(most, 4, "a mebibyte, and what goes beyond it");
+    engine.end();
 }

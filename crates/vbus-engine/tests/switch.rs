@@ -403,7 +403,7 @@ fn a_receiver_that_lies_about_its_buffers_is_found_out_by_a_sender_and_pays_alon
         assert_eq!((ends[0].spare[1].len(), ends[0].engine.outbox().faults().len()), (48, 0));
         let faults = ends[1].engine.outbox().faults();
         assert_eq!(faults.len(), 1, "{faults:?}");
-        assert_eq!(faults[0].queue, 0);
+        assert_eq!(faults[0].1.queue, 0);
         assert!(ends[1].queues[0].lock().is_none() && ends[1].queues[1].lock().is_some());
         // It may send still, until it is reset.
         assert!(ends[1].send(ALL, mac(2), 60, 9));

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{fence, AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use smallvec::SmallVec;
 use vm_memory::VolatileMemory;
@@ -23,6 +23,9 @@ pub use vm_memory::VolatileSlice;
 use crate::dirty::Log;
 use crate::guard;
 use crate::violation::{Rule, Violation};
+
+/// Bytes that come near together.
+pub(crate) const LINE: usize = 64;
 
 /// Why a file could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +43,9 @@ pub enum MapError {
         /// Bytes it would have.
         size: u64,
     },
+    /// A process serves the file (FUSE), perhaps the peer itself: whoever touches its memory waits for that one.
+    #[error("the file is served by a process (FUSE), which could make whoever touches its memory wait for ever")]
+    Served,
     /// The system refused.
     #[error(transparent)]
     System(#[from] io::Error),
@@ -70,7 +76,12 @@ impl Mapping {
 
     /// As `new`, of a file that its owner may truncate while it is mapped: touching what is not there any more gives
     /// zeroes in place of all of it, and it is lost from then on. Without this, it kills the process.
+    ///
+    /// A file of FUSE is refused, as there is no way out of a fault that its server does not answer.
     pub fn guarded(fd: BorrowedFd<'_>, size: usize, offset: u64, writable: bool) -> Result<Self, MapError> {
+        if file_system(fd)?.f_type as u64 == FUSE_MAGIC {
+            return Err(MapError::Served);
+        }
         let mut mapping = Self::map(fd, size, offset, writable)?;
         mapping.guard = Some(guard::Slot::take(mapping.as_ptr() as usize, size, writable)?);
         Ok(mapping)
@@ -128,16 +139,24 @@ impl Mapping {
     }
 }
 
-/// The size of a file's pages when they are huge ones. There, a part of a page can be mapped but never unmapped: a peer
-/// could make this process keep it for ever.
-fn huge_page(fd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+/// `FUSE_SUPER_MAGIC` of Linux, which libc does not have for all of its systems.
+const FUSE_MAGIC: u64 = 0x6573_5546;
+
+/// What the system says of the file system that a file is on.
+fn file_system(fd: BorrowedFd<'_>) -> io::Result<libc::statfs> {
     let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: the system fills in as many bytes as the structure has, or fails.
     if unsafe { libc::fstatfs(fd.as_raw_fd(), about.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: filled in.
-    let about = unsafe { about.assume_init() };
+    Ok(unsafe { about.assume_init() })
+}
+
+/// The size of a file's pages when they are huge ones. There, a part of a page can be mapped but never unmapped: a peer
+/// could make this process keep it for ever.
+fn huge_page(fd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+    let about = file_system(fd)?;
     // The types of both differ between systems.
     let huge = about.f_type as u64 == libc::HUGETLBFS_MAGIC as u64;
     Ok(huge.then_some(about.f_bsize as u64))
@@ -253,6 +272,23 @@ impl Window {
     word!(load32, store32, AtomicU32, u32);
     word!(load64, store64, AtomicU64, u64);
 
+    /// Have the cache lines near that begin among these bytes, as far as they are inside, to be read or written soon.
+    #[inline]
+    pub fn prepare(&self, offset: usize, size: usize, write: bool) {
+        let base = self.mapping.as_ptr() as usize + self.offset;
+        let mut at = (base + offset).next_multiple_of(LINE) - base;
+        while at < (offset + size).min(self.size) {
+            prefetch(self.mapping.as_ptr().wrapping_add(self.offset + at), write);
+            at += LINE;
+        }
+    }
+
+    /// Have a byte near when it is read.
+    #[inline(always)]
+    pub fn prefetch(&self, offset: usize) {
+        prefetch(self.word::<u8>(offset), false);
+    }
+
     /// Set bits of a byte, whatever others do to it.
     pub fn or8(&self, offset: usize, bits: u8, order: Ordering) {
         assert!(self.mapping.writable, "a store to a read-only mapping");
@@ -260,6 +296,24 @@ impl Window {
         // SAFETY: as for a store.
         unsafe { AtomicU8::from_ptr(byte) }.fetch_or(bits, order);
     }
+}
+
+/// Have it near when it is needed. A hint: what it says of memory that is gone is nothing.
+#[inline(always)]
+pub(crate) fn prefetch(address: *const u8, write: bool) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: neither has an effect that a program could see, whatever the address is.
+    unsafe {
+        if write {
+            // Not by the intrinsic, which prefetches for reading unless it is told of the processor: then a line comes
+            // twice, as it has to be asked for again when it is written. Where there is no such instruction, it is none.
+            std::arch::asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+        } else {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (address, write);
 }
 
 /// A range of driver memory that is contiguous in one mapping.
@@ -487,6 +541,17 @@ impl Table {
         Ok(())
     }
 
+    /// The region, by its number, that holds all of these bytes, of which there are some, and where the first is.
+    #[inline]
+    pub(crate) fn piece(&self, address: u64, size: u32, access: Access) -> Option<(usize, *mut u8)> {
+        let index = self.first(address);
+        let region = self.regions.get(index)?;
+        // Below its beginning it wraps, above any size.
+        let skip = address.wrapping_sub(region.address);
+        let fits = address >= region.address && skip < region.size && u64::from(size) <= region.size - skip;
+        (fits && size > 0 && (access == Access::Read || region.writable)).then(|| (index, region.byte(skip)))
+    }
+
     /// As `translate`, for whoever holds this table for as long: tells the region by its number, the first byte, its
     /// driver address, and how many there are. Something may have been told when it fails.
     #[inline]
@@ -497,16 +562,11 @@ impl Table {
         access: Access,
         mut each: impl FnMut(usize, *mut u8, u64, u32),
     ) -> Result<(), Violation> {
-        let mut index = self.first(address);
-        if let Some(region) = self.regions.get(index) {
-            let skip = address.wrapping_sub(region.address);
-            // Below its beginning it wraps, above any size.
-            let fits = skip < region.size && u64::from(size) <= region.size - skip;
-            if fits && address >= region.address && (access == Access::Read || region.writable) {
-                each(index, region.byte(skip), address, size);
-                return Ok(());
-            }
+        if let Some((region, base)) = self.piece(address, size, access) {
+            each(region, base, address, size);
+            return Ok(());
         }
+        let mut index = self.first(address);
         self.check(address, u64::from(size), access)?;
         let (mut at, mut left) = (address, size);
         while left > 0 {
@@ -524,9 +584,14 @@ impl Table {
 
     /// Append a piece of a region, which `pieces` told of, to `segments`.
     pub(crate) fn append(&self, region: usize, address: u64, size: u32, segments: &mut Segments) {
+        let (mapping, offset) = self.place(region, address);
+        segments.push(mapping, address, offset, size as usize);
+    }
+
+    /// Where a driver address of a region, which `pieces` told of, lies: its mapping, and the offset in it.
+    pub(crate) fn place(&self, region: usize, address: u64) -> (&Arc<Mapping>, usize) {
         let region = &self.regions[region];
-        let offset = region.offset + (address - region.address) as usize;
-        segments.push(&region.mapping, address, offset, size as usize);
+        (&region.mapping, region.offset + (address - region.address) as usize)
     }
 
     /// The `size` bytes at `address`, when one mapping holds them in one piece.
@@ -575,18 +640,22 @@ pub struct Memory {
     log: RwLock<Option<Log>>,
     /// Whether there is a log: what is looked at while there is none.
     logged: AtomicBool,
+    /// Mappings of regions that were removed, of which some may be in use.
+    removed: Mutex<Vec<Weak<Mapping>>>,
     max_regions: usize,
     max_bytes: u64,
 }
 
 impl Memory {
-    /// No regions yet; at most so many, and so many bytes of them.
+    /// No regions yet; at most so many, and so many bytes of them. Mapped are at most twice as many: with those that were
+    /// removed and are still in use.
     pub fn new(max_regions: usize, max_bytes: u64) -> Self {
         Self {
             table: RwLock::default(),
             generation: AtomicU64::new(0),
             log: RwLock::default(),
             logged: AtomicBool::new(false),
+            removed: Mutex::default(),
             max_regions,
             max_bytes,
         }
@@ -722,6 +791,15 @@ impl Memory {
             if used.checked_add(size).is_none_or(|sum| sum > self.max_bytes) {
                 return Err(violation(Rule::TooMuchMemory, &format!(", the limit is {}", self.max_bytes)));
             }
+            let (count, bytes) = self.in_use(regions, mapping);
+            if regions.len() + count >= self.max_regions.saturating_mul(2) {
+                let detail = format!(", beside {count} that were removed and are in use");
+                return Err(violation(Rule::TooManyRegions, &detail));
+            }
+            if used.saturating_add(bytes).saturating_add(size) > self.max_bytes.saturating_mul(2) {
+                let detail = format!(", beside {bytes} that were removed and are in use");
+                return Err(violation(Rule::TooMuchMemory, &detail));
+            }
             let region = Region { address, size, writable, mapping: mapping.clone(), offset: offset as usize };
             regions.insert(place, region);
             Ok(())
@@ -734,7 +812,7 @@ impl Memory {
     pub fn remove(&self, address: u64) -> Result<(), Violation> {
         self.change(|regions| match regions.binary_search_by_key(&address, |region| region.address) {
             Ok(index) => {
-                regions.remove(index);
+                self.forget(&regions.remove(index).mapping);
                 Ok(())
             }
             Err(_) => Err(Violation::new(Rule::RegionUnknown, format!("{address:#x}"))),
@@ -744,10 +822,30 @@ impl Memory {
     /// Take away all regions.
     pub fn clear(&self) {
         let cleared: Result<(), Violation> = self.change(|regions| {
-            regions.clear();
+            regions.drain(..).for_each(|region| self.forget(&region.mapping));
             Ok(())
         });
         debug_assert!(cleared.is_ok());
+    }
+
+    fn forget(&self, mapping: &Arc<Mapping>) {
+        let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
+        removed.retain(|other| other.strong_count() > 0 && other.as_ptr() != Arc::as_ptr(mapping));
+        removed.push(Arc::downgrade(mapping));
+    }
+
+    /// How many mappings are in use that no region has any more, nor will have with this one, and their bytes.
+    fn in_use(&self, regions: &[Region], new: &Arc<Mapping>) -> (usize, u64) {
+        let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bytes = 0;
+        removed.retain(|other| {
+            let Some(mapping) = other.upgrade() else { return false };
+            let mut present = regions.iter().map(|region| &region.mapping).chain([new]);
+            let kept = !present.any(|other| Arc::ptr_eq(other, &mapping));
+            bytes += if kept { mapping.size as u64 } else { 0 };
+            kept
+        });
+        (removed.len(), bytes)
     }
 
     /// Replace the table by a changed copy, unless the change fails: users of the old one are not disturbed.
@@ -925,6 +1023,38 @@ mod tests {
                 assert_eq!(once, plain);
             }
         }
+    }
+
+    #[test]
+    fn what_was_removed_and_is_in_use_counts() {
+        let memory = Memory::new(2, 4 * PAGE);
+        let mut used = Vec::new();
+        for _ in 0..3 {
+            memory.add(0, &mapping(PAGE, true), 0, PAGE, true).unwrap();
+            used.push(translate(&memory, 0, 8, Access::Write).unwrap());
+            memory.remove(0).unwrap();
+        }
+        memory.add(0, &mapping(PAGE, true), 0, PAGE, true).unwrap();
+        assert_eq!(name(memory.add(PAGE, &mapping(PAGE, true), 0, PAGE, true)), "too-many-regions");
+        used.pop();
+        memory.add(PAGE, &mapping(PAGE, true), 0, PAGE, true).unwrap();
+        memory.clear();
+
+        // One that comes back is not counted twice, and what nobody uses is not counted at all.
+        used.clear();
+        let file = mapping(4 * PAGE, true);
+        for _ in 0..10 {
+            memory.add(0, &file, 0, 4 * PAGE, true).unwrap();
+            used.push(translate(&memory, 0, 8, Access::Write).unwrap());
+            memory.clear();
+        }
+        drop(file);
+        memory.add(0, &mapping(PAGE, true), 0, PAGE, true).unwrap();
+        used.push(translate(&memory, 0, 8, Access::Write).unwrap());
+        memory.clear();
+        assert_eq!(name(memory.add(0, &mapping(4 * PAGE, true), 0, 4 * PAGE, true)), "too-much-memory");
+        used.clear();
+        memory.add(0, &mapping(4 * PAGE, true), 0, 4 * PAGE, true).unwrap();
     }
 
     #[test]

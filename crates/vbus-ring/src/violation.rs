@@ -78,13 +78,16 @@ pub enum Rule {
     InflightVersion,
     /// A region of what is in flight with features that there are not.
     InflightFeatures,
-    /// A used index that is not that of the region, or of a batch after it.
+    /// A used index that is not that of the region, or of a batch after it; of a packed ring, a used place in the region
+    /// that the ring has not, or not within a lap.
     InflightUsedIndex,
-    /// A batch of completions that links a head out of range.
+    /// A batch of completions that links a head out of range; in a packed ring's region, a chain whose entries are not
+    /// those that it says, or an entry that is neither free nor of a chain.
     InflightNext,
-    /// A batch of completions that comes back to a head of its own.
+    /// A batch of completions that comes back to a head of its own; an entry of a packed ring's region that is in two
+    /// places.
     InflightLoop,
-    /// Two heads in flight that were taken at the same time, or one at the end of time.
+    /// Two chains in flight that were taken at the same time, or one at the end of time.
     InflightCounter,
     /// More in flight than the driver made available.
     InflightTooMany,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from vbus import _core
 from vbus.bench import children
 from vbus.bench.work import DEVICE_ID, Usage, names_checksum, resident_bytes, usage, used_between
-from vbus.bus import Bus, Device, Queue, Request
+from vbus.bus import Bus, Device, Queue, Request, runner
 from vbus.connectors import Process
 
 SETTLE_SECONDS = 5.0
@@ -84,8 +84,13 @@ class BusSide:
         event_idx: bool,
         devices: Mapping[str, int],
         model: str = "Echo",
+        budget: int = runner.BUDGET,
     ) -> str:
-        """Serve devices of a model, given by name with their priority, at a socket; the address to attach to."""
+        """Serve devices of a model, given by name with their priority, at a socket; the address to attach to.
+
+        `budget`: how many requests are taken together, at most.
+        """
+        runner.BUDGET = budget
         bus = Bus("bench", max_sources=MAX_SOURCES)
         self._closing.callback(bus.stop)
         for name, priority in devices.items():

@@ -19,7 +19,7 @@ from vbus.bench.measure import Summary
 from vbus.bench.measurement import AnyMeasurement, C, Measurement, P, Row, Sample, Say, V
 from vbus.errors import UsageError
 
-NAMES = ("ring", "latency", "python", "scale", "signal")
+NAMES = ("ring", "net", "latency", "python", "blk", "scale", "signal")
 """What can be measured: modules in `measurements`."""
 
 
@@ -32,7 +32,9 @@ def load(name: str) -> AnyMeasurement:
 def plan_of(
     measurement: Measurement[P, C, V], *, quick: bool = False, rounds: int | None = None, peer: bool = False
 ) -> P:
-    """How much is measured: by default one round when `quick`. UsageError: a peer is not there."""
+    """How much is measured: by default one round when `quick`. MissingError: a program is not there; UsageError."""
+    for one in measurement.needs:
+        one.find(needed_by=measurement.name)
     plan = measurement.plan(quick)
     plan = replace(plan, rounds=rounds or (1 if quick else plan.rounds), quick=quick, peer=peer)
     if peer:
@@ -52,23 +54,25 @@ def run(measurement: Measurement[P, C, V], plan: P, say: Say = lambda number, co
     number = 0
     rows: list[Row] = []
     comparisons: list[Row] = []
-    for case in cases:
+    with tempfile.TemporaryDirectory(prefix="vbus-bench-") as shared:
+        measurement.prepare(plan, Path(shared))
+        for case in cases:
 
-        def sample(_: int, variant: V, case: C = case) -> Sample:
-            nonlocal number
-            say(number, count, f"{case}: {variant}")
-            number += 1
-            with tempfile.TemporaryDirectory(prefix="vbus-bench-") as folder:
-                return measurement.sample(plan, case, variant, Path(folder))
+            def sample(_: int, variant: V, case: C = case) -> Sample:
+                nonlocal number
+                say(number, count, f"{case}: {variant}")
+                number += 1
+                with tempfile.TemporaryDirectory(dir=shared) as folder:
+                    return measurement.sample(plan, case, variant, Path(folder))
 
-        samples = measure.run_alternately(variants[case], plan.rounds, sample)
-        check_samples(case, samples)
-        rows += rows_of(case, samples)
-        comparisons += comparisons_of(measurement, plan, case, samples)
+            samples = measure.run_alternately(variants[case], plan.rounds, sample)
+            check_samples(case, samples)
+            rows += rows_of(case, samples)
+            comparisons += comparisons_of(measurement, plan, case, samples)
     return {
         "benchmark": measurement.name,
         "machine": machine.describe(),
-        "peers": [peer.describe() for peer in measurement.peers] if plan.peer else [],
+        "peers": [peer.describe() for peer in measurement.taking_part(plan)],
         "load_average": {"before": busy, "after": machine.load_average()},
         "began": began,
         "seconds": time.time() - began,

@@ -131,6 +131,8 @@ class Measurement(ABC, Generic[P, C, V]):
     figures: ClassVar[Sequence[Figure]]
     template: ClassVar[str]
     """What the figures say, in Markdown, with the names of `numbers` in braces."""
+    needs: ClassVar[Sequence[Peer]] = ()
+    """Other people's programs without which nothing can be measured."""
     peers: ClassVar[Sequence[Peer]] = ()
     """Other people's programs that can take part."""
 
@@ -150,9 +152,18 @@ class Measurement(ABC, Generic[P, C, V]):
     def comparisons(self, plan: P, case: C) -> Sequence[Comparison[V]]:
         """What is held against what."""
 
+    def taking_part(self, plan: P) -> Sequence[Peer]:
+        """Other people's programs that do."""
+        return self.peers if plan.peer else ()
+
+    def prepare(self, plan: P, folder: Path) -> None:
+        """Make what all runs use, in a folder that is there until the last of them has ended."""
+
     @abstractmethod
     def sample(self, plan: P, case: C, variant: V, folder: Path) -> Sample:
-        """Run one variant once. `folder` is empty and for this run. SideError, UnequalWorkError: no sample."""
+        """Run one variant once. `folder` is empty and for this run, in the folder of `prepare`. SideError,
+        UnequalWorkError: no sample.
+        """
 
     @abstractmethod
     def numbers(self, result: Row) -> Mapping[str, float]:
@@ -161,6 +172,10 @@ class Measurement(ABC, Generic[P, C, V]):
     def words(self, result: Row) -> str:
         """What the figures say, for the page of benchmarks: Markdown."""
         return self.template.format(**self.numbers(result))
+
+    def notes(self, result: Row) -> list[str]:
+        """What must be known beside the figures: a line each."""
+        return []
 
     def tables(self, result: Row) -> list[Table]:
         """What is printed."""

@@ -14,6 +14,10 @@ from vbus.errors import UsageError
 VERSION_SECONDS = 20.0
 
 
+class MissingError(UsageError):
+    """A program is not installed."""
+
+
 @dataclass(frozen=True)
 class Peer:
     """A program that is found on the PATH."""
@@ -22,19 +26,19 @@ class Peer:
     package: str
     """Debian's, that has it."""
     version_words: Sequence[str] = ("--version",)
+    commands: Sequence[str] = ()
+    """How it is run, with words in capitals for paths."""
 
-    def find(self) -> str:
-        """Where it is. UsageError when it is not installed."""
+    def find(self, needed_by: str = "") -> str:
+        """Where it is. MissingError when it is not installed; `needed_by`: what cannot be measured without."""
         path = shutil.which(self.program)
         if path is None:
-            raise UsageError(
-                f"{self.program} is not installed: install it (Debian's package {self.package}), "
-                "or measure without --peer"
-            )
+            way = f"to measure {needed_by}" if needed_by else "or measure without --peer"
+            raise MissingError(f"{self.program} is not installed: install it (Debian's package {self.package}), {way}")
         return path
 
     def describe(self) -> dict[str, Any]:
-        """Its name, and what it says of its version."""
+        """Its name, what it says of its version, and how it is run."""
         done = subprocess.run(
             [self.find(), *self.version_words],
             capture_output=True,
@@ -44,4 +48,4 @@ class Peer:
             stdin=subprocess.DEVNULL,
         )
         found = re.search(r"\d+\.\d+[\w.+~-]*", done.stdout + done.stderr)
-        return {"program": self.program, "version": found[0] if found else "unknown"}
+        return {"program": self.program, "version": found[0] if found else "unknown", "commands": [*self.commands]}

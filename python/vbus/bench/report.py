@@ -71,7 +71,9 @@ def _section(measurement: AnyMeasurement, result: Row, folder: Path) -> str:
         f"Measured with `vbus bench {measurement.name}{' --peer' if result['options']['peer'] else ''}` on "
         f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['kernel']}, {machine['python']}, "
         f"vbus {machine['vbus']}{peers}; load average before: {busy:g}.",
+        *measurement.notes(result),
         *(f"{table.title}:\n\n{table.markdown()}" for table in measurement.tables(result) if table.rows),
+        *(f"How {peer['program']} is run: `{command}`." for peer in result["peers"] for command in peer["commands"]),
         f"![{measurement.title}]({folder.name}/{measurement.name}.svg)",
     ]
     return "\n\n".join(parts) + "\n"

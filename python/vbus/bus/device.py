@@ -226,6 +226,11 @@ class Device:
         """Whether the engine of this queue is to serve it, now that features were negotiated."""
         return True
 
+    def engine_yielded(self, queue: Queue) -> None:
+        """The engine of this queue serves it no more, and the model does from now on: take over what the engine keeps.
+        In a turn of the device, before it serves the queue.
+        """
+
     def engine_failed(self, error: OSError) -> None:
         """What is behind the device failed while an engine used it; told once of each kind and driver."""
         self.log.error("%s", error.strerror)

@@ -108,14 +108,12 @@ class Queue:
         slot = self._slot
         if slot is None:
             return False
-        priority = slot.queue_priorities[self.index]
-        # Who holds a key of the highest priority makes room for nobody.
-        urgent = (slot.actor.pool.scheduler, slot.actor.id, priority) if priority and not batch else None
+        others = (slot.actor.pool.scheduler, slot.actor.id, slot.queue_priorities[self.index])
         if slot.gate.is_open:
-            return self.core.serve(handler, self, limit, batch=batch, urgent=urgent)
+            return self.core.serve(handler, self, limit, batch=batch, others=others)
         limit = slot.admit(self, limit) if limit else 0
         try:
-            return self.core.serve(handler, self, limit, batch=batch, charge=slot.gate.charge, urgent=urgent)
+            return self.core.serve(handler, self, limit, batch=batch, charge=slot.gate.charge, others=others)
         finally:
             slot.completed()
 

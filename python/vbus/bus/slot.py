@@ -50,8 +50,10 @@ PULLED_SECONDS = 5.0
 """How long a device may keep buffers of a pull queue that is to stop."""
 LOOK_AGAIN = 1.0
 """Seconds, at most, between two looks of a queue that waits for a limit."""
-SETTLE_SECONDS = 1.0
-"""Seconds between two looks at what an engine has under way."""
+SETTLE_SECONDS = 3.0
+"""How long whoever stops a queue waits for what an engine has under way: less than a driver waits for its answer."""
+LATE_SECONDS = 0.5
+"""Seconds between two looks at what should have ended by then."""
 HISTORY = 16
 """How many reasons a slot or a connector remembers."""
 
@@ -74,8 +76,8 @@ class Ring:
 
     `desc`, `driver`, `device`: descriptor table, available and used ring, or what a packed ring has instead. `resume`:
     where to go on in a ring that was in use before, as the core's `next` says it. `inflight`: the mapping, and the
-    offset in it, where requests under way are kept for a successor of this process; not of a packed ring. `paused`:
-    nothing is taken off it until `pause_queue` says so.
+    offset in it, where requests under way are kept for a successor of this process. `paused`: nothing is taken off it
+    until `pause_queue` says so.
     """
 
     size: int = 0
@@ -181,8 +183,12 @@ class Slot:
         self._tasks: dict[int, _core.Task] = {}
         """Who serves a queue natively, by its index."""
         self._native = False
+        self._yielded: list[Queue] = []
+        """Queues that an engine serves no more, until the model has taken over."""
         self._holds = 0
         self._outbox_key: int | None = None
+        self._late_key: int | None = None
+        """There while a reset waits for an engine that has something under way for too long."""
         self._past: list[SignalCounters] = [((0, 0, 0), (0, 0, 0)) for _ in self.queues]
 
     def __repr__(self) -> str:
@@ -198,6 +204,7 @@ class Slot:
         def turn() -> bool:
             if queue.core.native:
                 return False
+            self._take_over()
             bell = self._bells.get(queue.index)
             if bell is not None:
                 self.kicks[queue.index] += bell.drain()
@@ -270,12 +277,19 @@ class Slot:
         return _core.Signal.local(self.actor.pool.scheduler, self.actor.key(turn, self.priority))
 
     def adopt(self, engines: Sequence[Engine]) -> None:
-        """Have workers run these engines for queues of this device. In the turn that plugs it."""
+        """Have workers run these engines for queues of this device. In the turn that plugs it. UsageError."""
         for engine in engines:
+            try:
+                task = self.bus.workers.add(engine.core, min(self.queue_priorities[q.index] for q in engine.queues))
+            except Error:
+                # A worker ends those that it has; of the rest, nothing may be held any more.
+                for other in engines:
+                    if other not in self._engines:
+                        other.core.end()
+                raise
             self._engines.append(engine)
-            task = self.bus.workers.add(engine.core, min(self.queue_priorities[q.index] for q in engine.queues))
             self._tasks.update({queue.index: task for queue in engine.queues})
-        self._use_engines(native=bool(engines))
+        self._use_engines()
 
     @property
     def engine(self) -> str:
@@ -284,16 +298,24 @@ class Slot:
             return "native"
         return f"python ({'limits are set' if self._engines else self.device.no_engine})"
 
-    def _use_engines(self, *, native: bool) -> None:
-        """Have queues served by engines, or all by the model's handlers. What is under way ends where it is."""
+    def _use_engines(self, *, allowed: bool = True) -> None:
+        """Have queues served by engines, when there are any and no limits; or else all by the model's handlers.
+
+        What is under way ends where it is.
+        """
         changed = []
         with self._lock:
+            # Looked at with the lock held: whoever sets limits comes here next, and sees what was chosen.
+            native = allowed and bool(self._engines) and self.gate.is_open
             self._native = native
             for queue in (queue for engine in self._engines for queue in engine.queues):
                 wanted = native and self.device.engine_serves(queue)
                 if wanted == queue.core.native:
                     continue
                 changed.append(queue)
+                if not wanted:
+                    # First: a turn that finds the queue its own finds this.
+                    self._yielded.append(queue)
                 bell = self._bells.get(queue.index)
                 if bell is not None:
                     self._ignore(queue, bell)
@@ -304,22 +326,48 @@ class Slot:
         for queue in changed:
             self.mark(queue)
 
+    def _take_over(self) -> None:
+        """In a turn: let the model have what engines keep of queues that they serve no more."""
+        if self._yielded:
+            with self._lock:
+                yielded, self._yielded = self._yielded, []
+            for queue in yielded:
+                self.runner.hook(self.device.engine_yielded, queue, of=queue)
+
     def _route(self, queue: Queue) -> None:
         task = self._tasks.get(queue.index) if queue.core.native else None
         self.actor.pool.scheduler.route(self._keys[queue.index], task)
 
     def limits_changed(self) -> None:
         """Limits were set or taken away, which engines know nothing of; queues that waited for them look again."""
-        if self._native and not self.gate.is_open:
+        with self._lock:
+            yields = self._native and not self.gate.is_open
+            if yields:
+                self._use_engines()
+        if yields:
             log.warning("%s/%s: limits are set: it is served in Python", self.bus.name, self.name)
-            self._use_engines(native=False)
         self.completed()
 
-    def _settle(self, engines: Iterable[Engine] | None = None) -> None:
-        """Wait until nothing is under way in engines whose queues are stopped or held."""
-        for engine in self._engines if engines is None else engines:
-            while not engine.core.settle(SETTLE_SECONDS):
-                pass
+    def _settle(self, engines: Iterable[Engine] | None = None, seconds: float = SETTLE_SECONDS) -> bool:
+        """Wait until nothing is under way in engines whose queues are stopped or held; False when that takes longer."""
+        deadline = time.monotonic() + seconds
+        return all(
+            engine.core.settle(max(deadline - time.monotonic(), 0))
+            for engine in (self._engines if engines is None else engines)
+        )
+
+    def _hangs(self) -> None:
+        """What an engine has under way does not end: the driver's memory is in use for so long."""
+        self._need_reset("io-hangs", f"what is under way has not ended within {SETTLE_SECONDS:g} s", None)
+
+    def _reset_late(self) -> bool:
+        """Reset as soon as what is under way has ended. In a turn."""
+        if self._late_key is not None:
+            if self._settle(seconds=0):
+                self._end_reset()
+            else:
+                self.actor.mark_later(self._late_key, LATE_SECONDS)
+        return False
 
     @contextmanager
     def _engines_hold(self) -> Iterator[None]:
@@ -332,17 +380,27 @@ class Slot:
             yield
         finally:
             self._holds -= 1
-            if self._holds == 0 and not self.draining:
-                for queue in queues:
+            with self._lock:
+                # A device that is about to leave goes on holding.
+                resumed = [] if self._holds or self.draining else queues
+                for queue in resumed:
                     queue.core.draining = False
-                    if queue.core.native:
-                        self.mark(queue)
+            for queue in resumed:
+                if queue.core.native:
+                    self.mark(queue)
 
-    def undisturbed(self, change: Callable[[], None]) -> None:
-        """Call `change` in a turn of the device, when no engine uses the driver's memory."""
+    def undisturbed(self, change: Callable[[], None]) -> bool:
+        """Call `change` in a turn of the device, when no engine uses the driver's memory.
+
+        False when that does not come about: the device needs a reset then.
+        """
         with self._engines_hold():
-            self._settle()
-            change()
+            settled = self._settle()
+            if settled:
+                change()
+        if not settled:
+            self._hangs()
+        return settled
 
     def _read_outboxes(self) -> bool:
         """Do what engines leave to the device. In a turn."""
@@ -558,8 +616,9 @@ class Slot:
     def set_status(self, attachment: Attachment, value: int, reply: Callable[[int], None]) -> None:
         """Take a driver's status write; `reply` gets the status that came of it, perhaps from another thread.
 
-        Zero resets: the reply comes when nothing of the device is under way any more. Anything else claims the device
-        for this driver. InUseError when another has it.
+        Zero resets: the reply comes when nothing of the device is under way any more. When that does not end, the reply
+        is a status that says NEEDS_RESET, and not zero: the driver's memory is in use until the status is zero, as soon
+        as it can be. Anything else claims the device for this driver. InUseError when another has it.
         """
         with self._lock:
             if self.owner is not None and self.owner is not attachment:
@@ -569,6 +628,8 @@ class Slot:
                 raise InUseError(f"{self.name} is in use by {self.owner.label}")
             if value and not self.present:
                 raise RefusedError(f"{self.name} is being removed")
+            if value and self._late_key is not None:
+                raise RefusedError(f"{self.name} is being reset, and what is under way has not ended")
             if value:
                 self.owner = attachment
                 self.gate.members = attachment.accounts
@@ -605,7 +666,7 @@ class Slot:
         if owner is None:
             return
         # Once for a driver: what a model keeps of a queue that it serves, an engine does not know, nor the other way.
-        self._use_engines(native=bool(self._engines) and self.gate.is_open)
+        self._use_engines()
         # Copies: the driver may set queues up, too late, at this very moment.
         rings = dict(self._rings)
         for index, ring in rings.items():
@@ -754,10 +815,11 @@ class Slot:
         self.runner.hook(lambda: answers.append(self.device.queue_stopping(queue)), of=queue)
         return late or answers == [True]
 
-    def reset_queue(self, attachment: Attachment, index: int, done: Callable[[], None]) -> None:
+    def reset_queue(self, attachment: Attachment, index: int, done: Callable[[Error | None], None]) -> None:
         """Reset one queue (section 2.6.1): its driver gets nothing back of what is in flight, and may set it up anew.
 
-        `done` is called when nothing of the queue is under way any more. RefusedError without RING_RESET.
+        `done` is called when nothing of the queue is under way any more; with a RefusedError when that does not end.
+        RefusedError without RING_RESET.
         """
         queue = self.queue_at(index)
         with self._lock:
@@ -768,12 +830,15 @@ class Slot:
         def reset() -> None:
             if self.owner is attachment and self._rings.pop(index, None) is not None:
                 queue.core.stop()
-                self._settle(engine for engine in self._engines if queue in engine.queues)
+                if not self._settle(engine for engine in self._engines if queue in engine.queues):
+                    self._hangs()
+                    done(RefusedError(f"{self.name}: what is under way on queue {index} does not end"))
+                    return
                 self.runner.cancel(queue)
                 attachment.queue_reset(self, queue)
                 self._tell_queues()
                 self.completed()
-            done()
+            done(None)
 
         self.actor.post(reset)
 
@@ -783,7 +848,19 @@ class Slot:
 
     def _reset(self) -> None:
         self._stop_queues()
-        self._settle()
+        if self._settle():
+            self._end_reset()
+        elif self._late_key is None:
+            # Nobody is told that the driver's memory is free before it is.
+            self._hangs()
+            self._late_key = self.actor.key(self._reset_late, 0)
+            self.actor.mark_later(self._late_key, LATE_SECONDS)
+
+    def _end_reset(self) -> None:
+        """Forget the driver, with nothing of its memory in use any more."""
+        if self._late_key is not None:
+            self.actor.drop_key(self._late_key)
+            self._late_key = None
         for engine in self._engines:
             engine.core.forget()
         self.runner.cancel()
@@ -915,26 +992,38 @@ class Slot:
 
     def drain(self, timeout: float) -> bool:
         """Take no more requests, and wait for those under way; False when `timeout` seconds were not enough."""
-        self.draining = True
-        for queue in self.queues:
-            queue.core.draining = True
+        with self._lock:
+            self.draining = True
+            for queue in self.queues:
+                queue.core.draining = True
         deadline = time.monotonic() + timeout
         while not self.idle() and time.monotonic() < deadline:
             time.sleep(0.002)
         return self.idle()
 
-    def halt(self) -> None:
-        """Stop serving at once, before the driver hears of it: from then on it may reuse its buffers."""
+    def halt(self) -> bool:
+        """Stop serving at once, before the driver hears of it: from then on it may reuse its buffers.
+
+        False when what an engine has under way does not end: then it may not yet.
+        """
         self.present = False
         self._stop_queues()
-        for engine in self._engines:
-            engine.core.settle(SETTLE_SECONDS)
+        settled = self._settle()
+        if not settled:
+            log.error("%s/%s: what is under way does not end: it is left behind", self.bus.name, self.name)
+        return settled
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether engines have nothing under way."""
+        return self._settle(seconds=0)
 
     def remove(self, timeout: float) -> bool:
         """Stop the device for good; False when it hangs longer than `timeout` seconds (it is left behind then)."""
-        self.halt()
-        ended = True
+        self.present = False
+        ended = self.is_settled
         try:
+            # What has not ended keeps its memory mapped.
             self.actor.call(self._leave, timeout)
         except TimeoutError:
             ended = False
@@ -947,8 +1036,10 @@ class Slot:
         return ended
 
     def _leave(self) -> None:
-        self._reset()
-        self._use_engines(native=False)
+        self._stop_queues()
+        self._settle(seconds=LATE_SECONDS)
+        self._end_reset()
+        self._use_engines(allowed=False)
         for engine in self._engines:
             self._tasks[engine.queues[0].index].remove()
         self._engines.clear()

@@ -62,18 +62,28 @@ class Workers:
         self._lock = threading.Lock()
 
     def add(self, engine: _core.Engine, priority: int) -> _core.Task:
-        """Have a worker run an engine: one that is not started yet, or that with the fewest."""
+        """Have a worker run an engine: one that is not started yet, or that with the fewest.
+
+        UsageError when one cannot be started.
+        """
         with self._lock:
             if len(self._workers) < self.count:
                 number = len(self._workers)
                 cpus = [self.affinity[number % len(self.affinity)]] if self.affinity else []
                 name = f"vbus-native-{number}"
-                self._workers.append(_core.Worker(name, polling=self.polling, cpus=cpus))
+                self._workers.append(self._start(name, cpus))
             worker = min(self._workers, key=lambda worker: worker.tasks)
             return worker.add(engine, priority)
 
-    def counters(self) -> list[tuple[int, int, int]]:
-        """(turns with work, turns without, times asleep) of each worker."""
+    def _start(self, name: str, cpus: list[int]) -> _core.Worker:
+        try:
+            return _core.Worker(name, polling=self.polling, cpus=cpus)
+        except OSError as error:
+            where = f" on CPU {cpus[0]}" if cpus else ""
+            raise UsageError(f"bus {self.name}: no worker can be started{where}: {error.strerror}") from None
+
+    def counters(self) -> list[tuple[int, int, int, int]]:
+        """(turns with work, turns without, times asleep, nanoseconds in turns with work) of each worker."""
         return [worker.counters for worker in self._workers]
 
     def close(self) -> None:

@@ -47,6 +47,16 @@ ABOUT = {
         that check nothing. It needs two CPUs.
         """,
     ),
+    "net": About(
+        "A network's loopback at full speed, in frames a second.",
+        """Measure a network's loopback behind vhost-user, driven by DPDK (dpdk-testpmd) as fast as it can.
+
+        Served natively and in Python, through split and packed rings, notified, adaptive and always polling; and how
+        long the first frame of a burst is held back for the others. It takes about five minutes. With --peer, against
+        DPDK's own back-end. It needs two CPUs.
+        """,
+        has_peer=True,
+    ),
     "latency": About(
         "How long one request takes that is alone.",
         """Measure how long a request takes from a native driver to a device in Python and back, one at a time.
@@ -58,8 +68,19 @@ ABOUT = {
         "Devices in Python, against bare calls of Python from native code.",
         """Measure a device in Python that does nothing, against bare calls of the same handler from native code.
 
-        One request at a time (`handle`), and 64 at once (`handle_batch`), which the device looks at or not.
+        One request at a time (`handle`), and 1, 8 and 64 at once (`handle_batch`), which the device looks at or not.
         """,
+    ),
+    "blk": About(
+        "A disk in another process: random reads through vhost-user.",
+        """Measure random reads of 4 KiB from a file in the page cache, through vhost-user, each side on its own CPU.
+
+        Served natively and in Python, through split and packed rings, notified and polling; 32 reads under way, and one
+        at a time, with a driver that sleeps and one that polls. The limit beside it is io_uring alone in the same
+        batches, and what fio finds where it is installed. With --peer, qemu-storage-daemon serves the same file. It
+        takes about five minutes.
+        """,
+        has_peer=True,
     ),
     "scale": About(
         "Many devices on one bus: to find them, to plug one, to have one.",
@@ -145,7 +166,15 @@ def _command(names: Sequence[str], name: str, about: About) -> click.Command:
 
 
 bench_command.add_command(
-    _command(list(ABOUT), "all", About("All of them, one after the other.", "Measure everything, one after the other."))
+    _command(
+        list(ABOUT),
+        "all",
+        About(
+            "All of them, one after the other.",
+            "Measure everything, one after the other, but for what needs a program that is not installed.",
+            has_peer=True,
+        ),
+    )
 )
 
 
@@ -176,6 +205,7 @@ def _measure(
     peer: bool,
 ) -> None:
     from vbus.bench import harness
+    from vbus.bench.peers import MissingError
 
     for target in (Path(json_file) if json_file not in (None, "-") else None, plot):
         if target is not None and not os.access(target.parent, os.W_OK | os.X_OK):
@@ -187,7 +217,15 @@ def _measure(
     results = []
     for name in names:
         measurement = harness.load(name)
-        plan = harness.plan_of(measurement, quick=quick, rounds=rounds, peer=peer)
+        try:
+            # Of all of them, those that somebody else does, too.
+            beside = peer and (len(names) == 1 or bool(measurement.peers))
+            plan = harness.plan_of(measurement, quick=quick, rounds=rounds, peer=beside)
+        except MissingError as missing:
+            if len(names) == 1:
+                raise
+            click.echo(f"{name} is left out: {missing}", err=True)
+            continue
         progress = Progress(f"{name} " if len(names) > 1 else "")
         try:
             result = harness.run(measurement, plan, progress.say)
@@ -250,6 +288,10 @@ def _print_result(measurement: AnyMeasurement, result: Row) -> None:
     click.echo(f"{machine['cpu']}, {machine['cpus']} CPUs; {machine['kernel']}; {machine['python']}")
     for peer in result["peers"]:
         click.echo(f"beside {peer['program']} {peer['version']}")
+        for command in peer["commands"]:
+            click.echo(f"  {command}")
+    for note in measurement.notes(result):
+        click.echo(note)
     for table in measurement.tables(result):
         _print_table(table)
     click.echo()

@@ -19,7 +19,7 @@ from vbus import _core, msg
 from vbus.bus import Account, Actor, Attachment, Bus, InUseError, RefusedError, Ring, Slot
 from vbus.channel import Mirror
 from vbus.connectors.peer_channels import PeerChannels
-from vbus.errors import Violation
+from vbus.errors import Error, Violation
 from vbus.virtio import Status, features
 
 if TYPE_CHECKING:
@@ -263,7 +263,14 @@ class MessagePeer(Attachment):
                 ring = Ring(size, desc, driver, device)
                 self.set_queue(slot, index, ring, lambda: answer(msg.SetVqueueResponse()))
             case msg.ResetVqueue(index=index):
-                slot.reset_queue(self, index, lambda: answer(msg.ResetVqueueResponse()))
+
+                def was_reset(error: Error | None) -> None:
+                    if error is None:
+                        answer(msg.ResetVqueueResponse())
+                    else:
+                        self.refuse(frame, errno.ETIMEDOUT, str(error))
+
+                slot.reset_queue(self, index, was_reset)
             case msg.GetShm(index=index):
                 answer(msg.GetShmResponse(index, 0, 0))
             case msg.Sources():

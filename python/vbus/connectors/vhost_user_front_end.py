@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from vbus import _core
@@ -22,7 +23,7 @@ from vbus.bus.queue import MAX_QUEUE_SIZE
 from vbus.bus.slot import InUseError, SignalCounters
 from vbus.connectors.eventfd import is_eventfd
 from vbus.connectors.vhost_user_classes import owns
-from vbus.connectors.vhost_user_memory import MAX_MEMORY_SLOTS, GuestMemory, Inflight
+from vbus.connectors.vhost_user_memory import MAX_MEMORY_SLOTS, GuestMemory, Inflight, is_size
 from vbus.connectors.vhost_user_state import StateTransfer
 from vbus.errors import Error, Violation
 from vbus.vhost_user import codec, wire
@@ -47,8 +48,6 @@ PROTOCOL = (
 """What every class is offered with."""
 NEEDED_IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 """Without these the protocol has no in-band notifications."""
-PACKED_BASE = 0x8000_8000
-"""Where a packed ring begins: at descriptor 0 with a wrap counter of 1, for both sides."""
 LOOK_SECONDS = 0.5
 """How often to look whether a front-end that waits for an answer is there still."""
 REFUSED = 1
@@ -76,6 +75,8 @@ class Vring:
         self.kicked_in_band = False
         self.enabled = False
         self.started = False
+        self.is_known = False
+        """Whether its front-end has seen it run here, and so knows where it goes on."""
         # The descriptor behind it is replaced when the front-end names another, while the ring goes on.
         fd = _nobody_listens()
         self.call = _core.Doorbell(fd)
@@ -198,13 +199,12 @@ class FrontEnd(Attachment):
             case ((Request.RESET_OWNER | Request.RESET_DEVICE), _):
                 self._reset(done)
             case Request.SET_MEM_TABLE, m.MemTable(regions=regions):
-                self._set_memory(list(regions), fds, done)
+                self._change_memory(self._guest.replacing(list(regions), fds.fds), done)
             case Request.ADD_MEM_REG, m.MemRegion() as region:
                 self._guest.add(m.Region(region.guest, region.size, region.user, region.offset), fds.fds[0])
                 done()
             case Request.REM_MEM_REG, m.MemRegion() as region:
-                self._guest.remove(region)
-                done()
+                self._change_memory(partial(self._guest.remove, region), done)
             case Request.SET_BACKEND_REQ_FD, _:
                 self._set_backend(fds.take())
                 done()
@@ -224,7 +224,7 @@ class FrontEnd(Attachment):
             case Request.GET_INFLIGHT_FD, m.Inflight(num_queues=queues, queue_size=size):
                 self._make_inflight(queues, size)
             case Request.SET_INFLIGHT_FD, m.Inflight() as inflight:
-                self._inflight = Inflight.map(inflight, fds.fds[0], len(self.vrings))
+                self._inflight = Inflight.map(inflight, fds.fds[0], len(self.vrings), packed=self._is_packed)
                 done()
             case Request.SET_LOG_BASE, m.Log() as dirty:
                 self._guest.set_log(dirty, fds.fds[0])
@@ -245,7 +245,7 @@ class FrontEnd(Attachment):
             case Request.SET_VRING_NUM, m.VringState(index=index, num=num):
                 vring = self._vring(index)
                 # No message says what the device would like: guests of memory-mapped virtio take what QEMU has.
-                if not 0 < num <= MAX_QUEUE_SIZE or (num & (num - 1) and not self._is_packed):
+                if not is_size(num, packed=self._is_packed):
                     raise Violation("queue-size", f"queue {index}: {num}; powers of two to {MAX_QUEUE_SIZE}")
                 vring.size = num
             case Request.SET_VRING_ADDR, m.VringAddr(index=index) as addr:
@@ -449,8 +449,16 @@ class FrontEnd(Attachment):
             done()
 
         resumed = then(forgotten)
+
+        def answered(status: int) -> None:
+            if status and not self.is_parted:
+                # Something of it does not end. The protocol has no word for that: the front-end waits.
+                self.slot.set_status(self, 0, answered)
+            else:
+                resumed()
+
         if self.slot.owner is self:
-            self.slot.set_status(self, 0, lambda _: resumed())
+            self.slot.set_status(self, 0, answered)
         else:
             resumed()
 
@@ -470,14 +478,15 @@ class FrontEnd(Attachment):
 
     # Memory.
 
-    def _set_memory(self, regions: list[m.Region], fds: _Descriptors, done: Callable[[], None]) -> None:
-        replace = self._guest.replacing(regions, fds.fds)
+    def _change_memory(self, change_it: Callable[[], None], done: Callable[[], None]) -> None:
+        """Take memory away, and perhaps give other: when this is answered, nothing uses what was taken."""
         resumed = self._wait()(done)
 
         def change() -> None:
             # In a turn of the device: none of its queues looks for memory now.
             try:
-                self.slot.undisturbed(replace)
+                if not self.slot.undisturbed(change_it):
+                    self.part(f"its memory is in use: what is under way on {self.slot.name} does not end")
             except Violation as violation:
                 self.part(str(violation))
             resumed()
@@ -486,12 +495,7 @@ class FrontEnd(Attachment):
 
     def _make_inflight(self, queues: int, queue_size: int) -> None:
         """Memory for requests under way: the front-end keeps it, and gives it to whoever serves it next."""
-        if queues > len(self.vrings):
-            raise Violation("inflight-size", f"{queues} queues; {self.slot.name} has {len(self.vrings)}")
-        if self._is_packed:
-            # No bytes: of packed rings nothing is kept.
-            self.answer(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, queues, queue_size))
-            return
+        Inflight.check(queues, queue_size, len(self.vrings), packed=self._is_packed)
         size = Inflight.room(queues, queue_size)
         fd = os.memfd_create("vbus-inflight", os.MFD_CLOEXEC)
         try:
@@ -616,20 +620,42 @@ class FrontEnd(Attachment):
         addr = vring.addr
         assert addr is not None
         index = vring.queue.index
+        packed = self._is_packed
+        inflight = self._inflight.of(index, vring.size, packed=packed) if self._inflight is not None else None
+        desc = self._guest.guest_address(f"queue {index}: descriptors", addr.desc)
+        base = vring.base
+        if inflight is None and packed and not vring.is_known:
+            base = self._find(vring, desc)
+        vring.is_known = True
         return Ring(
             vring.size,
-            self._guest.guest_address(f"queue {index}: descriptors", addr.desc),
+            desc,
             self._guest.guest_address(f"queue {index}: available ring", addr.avail),
             self._guest.guest_address(f"queue {index}: used ring", addr.used),
-            vring.base,
-            self._inflight.of(index, vring.size) if self._inflight is not None and not self._is_packed else None,
+            base,
+            inflight,
             paused=not self._is_enabled(vring),
         )
+
+    def _find(self, vring: Vring, desc: int) -> int:
+        """Where a packed ring goes on whose front-end may know no better than where it began.
+
+        Of a split ring that was served by a process that was killed, a front-end finds the place in the ring (QEMU does
+        so of a network, whose requests it keeps nowhere). Of a packed one it does not.
+        """
+        said = vring.base if vring.base is not None else m.PACKED_BASE
+        ring = features.of_ring(self.features or 0)
+        if ring["in_order"] or not ring["indirect"] or not self.slot.device.in_order:
+            return said
+        found = _core.DeviceQueue.find_place(self.memory, vring.size, desc, said)
+        if found != said:
+            log.info("%s: queue %d goes on at %#x, not at %#x", self.label, vring.queue.index, found, said)
+        return found
 
     def _stop(self, index: int) -> None:
         vring = self._vring(index)
         then = self._wait()
-        base = vring.base if vring.base is not None else PACKED_BASE if self._is_packed else 0
+        base = vring.base if vring.base is not None else m.PACKED_BASE if self._is_packed else 0
         ended: list[int | None] = []
 
         def stopped() -> None:

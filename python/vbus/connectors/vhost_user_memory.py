@@ -60,52 +60,66 @@ class Inflight:
     A front-end asks with the queue size that it would choose, and passes that on with the memory; its guest may choose
     a larger one (QEMU's memory-mapped virtio lets it have 1024, whatever the device says). So what is made here has
     room for more than was asked for, and what comes is as large as its bytes say.
+
+    It may ask before it says whether rings are packed: what is made has room for either layout, and which it is shows
+    when a ring starts.
     """
 
     mapping: _core.Mapping
     before: int
-    queues: int
-    queue_size: int
-    """Entries that there is room for in each queue."""
+    given: m.Inflight
 
     @classmethod
     def room(cls, queues: int, queue_size: int) -> int:
         """Bytes to make for so many queues. Violation: inflight-size."""
-        cls._bytes(queues, queue_size)
-        return cls._bytes(queues, max(queue_size, INFLIGHT_ENTRIES))
+        # An entry of a packed ring takes more than one of a split ring.
+        return cls._bytes(queues, max(queue_size, INFLIGHT_ENTRIES), packed=True)
+
+    @staticmethod
+    def _bytes(queues: int, queue_size: int, *, packed: bool) -> int:
+        return queues * _core.DeviceQueue.inflight_size(queue_size, packed=packed)
 
     @classmethod
-    def _bytes(cls, queues: int, queue_size: int) -> int:
-        if queue_size not in _SIZES or not queues:
-            raise Violation("inflight-size", f"{queues} queues of {queue_size} entries")
-        return queues * _core.DeviceQueue.inflight_size(queue_size)
+    def check(cls, queues: int, queue_size: int, most_queues: int, *, packed: bool) -> None:
+        """Whether a front-end may ask for so much. Violation: inflight-size."""
+        if not 0 < queues <= most_queues or not is_size(queue_size, packed=packed):
+            raise Violation("inflight-size", f"{queues} queues, of {most_queues}, of {queue_size} entries")
 
     @classmethod
-    def map(cls, given: m.Inflight, fd: int, most_queues: int) -> Inflight:
+    def map(cls, given: m.Inflight, fd: int, most_queues: int, *, packed: bool) -> Inflight:
         """Map what a front-end kept, of a descriptor which the caller closes. Violation: inflight-*."""
-        size = cls._bytes(given.num_queues, given.queue_size)
-        if given.mmap_size < size or given.num_queues > most_queues:
+        cls.check(given.num_queues, given.queue_size, most_queues, packed=packed)
+        size = cls._bytes(given.num_queues, given.queue_size, packed=packed)
+        if given.mmap_size < size:
             raise Violation("inflight-size", f"{given.mmap_size} bytes; {given.num_queues} queues take {size}")
         if given.mmap_size + given.mmap_offset > 1 << 63:
             raise Violation("inflight-size", f"{given.mmap_size} bytes at {given.mmap_offset:#x}")
-        # Exactly what another size takes is of that size; anything else has something behind it that nobody reads.
-        larger = [room for room in _SIZES if given.mmap_size == cls._bytes(given.num_queues, room)]
-        queue_size = max([given.queue_size, *larger])
-        size = cls._bytes(given.num_queues, queue_size)
         before = given.mmap_offset % _PAGE
+        # Of what there is no use for there may be any number of bytes.
+        size = min(given.mmap_size, cls._bytes(given.num_queues, MAX_QUEUE_SIZE, packed=True))
         try:
             mapping = _core.Mapping(fd, size + before, given.mmap_offset - before, guarded=True)
         except (OSError, ValueError) as error:
             raise Violation("inflight-not-mappable", str(error)) from None
-        return cls(mapping, before, given.num_queues, queue_size)
+        return cls(mapping, before, given)
 
-    def of(self, index: int, size: int) -> tuple[_core.Mapping, int] | None:
-        """The place of a queue, if it has one. Violation: inflight-size."""
-        if index >= self.queues:
+    def of(self, index: int, size: int, *, packed: bool) -> tuple[_core.Mapping, int] | None:
+        """The place of a queue whose ring is of this layout, if it has one. Violation: inflight-size."""
+        given = self.given
+        if index >= given.num_queues:
             return None
-        if size > self.queue_size:
-            raise Violation("inflight-size", f"queue {index} has {size} entries, and a place for {self.queue_size}")
-        return self.mapping, self.before + index * _core.DeviceQueue.inflight_size(self.queue_size)
+        # Exactly what another size takes is of that size; anything else has something behind it that nobody reads.
+        larger = [room for room in _SIZES if given.mmap_size == self._bytes(given.num_queues, room, packed=packed)]
+        entries = max([given.queue_size, *larger])
+        each = self._bytes(1, entries, packed=packed)
+        if size > entries or given.mmap_size < each * given.num_queues:
+            raise Violation("inflight-size", f"queue {index} has {size} entries, and a place for {entries}")
+        return self.mapping, self.before + index * each
+
+
+def is_size(size: int, *, packed: bool) -> bool:
+    """Whether a ring may have so many entries."""
+    return 0 < size <= MAX_QUEUE_SIZE and (packed or size in _SIZES)
 
 
 class GuestMemory:

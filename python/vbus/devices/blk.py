@@ -237,7 +237,7 @@ class Blk(Device):
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                 what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
                 raise UsageError(f"disk {path} is {what}: name a disk image or a block device")
-            fd = os.open(path, (os.O_RDONLY if self._read_only else os.O_RDWR) | os.O_CLOEXEC)
+            fd = _open(path, (os.O_RDONLY if self._read_only else os.O_RDWR) | os.O_CLOEXEC)
         except FileNotFoundError:
             raise UsageError(f"disk {path} does not exist: create it first (truncate -s 64M {path})") from None
         except PermissionError:
@@ -349,12 +349,15 @@ class Blk(Device):
         readable, writable = request.views()
         from_driver = skip(readable, HEADER.size)
         to_driver, status = split_last(writable)
+        gone = False
         try:
             result = self._serve(kind, sector, from_driver, to_driver)
         except OSError as error:
             result = RequestStatus.IOERR
+            # Memory that its driver has taken away: what is in its place when it is touched is this process's own.
+            gone = error.errno == errno.EFAULT
             self._failed(error)
-        if result != RequestStatus.OK or kind not in (RequestType.IN, RequestType.GET_ID):
+        if not gone and (result != RequestStatus.OK or kind not in (RequestType.IN, RequestType.GET_ID)):
             # The used length covers the status byte, so also the bytes before it: none of them may be left as it was.
             clear(to_driver)
         status[0] = result
@@ -466,3 +469,11 @@ class Blk(Device):
         if error.errno not in self._told:
             self._told.add(error.errno or 0)
             self.log.error("%s: %s", self._path or "memory", error.strerror)
+
+
+def _open(path: str, flags: int) -> int:
+    """Open a file, and have reads not write down when they were: which only its owner may ask for."""
+    try:
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:
+        return os.open(path, flags)

@@ -321,6 +321,16 @@ class Net(Device):
         """Without MQ there is one pair, and commands come on what would be the next."""
         return queue.index < controlq(1) or self.has("MQ")
 
+    def engine_yielded(self, queue: Queue) -> None:
+        """Frames that wait for buffers go on to wait here, before all that come."""
+        pair, is_transmit = divmod(queue.index, 2)
+        # Of one that leaves its bus there are none any more, and nothing waits.
+        if not is_transmit and pair < len(self._engines):
+            wanted, packets = self._engines[pair].hand_over()
+            if wanted and packets:
+                self._receivers[pair].keep(packets.pop(0))
+            self._backend.put_back(pair, packets)
+
     def _tell_engines(self) -> None:
         """What holds now; no frame goes by what held before when this returns."""
         wanted = self.filter
@@ -599,9 +609,6 @@ class Net(Device):
         receiver = self._receivers[pair]
         if pair >= self._pairs or receiver.queue.core.native:
             return
-        if pair < len(self._engines):
-            # It may have been served natively before.
-            receiver.adopt(self._engines[pair].leave_buffers())
         try:
             self._fill(pair, receiver)
         except Violation as violation:

@@ -58,6 +58,9 @@ class Backend:
         """The next packet of this pair, None when there is none now. OSError when the other end is gone."""
         return None
 
+    def put_back(self, pair: int, packets: Sequence[bytes | bytearray]) -> None:
+        """Packets for this pair that somebody else had, and that come before all others."""
+
     def write(self, pair: int, header: bytes, frame: Sequence[memoryview]) -> None:
         """Take a packet; `frame` has no empty part. OSError when it is refused, or the other end is gone."""
 
@@ -107,6 +110,11 @@ class Loopback(Backend):
         packet = backlog.popleft()
         self._bytes[pair] -= len(packet)
         return memoryview(packet)
+
+    def put_back(self, pair: int, packets: Sequence[bytes | bytearray]) -> None:
+        """What an engine kept, within the same limits."""
+        self._backlog.setdefault(pair, deque()).extendleft(map(bytearray, reversed(packets)))
+        self._bytes[pair] = self._bytes.get(pair, 0) + sum(map(len, packets))
 
     def write(self, pair: int, header: bytes, frame: Sequence[memoryview]) -> None:
         """Keep a copy; one that there is no room for counts as unread."""

@@ -8,7 +8,6 @@ there are more; nothing behind it is read meanwhile.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from itertools import islice
 
 from vbus.bus import Queue, Request
@@ -44,14 +43,14 @@ class Receiver:
         self.publish()
         self._stock.clear()
 
-    def adopt(self, buffers: Sequence[Request]) -> None:
-        """Somebody else has taken these off the queue, and left them."""
-        self._stock += buffers
-
     def forget(self) -> int:
         """Nothing more is to come; gives how many packets were kept, and are lost."""
         kept, self._kept = self._kept, None
         return kept is not None
+
+    def keep(self, packet: bytes | bytearray) -> None:
+        """Have a packet go first that is known to be wanted."""
+        self._kept = memoryview(bytearray(packet))
 
     def has_room(self) -> bool:
         """Whether there is a buffer, and no packet that it is for. Violation: rx-buffer-too-small."""

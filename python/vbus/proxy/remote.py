@@ -167,6 +167,9 @@ class RemoteDevice:
                 break
             time.sleep(0.005)
             status = int(self.status)
+        if status != 0 and self.queues:
+            # Its buffers are the device's for as long.
+            raise DriverError(errno.ETIMEDOUT, f"{self.name} is not reset: what is under way there does not end")
         self._forget_queues()
         self.needs_reset = False
 

@@ -20,6 +20,8 @@ NO_FD = 1 << 8
 """In the number that comes with SET_VRING_KICK, _CALL, _ERR: there is no descriptor."""
 INDEX = 0xFF
 """The queue in that number."""
+PACKED_BASE = 0x8000_8000
+"""Where a packed ring begins: at descriptor 0 with a wrap counter of 1, for both sides."""
 
 
 class BadPayloadError(ValueError):
@@ -116,6 +118,8 @@ PROTOCOL_FEATURES = 30
 """The bit of the device's features that says that there are protocol features. No driver ever sees it."""
 LOG_ALL = 26
 """The bit of the device's features that switches the dirty log on."""
+PACKED_BASE = 0x8000_8000
+"""The base of a packed ring that is new: at descriptor 0 with a wrap counter of 1, for both sides."""
 VRING_LOG = 1
 """The flag of SET_VRING_ADDR that has the used ring logged."""
 

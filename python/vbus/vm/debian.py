@@ -45,13 +45,16 @@ def alone(name: str) -> Iterator[None]:
         yield
 
 
-def unpacked(architecture: str, packages: Sequence[str], *, alone_without: bool = False) -> Path:
+def unpacked(
+    architecture: str, packages: Sequence[str], *, alone_without: bool = False, backports: bool = False
+) -> Path:
     """A directory with the files of these packages and of all that they need; or of them alone.
 
-    Raises FetchError.
+    `backports`: those that were made newer for this release of Debian. Raises FetchError.
     """
     names = sorted(packages)
-    digest = hashlib.sha256(" ".join([*names, str(alone_without)]).encode()).hexdigest()[:12]
+    words = [*names, str(alone_without), *(["backports"] if backports else [])]
+    digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
     place = cache() / architecture / f"{names[0]}-{digest}"
     if place.is_dir():
         return place
@@ -63,7 +66,7 @@ def unpacked(architecture: str, packages: Sequence[str], *, alone_without: bool 
             fetched, files = Path(scratch) / "archives", Path(scratch) / "files"
             (fetched / "partial").mkdir(parents=True)
             files.mkdir()
-            apt = _Apt(architecture)
+            apt = _Apt(architecture, backports)
             try:
                 apt.fetch(names, fetched, alone_without)
             except FetchError:
@@ -76,21 +79,21 @@ def unpacked(architecture: str, packages: Sequence[str], *, alone_without: bool 
     return place
 
 
-def depends(architecture: str, package: str) -> list[str]:
+def depends(architecture: str, package: str, *, backports: bool = False) -> list[str]:
     """The names of the packages that one depends on directly. Raises FetchError."""
     with alone(architecture):
-        apt = _Apt(architecture)
+        apt = _Apt(architecture, backports)
         said = apt.run("apt-cache", "depends", package)
     return re.findall(r"^ +Depends: ([^<\s]+)$", said, re.MULTILINE)
 
 
 class _Apt:
-    """apt with a state of its own, for one architecture."""
+    """apt with a state of its own, for one architecture, and for the release alone or its backports alone."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, backports: bool = False) -> None:
         if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
             raise FetchError("guests are made of Debian's packages: there is no apt-get on this machine")
-        self._root = cache() / architecture / "apt"
+        self._root = cache() / architecture / ("apt-backports" if backports else "apt")
         for part in ("state/lists/partial", "cache/archives/partial"):
             (self._root / part).mkdir(parents=True, exist_ok=True)
         (self._root / "status").touch()
@@ -101,9 +104,29 @@ class _Apt:
             *("-o", f"Dir::Cache={self._root}/cache", "-o", "APT::Sandbox::User=root"),
             *("-o", "Dpkg::Use-Pty=0", "-o", "Acquire::Languages=none", "-o", "Acquire::Retries=3"),
         ]
+        if backports:
+            self._options += [
+                "-o",
+                "Dir::Etc::SourceList=/dev/null",
+                "-o",
+                f"Dir::Etc::SourceParts={self._backports()}",
+            ]
         stamp = self._root / "refreshed"
         if not stamp.exists() or time.time() - stamp.stat().st_mtime > FRESH:
             self.refresh()
+
+    def _backports(self) -> Path:
+        """A directory of sources: the backports, from the mirror that this machine's Debian comes from."""
+        release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+        codename = release.get("VERSION_CODENAME", "").strip('"')
+        said = _run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"])
+        mirrors = [line.split()[0] for line in said.splitlines() if line.split()[1:] == [codename]]
+        if not mirrors:
+            raise FetchError(f"no mirror of {codename or 'Debian'} is among this machine's sources")
+        sources = self._root / "sources"
+        sources.mkdir(exist_ok=True)
+        (sources / "backports.list").write_text(f"deb {mirrors[0]} {codename}-backports main\n")
+        return sources
 
     def refresh(self) -> None:
         """Fetch the lists of packages; those of an archive that does not have the architecture any more are missed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lzma
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,9 @@ from vbus.vm.debian import FetchError, cache, depends, unpacked
 
 PACKAGES = {"amd64": "linux-image-amd64", "s390x": "linux-image-s390x", "ppc64el": "linux-image-powerpc64le"}
 """The package, by Debian's name of the architecture, that depends on the newest kernel."""
+
+
+IMAGE = "linux-image-"
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,23 @@ class Kernel:
         lines = (self.modules / "modules.builtin").read_text().splitlines()
         return {Path(line).stem.replace("-", "_") for line in lines}
 
-    def closure(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    def closure(self, modules: Collection[str | Path]) -> Iterator[tuple[str, bytes]]:
         """File names and contents of these modules and of those that they need, each after what it needs.
 
-        A module that the kernel has built in is left out; KeyError for one that it does not have.
+        A path is a module's that was built for this kernel; the others are the kernel's own. One that the kernel has
+        built in is left out; KeyError for one that it does not have.
         """
+        built = {module.stem.replace("-", "_"): module for module in modules if isinstance(module, Path)}
         done: set[str] = set()
-        for name in names:
-            yield from self._with_needs(name.replace("-", "_"), done)
+        for module in modules:
+            name = module.stem if isinstance(module, Path) else module
+            yield from self._with_needs(name.replace("-", "_"), self._files | built, done)
 
-    def _with_needs(self, name: str, done: set[str]) -> Iterator[tuple[str, bytes]]:
+    def _with_needs(self, name: str, files: Mapping[str, Path], done: set[str]) -> Iterator[tuple[str, bytes]]:
         if name in done or name in self._builtin:
             return
         done.add(name)
-        path = self._files[name]
+        path = files[name]
         module = path.read_bytes()
         if path.suffix == ".xz":
             module = lzma.decompress(module)
@@ -59,19 +65,26 @@ class Kernel:
         needs = re.search(rb"\0depends=([^\0]*)\0", module)
         for needed in needs[1].decode().split(",") if needs else []:
             if needed:
-                yield from self._with_needs(needed.replace("-", "_"), done)
+                yield from self._with_needs(needed.replace("-", "_"), files, done)
         yield f"{name}.ko", module
 
 
-def stock(architecture: str) -> Kernel:
-    """Debian's kernel for an architecture. Raises FetchError."""
-    newest = cache() / architecture / "kernel"
-    if not newest.exists():
-        packages = [name for name in depends(architecture, PACKAGES[architecture]) if name.startswith("linux-image-")]
-        if not packages:
-            raise FetchError(f"{PACKAGES[architecture]} names no kernel")
-        newest.write_text(packages[0])
-    files = unpacked(architecture, [newest.read_text()], alone_without=True)
+def stock(architecture: str, *, backports: bool = False) -> Kernel:
+    """Debian's kernel for an architecture: the release's, or the newer one of its backports. Raises FetchError."""
+    name = newest(architecture, "linux-image-", backports=backports)
+    files = unpacked(architecture, [name], alone_without=True, backports=backports)
     images = sorted((files / "boot").glob("vmlinu[xz]-*"))
     modules = sorted((files / "lib/modules").iterdir())
     return Kernel(images[0], modules[0])
+
+
+def newest(architecture: str, kind: str, *, backports: bool = False) -> str:
+    """The package of a kind of the newest kernel: `linux-image-`, `linux-headers-`. Raises FetchError."""
+    known = cache() / architecture / ("kernel-backports" if backports else "kernel")
+    if not known.exists():
+        package = PACKAGES[architecture]
+        packages = [name for name in depends(architecture, package, backports=backports) if name.startswith(IMAGE)]
+        if not packages:
+            raise FetchError(f"{package} names no kernel")
+        known.write_text(packages[0])
+    return kind + known.read_text().removeprefix(IMAGE)

@@ -119,9 +119,9 @@ class Guest:
     >>> with Guest(args=["-device", "virtio-rng-pci"], modules=["virtio_rng"]) as guest:
     ...     guest.run("head -c 4 /dev/hwrng | xxd -p")
 
-    `modules` are names of kernel modules beside the machine's own, loaded in their order; `packages` are names of
-    Debian packages; `files` are texts or bytes by path; `memory` is in MiB. Raises GuestError when it does not start
-    within `BOOT_SECONDS`.
+    `modules` are kernel modules beside the machine's own, loaded in their order: names of the kernel's, or files that
+    were built for it; `packages` are names of Debian packages; `files` are texts or bytes by path; `memory` is in MiB.
+    Raises GuestError when it does not start within `BOOT_SECONDS`.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Guest:
         machine: str = "q35",
         *,
         args: Sequence[str] = (),
-        modules: Sequence[str] = (),
+        modules: Sequence[str | Path] = (),
         packages: Sequence[str] = (),
         files: Mapping[str, bytes | str] | None = None,
         memory: int = 256,
@@ -154,7 +154,7 @@ class Guest:
         self,
         name: str,
         args: Sequence[str],
-        modules: Sequence[str],
+        modules: Sequence[str | Path],
         packages: Sequence[str],
         files: Mapping[str, bytes | str] | None,
         memory: int,

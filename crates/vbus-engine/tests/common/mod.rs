@@ -53,7 +53,7 @@ pub const ADDRESS: u64 = 0x1000_0000;
 
 impl Arena {
     pub fn new() -> Self {
-        let size = 4 << 20;
+        let size = 64 << 20;
         let mapping = Arc::new(Mapping::new(memfd(size).as_fd(), size, 0, true).unwrap());
         let memory = Arc::new(Memory::new(8, 1 << 40));
         memory.add(ADDRESS, &mapping, 0, size as u64, true).unwrap();

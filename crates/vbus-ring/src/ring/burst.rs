@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU32, AtomicU8, Ordering};
 use std::sync::Arc;
 
 use super::chain::{Gather, Rules, Taken};
-use super::device::Chains;
+use super::device::{Chains, Single};
 use super::Chain;
-use crate::mem::{Access, Segments, Table, VolatileSlice};
+use crate::mem::{prefetch, Access, Mapping, Segments, Table, VolatileSlice, LINE};
 use crate::violation::Violation;
 
 /// A range of driver memory that is contiguous in one mapping, which the burst keeps that it is of.
@@ -34,6 +34,12 @@ impl Piece {
         self.base
     }
 
+    /// Driver address and bytes.
+    #[inline]
+    pub fn range(&self) -> (u64, u64) {
+        (self.address, u64::from(self.size))
+    }
+
     /// Its bytes.
     #[inline]
     pub fn slice(&self) -> VolatileSlice<'_> {
@@ -41,6 +47,9 @@ impl Piece {
         unsafe { VolatileSlice::new(self.base, self.size as usize) }
     }
 }
+
+/// Bytes that are moved in about the time that a piece of memory takes, wherever it is.
+const PIECE_BYTES: u64 = 256;
 
 #[derive(Debug)]
 struct Entry {
@@ -60,6 +69,7 @@ pub struct Burst {
     tables: Vec<Arc<Table>>,
     entries: Vec<Entry>,
     pieces: Vec<Piece>,
+    bytes: u64,
 }
 
 // SAFETY: the memory that pieces point to is shared with other processes anyway, and accessed by atomics and volatile
@@ -81,12 +91,19 @@ impl Burst {
         self.entries.is_empty()
     }
 
+    /// How long serving all chains takes, roughly, in what a piece of memory takes.
+    #[inline]
+    pub fn weight(&self) -> usize {
+        self.pieces.len() + (self.bytes / PIECE_BYTES) as usize
+    }
+
     /// Forget all chains, and let go of their memory.
     #[inline]
     pub fn clear(&mut self) {
         self.entries.clear();
         self.pieces.clear();
         self.tables.clear();
+        self.bytes = 0;
     }
 
     /// By it the driver knows a chain again.
@@ -123,9 +140,14 @@ impl Burst {
         &self.pieces[first + entry.readable as usize..first + entry.count as usize]
     }
 
+    /// Where a piece of a chain lies: its mapping, and the offset in it.
+    pub fn place(&self, chain: usize, piece: &Piece) -> (&Arc<Mapping>, usize) {
+        self.table(chain).place(piece.region as usize, piece.address)
+    }
+
     /// Driver address and bytes of what the device may write.
     pub fn ranges(&self, chain: usize) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.writable(chain).iter().map(|piece| (piece.address, u64::from(piece.size)))
+        self.writable(chain).iter().map(Piece::range)
     }
 
     /// What keeps the memory of a chain mapped.
@@ -147,23 +169,22 @@ impl Burst {
     }
 }
 
-/// The first three little-endian words of pieces, each byte read once; None when there are not as many.
+/// The first little-endian words of pieces, each byte read once; None when there are not as many.
 ///
 /// In registers: what is stored byte by byte and loaded as words right after makes the processor wait.
 #[inline]
-pub fn read_words(pieces: &[Piece]) -> Option<[u32; 3]> {
+pub fn read_words<const WORDS: usize>(pieces: &[Piece]) -> Option<[u32; WORDS]> {
     if let Some(piece) = pieces.first() {
-        if piece.size() >= 12 && piece.base.align_offset(4) == 0 {
-            return Some([0, 4, 8].map(|at| {
+        if piece.size() >= 4 * WORDS && piece.base.align_offset(4) == 0 {
+            return Some(std::array::from_fn(|word| {
                 // SAFETY: inside the piece, which is mapped, and aligned.
-                let word = unsafe { AtomicU32::from_ptr(piece.base.add(at).cast()) };
+                let word = unsafe { AtomicU32::from_ptr(piece.base.add(4 * word).cast()) };
                 u32::from_le(word.load(Ordering::Relaxed))
             }));
         }
     }
-    let mut bytes = [0; 12];
-    read_once(pieces, &mut bytes)
-        .then(|| [0, 4, 8].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))))
+    let mut bytes = [[0; 4]; WORDS];
+    read_once(pieces, bytes.as_flattened_mut()).then(|| bytes.map(u32::from_le_bytes))
 }
 
 /// Copy bytes out of pieces, each read once; false when there are not as many.
@@ -178,6 +199,40 @@ pub fn read_once(pieces: &[Piece], into: &mut [u8]) -> bool {
         }
     }
     bytes.len() == 0
+}
+
+/// Copy bytes out of pieces, from byte `at` on; panics when there are not as many.
+pub fn copy_out(pieces: &[Piece], at: u64, into: VolatileSlice<'_>) {
+    walk(pieces, at, into.len(), |piece, done| {
+        let rest = into.offset(done).expect("the walk is as long as the slice");
+        piece.copy_to_volatile_slice(rest.subslice(0, piece.len()).expect("the piece is no longer than the rest"));
+    });
+}
+
+/// Copy bytes into pieces, from byte `at` on; panics when there is no room for them. The caller has checked that they
+/// are the device's to write. The source may overlap them, as a driver can give one buffer twice.
+pub fn copy_in(pieces: &[Piece], at: u64, from: VolatileSlice<'_>) {
+    walk(pieces, at, from.len(), |piece, done| {
+        from.subslice(done, piece.len()).expect("the walk is as long as the slice").copy_to_volatile_slice(piece);
+    });
+}
+
+/// Call `each` with every part of `size` bytes from `at`, and how many bytes came before it.
+fn walk(pieces: &[Piece], at: u64, size: usize, mut each: impl FnMut(VolatileSlice<'_>, usize)) {
+    let (mut skip, mut done) = (at, 0);
+    for piece in pieces {
+        if done == size {
+            return;
+        }
+        if skip >= piece.size() as u64 {
+            skip -= piece.size() as u64;
+            continue;
+        }
+        let count = (piece.size() - skip as usize).min(size - done);
+        each(piece.slice().subslice(skip as usize, count).expect("inside the piece"), done);
+        (skip, done) = (0, done + count);
+    }
+    assert!(done == size, "bytes outside the pieces");
 }
 
 impl Gather for Burst {
@@ -197,10 +252,11 @@ impl Gather for Burst {
     fn push(&mut self, table: &Table, address: u64, size: u32, write: bool, most: u16) -> Result<(), Violation> {
         let Some(entry) = self.entries.last_mut() else { return Ok(()) };
         entry.rules.admit(entry.head, size, write)?;
+        self.bytes += u64::from(size);
         let access = if write { Access::Write } else { Access::Read };
         let pieces = &mut self.pieces;
         table.pieces(address, size, access, |region, base, address, size| {
-            prefetch(base, write);
+            near(base, size, write);
             pieces.push(Piece { base, address, size, region: region as u32 });
             entry.count += 1;
             entry.readable += u32::from(!write);
@@ -227,9 +283,18 @@ impl Chains for Burst {
 
     fn truncate(&mut self, count: usize) {
         if let Some(entry) = self.entries.get(count) {
+            let rules = self.entries[count..].iter().map(|entry| &entry.rules);
+            self.bytes -= rules.map(|rules| rules.readable + rules.writable).sum::<u64>();
             self.pieces.truncate(entry.first as usize);
             self.entries.truncate(count);
+            // What keeps memory for none of them would keep it for long.
+            self.tables.truncate(self.entries.last().map_or(0, |last| last.table as usize + 1));
         }
+    }
+
+    #[inline]
+    fn weight(&self) -> usize {
+        self.weight()
     }
 
     #[inline]
@@ -240,21 +305,31 @@ impl Chains for Burst {
         let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
         self.entries.push(Entry { head: name, span: 1, table, first, readable: 0, count: 0, rules: Rules::default() });
     }
+
+    #[inline]
+    fn open_single(&mut self, table: &Arc<Table>, single: &Single) -> bool {
+        let &Single { head, address, size, write } = single;
+        let access = if write { Access::Write } else { Access::Read };
+        // Empty buffers are in no region.
+        let Some((region, base)) = table.piece(address, size, access) else { return false };
+        near(base, size, write);
+        if !self.tables.last().is_some_and(|known| Arc::ptr_eq(known, table)) {
+            self.tables.push(table.clone());
+        }
+        let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
+        self.pieces.push(Piece { base, address, size, region: region as u32 });
+        let rules = Rules::single(size, write);
+        self.bytes += u64::from(size);
+        self.entries.push(Entry { head, span: 1, table, first, readable: u32::from(!write), count: 1, rules });
+        true
+    }
 }
 
-/// Have it near when it is needed. A hint: what it says of memory that is gone is nothing.
+/// Have the beginning of a piece near: a small frame behind its header, which begins anywhere in a line.
 #[inline(always)]
-fn prefetch(address: *const u8, write: bool) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: it has no effect that a program could see, whatever the address is.
-    unsafe {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0, _MM_HINT_T0};
-        if write {
-            _mm_prefetch::<{ _MM_HINT_ET0 }>(address.cast());
-        } else {
-            _mm_prefetch::<{ _MM_HINT_T0 }>(address.cast());
-        }
+fn near(base: *const u8, size: u32, write: bool) {
+    prefetch(base, write);
+    if size as usize > LINE {
+        prefetch(base.wrapping_add(LINE), write);
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (address, write);
 }

@@ -15,6 +15,7 @@ mod chain;
 mod device;
 mod driver;
 mod indirect;
+mod inflight;
 pub mod packed;
 pub mod split;
 
@@ -24,10 +25,19 @@ use crate::area::LayoutError;
 use crate::mem::{Mapping, Memory};
 use crate::violation::Violation;
 
-pub use burst::{read_once, read_words, Burst, Piece};
+pub use burst::{copy_in, copy_out, read_once, read_words, Burst, Piece};
 pub use chain::Chain;
-pub use device::MAX_BUFFERS;
+pub use device::{HEAVY, MAX_BUFFERS};
 pub use driver::{AddError, INDIRECT_ENTRIES};
+
+/// Bytes that the region takes in which a ring of `size` keeps what is in flight.
+pub const fn inflight_bytes(size: u16, packed: bool) -> usize {
+    if packed {
+        packed::inflight_bytes(size)
+    } else {
+        split::inflight_bytes(size)
+    }
+}
 
 /// Largest size of a ring (sections 2.7 and 2.8.10.1).
 pub const MAX_SIZE: u32 = 32768;
@@ -100,6 +110,24 @@ impl DeviceRing {
         })
     }
 
+    /// As `new`, with the region at `offset` of a writable mapping in which what is in flight is kept for whoever serves
+    /// the ring after this one.
+    ///
+    /// Violation: as `new`; inflight-*.
+    pub fn tracked(
+        memory: Arc<Memory>,
+        max_size: u32,
+        setup: Setup,
+        mapping: &Arc<Mapping>,
+        offset: u64,
+    ) -> Result<Self, Violation> {
+        Ok(if setup.features.packed {
+            Self::Packed(packed::DeviceRing::tracked(memory, max_size, setup, mapping, offset)?)
+        } else {
+            Self::Split(split::DeviceRing::tracked(memory, max_size, setup, mapping, offset)?)
+        })
+    }
+
     /// Descriptors.
     pub fn size(&self) -> u16 {
         either!(self, ring => ring.size())
@@ -130,7 +158,8 @@ impl DeviceRing {
         either!(self, ring => ring.poll(limit, chains))
     }
 
-    /// As `take` or, unless `ask`, `poll`, for whoever is done with the chains soon.
+    /// As `take` or, unless `ask`, `poll`, for whoever is done with the chains soon. Fewer than there are come when they
+    /// weigh `HEAVY` together.
     pub fn burst(&mut self, limit: usize, burst: &mut Burst, ask: bool) -> Result<(), Violation> {
         either!(self, ring => ring.burst(limit, burst, ask))
     }

@@ -3,6 +3,11 @@
 Both enter Python as often, with as many requests. The device's come off a ring that a native driver of another process
 keeps full; a bare call makes the smallest object that there is for each request, and hands it over, or a list of them.
 The difference is what the ring, the turn and the completion cost.
+
+Rates are by the clock, which also runs while a side waits for a CPU: bare calls need one, a device and its driver need
+two. So on a machine that is busy with something else the rate says more about that than about the device. CPU time does
+not: that of the process of the device is counted, what it takes to sleep and to wake up included, and has a bar of its
+own, which says the same.
 """
 
 from __future__ import annotations
@@ -22,12 +27,13 @@ READABLE = 64
 """Bytes of a request, which the device does not look at."""
 DEPTH = 128
 """As many as the ring takes: there is always a whole batch."""
-SHAPES = {"handle": ("Each", 0), "handle_batch": ("Together", BATCH), "handle_batch, looked at": ("LookedAt", BATCH)}
-"""How requests are handed over: the model, and how many there are at once."""
-BARS = {
-    "handle": Bar("requests_per_second", "requests/s", 1 / 3, at_least=True),
-    "handle_batch": Bar("requests_per_second", "requests/s", 1 / 2, at_least=True),
-}
+ONE, ALL, LOOKED_AT = "handle", "handle_batch", "handle_batch, looked at"
+MODELS = {ONE: "Each", ALL: "Together", LOOKED_AT: "LookedAt"}
+"""How requests are handed over: the model that takes them so."""
+SHAPES = ((ONE, 1), (ALL, 1), (ALL, 8), (ALL, BATCH), (LOOKED_AT, BATCH))
+"""And how many there are at once, at most."""
+TIMES = {(ONE, 1): 3, (ALL, BATCH): 2}
+"""How many times as much as a bare call they may cost."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Case(Factors):
     """How requests are handed over."""
 
     handler: str
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,10 @@ class Python(Measurement[PythonPlan, Case, Variant]):
 A device whose handler does nothing answers {handle:.0f} requests a second through a ring, and {batch:.0f} when it
 takes {size} at once, {looked:.0f} when it also looks at each. Bare calls of the same handlers from native code, with
 the smallest object for each request and neither ring nor completion, are the measure: the device reaches
-{handle_ratio:.2f}, {batch_ratio:.2f} and {looked_ratio:.2f} of their rate. A batch makes objects of Python only once
-somebody looks at one; that is where its gain comes from.
+{handle_ratio:.2f}, {batch_ratio:.2f} and {looked_ratio:.2f} of their rate, and takes {handle_cpu:.1f},
+{batch_cpu:.1f} and {looked_cpu:.1f} times their CPU time. A batch makes objects of Python only once somebody looks at
+one; that is where its gain comes from, and it is small as long as batches are: {small:.0f} requests a second come one
+by one.
 """
     figures = (
         Figure("requests_per_second", "REQUESTS/S", "a second", compared=True, plotted=True),
@@ -76,7 +85,7 @@ somebody looks at one; that is where its gain comes from.
 
     def cases(self, plan: PythonPlan) -> list[Case]:
         """Every way of handing requests over."""
-        return [Case(handler) for handler in SHAPES]
+        return [Case(handler, batch) for handler, batch in SHAPES]
 
     def variants(self, plan: PythonPlan, case: Case) -> tuple[Variant, Variant]:
         """A device, and bare calls."""
@@ -84,14 +93,19 @@ somebody looks at one; that is where its gain comes from.
 
     def comparisons(self, plan: PythonPlan, case: Case) -> list[Comparison[Variant]]:
         """The one against the other."""
-        bars = (BARS[case.handler],) if case.handler in BARS else ()
+        times = TIMES.get((case.handler, case.batch))
+        bars: tuple[Bar, ...] = ()
+        if times is not None:
+            rate = Bar("requests_per_second", "requests/s", 1 / times, at_least=True)
+            bars = (rate, Bar("cpu_ns", "CPU time", times))
         return [Comparison(Variant("device"), Variant("call"), bars)]
 
     def sample(self, plan: PythonPlan, case: Case, variant: Variant, folder: Path) -> Sample:
         """Run one of them."""
-        model, batch = SHAPES[case.handler]
+        model = MODELS[case.handler]
         with children.Child("vbus.bench.bus_side") as bus:
             if variant.by == "call":
+                batch = 0 if case.handler == ONE else case.batch
                 told = bus.ask("calls", model=model, count=plan.requests, batch=batch)
                 return _sample(told["requests"], told["seconds"], told["usage"])
             with children.Child("vbus.bench.driver_side") as driver:
@@ -102,6 +116,7 @@ somebody looks at one; that is where its gain comes from.
                     event_idx=True,
                     devices={NAME: 0},
                     model=model,
+                    budget=BATCH if case.handler == ONE else case.batch,
                 )
                 driver.ask("attach", address=address)
                 begin = bus.ask("begin")
@@ -122,11 +137,19 @@ somebody looks at one; that is where its gain comes from.
     def numbers(self, result: Row) -> dict[str, float]:
         """Rates and their ratios."""
         found: dict[str, float] = {"size": BATCH}
-        for name, handler in (("handle", "handle"), ("batch", "handle_batch"), ("looked", "handle_batch, looked at")):
-            found[name] = harness.find(result["rows"], handler=handler, by="device")["median"]["requests_per_second"]
-            [row] = [row for row in result["comparisons"] if row["case"]["handler"] == handler]
+        for name, handler, batch in (("handle", ONE, 1), ("batch", ALL, BATCH), ("looked", LOOKED_AT, BATCH)):
+            found[name] = _rate(result, handler, batch)
+            case = {"handler": handler, "batch": batch}
+            [row] = [row for row in result["comparisons"] if row["case"] == case]
             found[f"{name}_ratio"] = row["ratios"]["requests_per_second"]
+            found[f"{name}_cpu"] = row["ratios"]["cpu_ns"]
+        found["small"] = _rate(result, ALL, 1)
         return found
+
+
+def _rate(result: Row, handler: str, batch: int) -> float:
+    row = harness.find(result["rows"], handler=handler, batch=batch, by="device")
+    return float(row["median"]["requests_per_second"])
 
 
 def _sample(requests: int, seconds: float, used: Usage) -> Sample:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from vbus import msg
+from vbus import _core, msg
 from vbus.channel import Mirror
 from vbus.errors import DriverError, UsageError, Violation
 from vbus.proxy.connector import GuestConnector, Question
@@ -349,6 +349,12 @@ class VhostUserConnector(GuestConnector):
     def open_queue(self, device: RemoteDevice, index: int, size: int) -> RemoteQueue:
         """Make a ring in the arena; the back-end hears of it when its driver begins. DriverError ENOMEM."""
         return self.rings.open(device, index, size)
+
+    @contextlib.contextmanager
+    def lent_bell(self, device: RemoteDevice, index: int) -> Iterator[_core.Doorbell | None]:
+        """A queue's call, which the loop does not listen to meanwhile; None in-band."""
+        with self.rings.lent_bell(index) as bell:
+            yield bell
 
     def close_queues(self, device: RemoteDevice) -> None:
         """Forget keys and descriptors, and give the rings' memory back."""

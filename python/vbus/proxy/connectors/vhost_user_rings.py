@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from vbus import _core
@@ -44,11 +44,13 @@ class _Vring:
     signal: _core.Signal
     keys: list[int]
     """The first reaps what is finished; where a signal is a key, the last takes the kick."""
+    packed: bool
+    base: int
+    """Where the back-end goes on."""
     bells: dict[str, _core.Doorbell] = field(default_factory=dict)
     """`kick`, `call`, `err`: those that are descriptors."""
     served_here: _core.DeviceQueue | None = None
     """Where the front-end itself is the device."""
-    base: int = 0
     started: bool = False
     may_kick: bool = False
     """Whether a kick may be said now: one that comes behind the word that ends the ring is an offence."""
@@ -94,7 +96,9 @@ class Rings:
     def open(self, device: RemoteDevice, index: int, size: int) -> RemoteQueue:
         """Make a ring; the back-end hears of it at `start`. DriverError ENOMEM."""
         loop, arena = self._loop, self._memory.arena
-        place = self._memory.take(_core.DriverQueue.bytes_needed(size))
+        ring_features = features.of_ring(device.negotiated)
+        packed = ring_features["packed"]
+        place = self._memory.take(_core.DriverQueue.bytes_needed(size, packed=packed))
         queues: list[RemoteQueue] = []
         priority = device.queue_priority(index)
         keys = [loop.key(lambda: queues[0].reap() if queues else False, priority)]
@@ -111,13 +115,10 @@ class Rings:
             for name, turn in (("call", lambda: self._called(index)), ("err", lambda: self._err(index))):
                 keys.append(loop.key(turn, priority))
                 loop.scheduler.add_fd(bells[name].fileno(), keys[-1])
-        event_idx = bool(device.negotiated >> features.RING_EVENT_IDX & 1)
-        indirect = bool(device.negotiated >> features.RING_INDIRECT_DESC & 1)
-        ring = _core.DriverQueue(
-            arena.mapping, place, arena.address, size, event_idx=event_idx, indirect=indirect, signal=signal
-        )
+        ring = _core.DriverQueue(arena.mapping, place, arena.address, size, signal=signal, **ring_features)
         queues.append(RemoteQueue(device, index, arena, self._memory.lock, ring))
-        vring = _Vring(index, size, place, ring, queues[0], signal, keys, bells)
+        base = m.PACKED_BASE if packed else 0
+        vring = _Vring(index, size, place, ring, queues[0], signal, keys, packed, base, bells)
         if index >= self.served:
             vring.served_here = _core.DeviceQueue(size)
             vring.served_here.start(
@@ -126,9 +127,8 @@ class Rings:
                 ring.desc,
                 ring.driver,
                 ring.device,
-                event_idx=event_idx,
-                indirect=indirect,
                 signal=_core.Signal.local(loop.scheduler, keys[0]),
+                **ring_features,
             )
         self._vrings[index] = vring
         return queues[0]
@@ -152,6 +152,22 @@ class Rings:
             return (0, 0, 0)
         signalled, sent, rung = vring.signal.counters
         return signalled, sent, vring.kicks if self._in_band else rung
+
+    @contextlib.contextmanager
+    def lent_bell(self, index: int) -> Iterator[_core.Doorbell | None]:
+        """A ring's call, which the loop does not listen to meanwhile; None where there is no eventfd."""
+        vring = self._vrings.get(index)
+        bell = vring.bells.get("call") if vring is not None else None
+        if vring is None or bell is None:
+            yield None
+            return
+        scheduler = self._loop.scheduler
+        scheduler.remove_fd(bell.fileno())
+        try:
+            yield bell
+        finally:
+            if self._vrings.get(index) is vring:
+                scheduler.add_fd(bell.fileno(), vring.keys[1])
 
     # Started and stopped.
 
@@ -206,7 +222,7 @@ class Rings:
             if not vring.started:
                 continue
             answer, _ = self._link.ask(Request.GET_VRING_BASE, m.VringState, m.VringState(vring.index, 0))
-            if answer.index != vring.index or answer.num > 0xFFFF:
+            if answer.index != vring.index or (answer.num > 0xFFFF and not vring.packed):
                 raise DriverError(errno.EPROTO, f"queue {vring.index} stopped, says the back-end, as {answer}")
             vring.started, vring.base = False, answer.num
 

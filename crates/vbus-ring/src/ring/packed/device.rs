@@ -1,15 +1,18 @@
 //! The device side of a packed ring.
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
+use super::inflight::{Again, Inflight, Left};
 use super::{
     is_awaited, Place, Rest, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, EVENT_BYTES, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE,
 };
-use crate::mem::{Access, Memory, Table, Window};
+use crate::mem::{Access, Mapping, Memory, Table, Window};
 use crate::ring::chain::{Gather, Taken};
-use crate::ring::device::{part, Layout, Ring, Used};
+use crate::ring::device::{part, Layout, Ring, Single, Used};
 use crate::ring::indirect::Entries;
+use crate::ring::inflight::{lost, sound};
 use crate::ring::{Setup, DESC_BYTES};
 use crate::violation::{Rule, Violation};
 
@@ -72,6 +75,24 @@ pub struct Packed {
     shown: u16,
     /// What our event suppression says.
     event: Option<u32>,
+    /// What it takes to keep what is in flight for others.
+    tracked: Option<Box<Tracked>>,
+}
+
+/// What is in flight, for whoever serves the ring next, and from whoever did before.
+struct Tracked {
+    inflight: Inflight,
+    /// What was in flight before this ring started, to be taken first; `span` has its descriptors.
+    again: VecDeque<Again>,
+    /// Whether that is not what the ring has from `used` on, because some of it was overtaken; until all of it is used.
+    moved: bool,
+}
+
+impl Tracked {
+    /// What `look` has seen while there is something to be taken again: nothing of the ring.
+    fn seen(&self) -> Option<Rest> {
+        self.again.front().map(|chain| chain.descs[0].1)
+    }
 }
 
 impl Ring<Packed> {
@@ -84,44 +105,137 @@ impl Ring<Packed> {
     pub fn new(memory: Arc<Memory>, max_size: u32, setup: Setup) -> Result<Self, Violation> {
         Self::start(memory, max_size, setup, |table, setup| {
             let parts = Parts::find(table, setup)?;
-            Packed::new(parts, setup)
+            let (next, used, span) = Packed::resume(setup)?;
+            Ok(Packed::new(parts, setup, next, used, span))
         })
+    }
+
+    /// As `new`, with the region at `offset` of a writable mapping in which the chains in flight are kept for whoever
+    /// serves the ring after this one: those that the one before left are taken again, before all others, as they were.
+    ///
+    /// Where the ring goes on follows from the region, and `resume` is not looked at, except for a new one: that begins
+    /// where the next used descriptor goes. The next available descriptor is always there plus what is in flight. So
+    /// whatever was taken beyond it nobody remembers, and it is taken again.
+    ///
+    /// Violation: as `new`; inflight-misaligned, inflight-size, inflight-version, inflight-features,
+    /// inflight-used-index, inflight-next, inflight-loop, inflight-counter.
+    pub fn tracked(
+        memory: Arc<Memory>,
+        max_size: u32,
+        setup: Setup,
+        mapping: &Arc<Mapping>,
+        offset: u64,
+    ) -> Result<Self, Violation> {
+        let mut taken_back = false;
+        let ring = Self::start(memory.clone(), max_size, setup, |table, setup| {
+            let parts = Parts::find(table, setup)?;
+            let slot = |index| Rest(parts.desc.load64(DESC_BYTES * usize::from(index) + 8, Ordering::Acquire));
+            let start = || Packed::resume(setup).map(|(_, used, _)| used);
+            let (inflight, left) = Inflight::open(mapping, offset, setup.size as u16, start, slot)?;
+            let packed = Packed::recovered(parts, setup, inflight, left);
+            taken_back = packed.take_back();
+            Ok(packed)
+        });
+        let ring = sound(mapping, ring)?;
+        if taken_back {
+            memory.written(|| [(setup.desc, u64::from(setup.size) * DESC_BYTES as u64)])?;
+        }
+        Ok(ring)
     }
 }
 
 impl Packed {
-    fn new(parts: Parts, setup: &Setup) -> Result<Self, Violation> {
+    fn new(parts: Parts, setup: &Setup, next: Place, used: Place, span: u16) -> Self {
+        Self {
+            parts,
+            desc: setup.desc,
+            device: setup.device,
+            size: setup.size as u16,
+            event_idx: setup.features.event_idx,
+            in_order: setup.features.in_order,
+            next,
+            used,
+            span,
+            seen: None,
+            first: None,
+            last: None,
+            put: 0,
+            before: used,
+            shown: 0,
+            event: None,
+            tracked: None,
+        }
+    }
+
+    /// Where to take next and where to use next, and how many descriptors are between. Violation: ring-position.
+    fn resume(setup: &Setup) -> Result<(Place, Place, u16), Violation> {
         let size = setup.size as u16;
         let (next, used) = match setup.resume {
             None => (Place::FIRST, Place::FIRST),
             Some(words) => (Place::from_word(words as u16), Place::from_word((words >> 16) as u16)),
         };
-        let lap = if next.wrap == used.wrap { 0 } else { u32::from(size) };
-        let span = (u32::from(next.index) + lap).checked_sub(u32::from(used.index));
-        match span {
-            Some(span) if next.index < size && used.index < size && span <= u32::from(size) => Ok(Self {
-                parts,
-                desc: setup.desc,
-                device: setup.device,
-                size,
-                event_idx: setup.features.event_idx,
-                in_order: setup.features.in_order,
-                next,
-                used,
-                span: span as u16,
-                seen: None,
-                first: None,
-                last: None,
-                put: 0,
-                before: used,
-                shown: 0,
-                event: None,
-            }),
+        match used.count_to(next, size) {
+            Some(span) if next.index < size && used.index < size => Ok((next, used, span)),
             _ => {
                 let detail = format!("from {used:?} to {next:?} in a ring of {size}");
                 Err(Violation::new(Rule::RingPosition, detail))
             }
         }
+    }
+
+    /// As a predecessor left it, with what it had in flight.
+    fn recovered(parts: Parts, setup: &Setup, inflight: Inflight, left: Left) -> Self {
+        let Left { used, again } = left;
+        let span = again.iter().map(|chain| chain.descs.len()).sum::<usize>() as u16;
+        let next = used.after(span, setup.size as u16);
+        let mut packed = Self::new(parts, setup, next, used, span);
+        let mut place = used;
+        let mut moved = false;
+        for (address, rest) in again.iter().flat_map(|chain| &chain.descs) {
+            let at = DESC_BYTES * usize::from(place.index);
+            moved |= packed.parts.desc.load64(at, Ordering::Relaxed) != *address || packed.slot(place) != *rest;
+            place = place.after(1, packed.size);
+        }
+        let tracked = Tracked { inflight, again, moved };
+        packed.seen = tracked.seen();
+        packed.tracked = Some(Box::new(tracked));
+        packed
+    }
+
+    /// Take back used descriptors of a batch that was never shown: the driver would find them behind the next one. True
+    /// when there are any.
+    fn take_back(&self) -> bool {
+        let mut place = self.used;
+        let mut any = false;
+        for _ in 0..self.span {
+            let rest = self.slot(place);
+            if rest.is_used(place.wrap) {
+                any = true;
+                let rest = Rest::new(rest.size(), rest.id(), place.available());
+                self.store(Pending { place, rest, merges: false }, Ordering::Release);
+            }
+            place = place.after(1, self.size);
+        }
+        any
+    }
+
+    fn slot(&self, place: Place) -> Rest {
+        Rest(self.parts.desc.load64(DESC_BYTES * usize::from(place.index) + 8, Ordering::Acquire))
+    }
+
+    /// One descriptor of a chain.
+    #[inline]
+    fn gather(
+        &self,
+        table: &Table,
+        setup: &Setup,
+        chain: &mut impl Gather,
+        (address, rest): (u64, Rest),
+    ) -> Result<(), Violation> {
+        if rest.has(DESC_INDIRECT) {
+            return self.indirect(table, setup, chain, address, rest);
+        }
+        chain.push(table, address, rest.size(), rest.has(DESC_WRITE), self.size)
     }
 
     /// The entries of an indirect table (section 2.8.7), in place of the descriptor that refers to it.
@@ -150,6 +264,62 @@ impl Packed {
         Ok(())
     }
 
+    /// Read the next chain from the ring, and say what each of its descriptors was.
+    #[inline]
+    fn read(
+        &self,
+        table: &Table,
+        setup: &Setup,
+        chain: &mut impl Gather,
+        mut keep: impl FnMut(u64, Rest),
+    ) -> Result<(), Violation> {
+        let mut place = self.next;
+        let mut seen = self.seen;
+        for span in 1..=self.size - self.span {
+            let at = DESC_BYTES * usize::from(place.index);
+            // Relaxed: written before the flags of the first, see `look`. Each word is loaded once.
+            let rest = seen.take().unwrap_or_else(|| Rest(self.parts.desc.load64(at + 8, Ordering::Relaxed)));
+            let address = self.parts.desc.load64(at, Ordering::Relaxed);
+            if !rest.is_available(place.wrap) {
+                let detail = format!("{} of the chain at {}", place.index, self.next.index);
+                return Err(Violation::new(Rule::DescriptorNotAvailable, detail));
+            }
+            keep(address, rest);
+            self.gather(table, setup, chain, (address, rest))?;
+            if !rest.has(DESC_NEXT) {
+                chain.end(rest.id(), span);
+                return Ok(());
+            }
+            place = place.after(1, self.size);
+        }
+        let (rule, what) = if self.span == 0 {
+            (Rule::ChainTooLong, "is as long as the ring, and goes on")
+        } else {
+            (Rule::DescriptorInUse, "goes on in what is in flight")
+        };
+        Err(Violation::new(rule, format!("the chain at {} {what}", self.next.index)))
+    }
+
+    /// The next chain, of a predecessor or from the ring.
+    fn chain_tracked(
+        &self,
+        table: &Table,
+        setup: &Setup,
+        chain: &mut impl Gather,
+        tracked: &mut Tracked,
+    ) -> Result<(), Violation> {
+        let Some(again) = tracked.again.front() else {
+            tracked.inflight.open_chain();
+            return self.read(table, setup, chain, |address, rest| tracked.inflight.read(address, rest));
+        };
+        for desc in &again.descs {
+            self.gather(table, setup, chain, *desc)?;
+        }
+        let last = again.descs[again.descs.len() - 1].1;
+        chain.end(last.id(), again.descs.len() as u16);
+        Ok(())
+    }
+
     #[inline]
     fn store(&self, pending: Pending, order: Ordering) {
         self.parts.desc.store64(DESC_BYTES * usize::from(pending.place.index) + 8, pending.rest.0, order);
@@ -173,7 +343,7 @@ impl Layout for Packed {
         if table.generation() != self.parts.generation {
             self.parts = Parts::find(table, setup)?;
             // Of the memory from before.
-            self.seen = None;
+            self.seen = self.tracked.as_ref().and_then(|tracked| tracked.seen());
         }
         Ok(())
     }
@@ -197,6 +367,11 @@ impl Layout for Packed {
         Ok(self.seen.is_some())
     }
 
+    #[inline]
+    fn approach(&self, limit: usize) {
+        self.parts.desc.prepare(DESC_BYTES * usize::from(self.next.index) + 1, DESC_BYTES * limit, false);
+    }
+
     /// What it is called, the last descriptor says; until then the place of the first, for people.
     #[inline]
     fn name(&self) -> u16 {
@@ -204,40 +379,38 @@ impl Layout for Packed {
     }
 
     #[inline]
-    fn chain(&self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation> {
-        let mut place = self.next;
-        let mut seen = self.seen;
-        for span in 1..=self.size - self.span {
-            let at = DESC_BYTES * usize::from(place.index);
-            // Relaxed: written before the flags of the first, see `look`. Each word is loaded once.
-            let rest = seen.take().unwrap_or_else(|| Rest(self.parts.desc.load64(at + 8, Ordering::Relaxed)));
-            let address = self.parts.desc.load64(at, Ordering::Relaxed);
-            if !rest.is_available(place.wrap) {
-                let detail = format!("{} of the chain at {}", place.index, self.next.index);
-                return Err(Violation::new(Rule::DescriptorNotAvailable, detail));
-            }
-            if rest.has(DESC_INDIRECT) {
-                self.indirect(table, setup, chain, address, rest)?;
-            } else {
-                chain.push(table, address, rest.size(), rest.has(DESC_WRITE), self.size)?;
-            }
-            if !rest.has(DESC_NEXT) {
-                chain.end(rest.id(), span);
-                return Ok(());
-            }
-            place = place.after(1, self.size);
-        }
-        let (rule, what) = if self.span == 0 {
-            (Rule::ChainTooLong, "is as long as the ring, and goes on")
-        } else {
-            (Rule::DescriptorInUse, "goes on in what is in flight")
+    fn chain(&mut self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation> {
+        let Some(mut tracked) = self.tracked.take() else {
+            return self.read(table, setup, chain, |_, _| ());
         };
-        Err(Violation::new(rule, format!("the chain at {} {what}", self.next.index)))
+        let read = self.chain_tracked(table, setup, chain, &mut tracked);
+        self.tracked = Some(tracked);
+        read
+    }
+
+    #[inline]
+    fn single(&self) -> Option<Single> {
+        let rest = self.seen?;
+        // What is kept for others is kept of every descriptor.
+        if rest.has(DESC_NEXT | DESC_INDIRECT) || self.tracked.is_some() {
+            return None;
+        }
+        // Relaxed: written before the flags, see `look`.
+        let address = self.parts.desc.load64(DESC_BYTES * usize::from(self.next.index), Ordering::Relaxed);
+        Some(Single { head: rest.id(), address, size: rest.size(), write: rest.has(DESC_WRITE) })
     }
 
     #[inline]
     fn taken(&mut self, chain: Taken) {
         self.seen = None;
+        if let Some(tracked) = &mut self.tracked {
+            if let Some(again) = tracked.again.pop_front() {
+                tracked.inflight.take_again(chain.head, &again);
+                self.seen = tracked.seen();
+                return;
+            }
+            tracked.inflight.take(chain.head);
+        }
         self.span += chain.span;
         self.next = self.next.after(chain.span, self.size);
     }
@@ -264,11 +437,20 @@ impl Layout for Packed {
     }
 
     #[inline]
+    fn prepare(&self, count: usize) {
+        self.parts.desc.prepare(DESC_BYTES * usize::from(self.used.index), DESC_BYTES * count, true);
+    }
+
+    #[inline]
     fn put(&mut self, used: Used) {
         let place = self.used;
         self.used = place.after(used.span, self.size);
         self.span -= used.span;
         self.put += used.span;
+        if let Some(tracked) = &mut self.tracked {
+            tracked.inflight.link(used.head);
+            tracked.moved &= self.span > 0;
+        }
         // A length is one only where something could be written.
         let flags = place.used() | if used.written > 0 { DESC_WRITE } else { 0 };
         let pending =
@@ -296,8 +478,14 @@ impl Layout for Packed {
         if let Some(last) = self.last.take() {
             self.store(last, Ordering::Relaxed);
         }
+        if let Some(tracked) = &self.tracked {
+            tracked.inflight.show(self.used);
+        }
         // Release: whoever sees these flags sees the used descriptors behind it, and what was written into the buffers.
         self.store(first, Ordering::Release);
+        if let Some(tracked) = &mut self.tracked {
+            tracked.inflight.shown(self.used);
+        }
         (self.before, self.shown) = (first.place, std::mem::take(&mut self.put));
         true
     }
@@ -315,12 +503,27 @@ impl Layout for Packed {
         is_awaited(event, self.event_idx, self.used, self.shown, self.size)
     }
 
-    fn next(&self) -> u32 {
-        u32::from(self.next.word()) | u32::from(self.used.word()) << 16
+    fn sound(&self) -> Result<(), Violation> {
+        match &self.tracked {
+            Some(tracked) if tracked.inflight.lost() => Err(lost()),
+            _ => Ok(()),
+        }
     }
 
-    fn unused(&self, _in_flight: usize) -> u32 {
-        u32::from(self.used.word()) * 0x1_0001
+    fn next(&self) -> u32 {
+        let next = match &self.tracked {
+            Some(tracked) if !tracked.moved => {
+                let again: usize = tracked.again.iter().map(|chain| chain.descs.len()).sum();
+                self.used.after(self.span - again as u16, self.size)
+            }
+            _ => self.next,
+        };
+        u32::from(next.word()) | u32::from(self.used.word()) << 16
+    }
+
+    fn unused(&self, _in_flight: usize) -> Option<u32> {
+        let moved = self.tracked.as_ref().is_some_and(|tracked| tracked.moved);
+        (!moved).then(|| u32::from(self.used.word()) * 0x1_0001)
     }
 }
 

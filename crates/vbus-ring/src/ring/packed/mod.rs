@@ -7,9 +7,13 @@
 
 mod device;
 mod driver;
+mod inflight;
+mod place;
 
 pub use device::DeviceRing;
 pub use driver::DriverRing;
+pub use inflight::inflight_bytes;
+pub use place::find_place;
 
 use super::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
 
@@ -102,6 +106,13 @@ impl Place {
         } else {
             0
         }
+    }
+
+    /// Descriptors from here to another place, forwards: None when that is more than a lap away, or behind.
+    fn count_to(self, other: Self, size: u16) -> Option<u16> {
+        let lap = if self.wrap == other.wrap { 0 } else { u32::from(size) };
+        let count = (u32::from(other.index) + lap).checked_sub(u32::from(self.index))?;
+        (count <= u32::from(size)).then_some(count as u16)
     }
 
     /// As in event suppression: 15 bits of place, 1 of wrap counter.

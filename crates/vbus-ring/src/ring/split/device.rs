@@ -8,8 +8,9 @@ use super::inflight::Inflight;
 use super::{avail_bytes, passes, used_bytes, Desc, ENTRIES, INDEX, SUPPRESS, USED_BYTES};
 use crate::mem::{Access, Mapping, Memory, Table, Window};
 use crate::ring::chain::{Gather, Taken};
-use crate::ring::device::{part, Layout, Ring, Used};
+use crate::ring::device::{part, Layout, Ring, Single, Used};
 use crate::ring::indirect::Entries;
+use crate::ring::inflight::{lost, sound};
 use crate::ring::{Setup, DESC_BYTES, DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
 use crate::violation::{Rule, Violation};
 
@@ -46,6 +47,8 @@ pub struct Split {
     /// Driver address of the used ring.
     device: u64,
     size: u16,
+    /// The size, less one: beside the size, its load would take in what was stored a moment ago, and wait for it.
+    mask: usize,
     event_idx: bool,
     /// Index of the next entry to take.
     next: u16,
@@ -113,13 +116,7 @@ impl Ring<Split> {
             let next = used.wrapping_add(again.len() as u16);
             Ok(Split::new(parts, setup, next, used, Some(inflight), again))
         });
-        // Before anything that is wrong with it: it may be made of zeroes. What is wrong with the driver's memory, even
-        // more so, was said first.
-        match ring {
-            Err(violation) if violation.rule == Rule::RegionLost => Err(violation),
-            _ if mapping.lost() => Err(inflight_lost()),
-            ring => ring,
-        }
+        sound(mapping, ring)
     }
 }
 
@@ -136,6 +133,7 @@ impl Split {
             parts,
             device: setup.device,
             size: setup.size as u16,
+            mask: setup.size as usize - 1,
             event_idx: setup.features.event_idx,
             next,
             seen: next,
@@ -227,18 +225,29 @@ impl Layout for Split {
         Ok(ahead != 0)
     }
 
+    /// Descriptors lie anywhere in their table, and the driver has just written them: one after the other, each would be
+    /// waited for.
     #[inline]
-    fn name(&self) -> u16 {
-        let place = self.next & (self.size - 1);
-        match self.again.front() {
-            Some(&head) => head,
-            // The entry was written before the index that `look` acquired.
-            None => self.parts.avail.load16(ENTRIES + 2 * usize::from(place), Ordering::Relaxed),
+    fn approach(&self, limit: usize) {
+        for ahead in 0..self.seen.wrapping_sub(self.next).min(limit as u16) {
+            let place = self.next.wrapping_add(ahead) & (self.size - 1);
+            let head = self.parts.avail.load16(ENTRIES + 2 * usize::from(place), Ordering::Relaxed);
+            // Only to come near it. What is used is read later, once, and checked.
+            self.parts.desc.prefetch(DESC_BYTES * usize::from(head & (self.size - 1)));
         }
     }
 
     #[inline]
-    fn chain(&self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation> {
+    fn name(&self) -> u16 {
+        match self.again.front() {
+            Some(&head) => head,
+            // The entry was written before the index that `look` acquired.
+            None => self.parts.avail.load16(ENTRIES + 2 * (usize::from(self.next) & self.mask), Ordering::Relaxed),
+        }
+    }
+
+    #[inline]
+    fn chain(&mut self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation> {
         // Its own, and not the driver's once more.
         let head = chain.head();
         let mut index = head;
@@ -262,8 +271,20 @@ impl Layout for Split {
     }
 
     #[inline]
+    fn single(&self) -> Option<Single> {
+        let head = self.name();
+        if head >= self.size {
+            return None;
+        }
+        let desc = self.desc(head);
+        let plain = desc.flags & (DESC_NEXT | DESC_INDIRECT) == 0;
+        plain.then(|| Single { head, address: desc.address, size: desc.size, write: desc.has(DESC_WRITE) })
+    }
+
+    #[inline]
     fn taken(&mut self, chain: Taken) {
-        if self.again.pop_front().is_some() {
+        if !self.again.is_empty() {
+            self.again.pop_front();
             return;
         }
         if let Some(inflight) = &mut self.inflight {
@@ -294,8 +315,14 @@ impl Layout for Split {
     }
 
     #[inline]
+    fn prepare(&self, count: usize) {
+        let place = usize::from(self.used) & self.mask;
+        self.parts.used.prepare(ENTRIES + USED_BYTES * place, USED_BYTES * count, true);
+    }
+
+    #[inline]
     fn put(&mut self, used: Used) {
-        let place = ENTRIES + USED_BYTES * usize::from(self.used & (self.size - 1));
+        let place = ENTRIES + USED_BYTES * (usize::from(self.used) & self.mask);
         self.parts.used.store32(place, u32::from(used.head), Ordering::Relaxed);
         self.parts.used.store32(place + 4, used.written, Ordering::Relaxed);
         if let Some(inflight) = &mut self.inflight {
@@ -343,7 +370,7 @@ impl Layout for Split {
 
     fn sound(&self) -> Result<(), Violation> {
         match &self.inflight {
-            Some(inflight) if inflight.lost() => Err(inflight_lost()),
+            Some(inflight) if inflight.lost() => Err(lost()),
             _ => Ok(()),
         }
     }
@@ -352,11 +379,7 @@ impl Layout for Split {
         u32::from(self.next.wrapping_sub(self.again.len() as u16))
     }
 
-    fn unused(&self, in_flight: usize) -> u32 {
-        u32::from((self.next() as u16).wrapping_sub(in_flight as u16))
+    fn unused(&self, in_flight: usize) -> Option<u32> {
+        Some(u32::from((self.next() as u16).wrapping_sub(in_flight as u16)))
     }
-}
-
-fn inflight_lost() -> Violation {
-    Violation::new(Rule::RegionLost, "the file of what is in flight was truncated")
 }

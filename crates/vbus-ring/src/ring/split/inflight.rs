@@ -1,23 +1,16 @@
-//! What a split ring has in flight, kept in memory that outlives this process (vhost-user, "Inflight I/O tracking").
+//! What a split ring has in flight, in its region: see `ring::inflight`.
 //!
-//! The front-end keeps the region, and gives it to whoever serves the ring next. Each head that was taken has a mark
-//! and a number there; a batch of completions is linked before the used index moves and unmarked after it, so that
-//! whoever comes next can tell the completed from the rest wherever its predecessor ended.
-//!
-//! The region is a peer's memory, too: it is read when a ring starts, once, and checked; from then on it is written
-//! only. A process that ends leaves what it stored in the order of its program, so that every store is a release:
-//! that keeps the compiler to it.
+//! Each head that was taken has a mark and a number there; a batch of completions is linked before the used index moves
+//! and unmarked after it, so that whoever comes next can tell the completed from the rest wherever its predecessor ended.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use crate::mem::{Mapping, Window};
+use crate::ring::inflight::{find, sort, ALIGN, DESC_NUM, FEATURES, THE_VERSION, VERSION};
 use crate::violation::{Rule, Violation};
 
-const FEATURES: usize = 0;
-const VERSION: usize = 8;
-const DESC_NUM: usize = 10;
 const LAST_BATCH_HEAD: usize = 12;
 const USED_IDX: usize = 14;
 const DESCS: usize = 16;
@@ -26,12 +19,6 @@ const DESC_BYTES: usize = 16;
 const INFLIGHT: usize = 0;
 const NEXT: usize = 6;
 const COUNTER: usize = 8;
-
-/// The only layout there is; 0 stands for a region that was never used.
-const THE_VERSION: u16 = 1;
-
-/// What the regions of queues are aligned to.
-const ALIGN: usize = 64;
 
 /// Bytes that the region of a queue of `size` takes.
 pub const fn inflight_bytes(size: u16) -> usize {
@@ -56,25 +43,14 @@ impl Inflight {
     /// Violation: inflight-misaligned, inflight-size, inflight-version, inflight-features, inflight-used-index,
     /// inflight-next, inflight-loop, inflight-counter.
     pub fn open(mapping: &Arc<Mapping>, offset: u64, size: u16, used: u16) -> Result<(Self, VecDeque<u16>), Violation> {
-        let bytes = DESCS + DESC_BYTES * usize::from(size);
-        if offset.checked_add(bytes as u64).is_none_or(|end| end > mapping.size() as u64) {
-            let detail = format!("{bytes} bytes at {offset:#x} of {}", mapping.size());
-            return Err(Violation::new(Rule::InflightSize, detail));
-        }
-        let window = Window::new(mapping.clone(), offset as usize, bytes);
-        if !window.is_aligned(8) {
-            return Err(Violation::new(Rule::InflightMisaligned, format!("{offset:#x}")));
-        }
+        let (window, before) = find(mapping, offset, DESCS + DESC_BYTES * usize::from(size), size)?;
         let mut region = Self { window, counter: 0, last: 0, batch: Vec::new() };
-        let again = match region.window.load16(VERSION, Ordering::Acquire) {
-            0 => {
-                region.begin(size, used);
-                VecDeque::new()
-            }
-            THE_VERSION => region.recover(size, used)?,
-            version => return Err(Violation::new(Rule::InflightVersion, format!("{version}"))),
-        };
-        Ok((region, again))
+        if before {
+            let again = region.recover(size, used)?;
+            return Ok((region, again));
+        }
+        region.begin(size, used);
+        Ok((region, VecDeque::new()))
     }
 
     /// Make a region that says that nothing is in flight. The version comes last: until then it is none.
@@ -92,14 +68,6 @@ impl Inflight {
     /// Finish the batch that a predecessor has shown to the driver and not unmarked; what is then in flight, in order.
     fn recover(&mut self, size: u16, used: u16) -> Result<VecDeque<u16>, Violation> {
         let load = |offset| self.window.load16(offset, Ordering::Acquire);
-        let features = self.window.load64(FEATURES, Ordering::Acquire);
-        if features != 0 {
-            return Err(Violation::new(Rule::InflightFeatures, format!("{features:#x}")));
-        }
-        let count = load(DESC_NUM);
-        if count != size {
-            return Err(Violation::new(Rule::InflightSize, format!("of {count} descriptors, for a ring of {size}")));
-        }
         let last = load(LAST_BATCH_HEAD);
         let before = load(USED_IDX);
         let batch = used.wrapping_sub(before);
@@ -124,19 +92,7 @@ impl Inflight {
                 again.push((self.window.load64(place(head) + COUNTER, Ordering::Acquire), head));
             }
         }
-        again.sort_unstable();
-        if let Some(pair) = again.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            let detail = format!("{} of {} and of {}", pair[0].0, pair[0].1, pair[1].1);
-            return Err(Violation::new(Rule::InflightCounter, detail));
-        }
-        self.counter = match again.last() {
-            // No ring ever gets there, and the next number would come first.
-            Some((u64::MAX, head)) => {
-                return Err(Violation::new(Rule::InflightCounter, format!("{} of {head}", u64::MAX)));
-            }
-            Some((counter, _)) => counter + 1,
-            None => 0,
-        };
+        self.counter = sort(&mut again)?;
         // Where the links of the next batch end, which nobody follows so far.
         self.last = last;
         for head in (0..size).filter(|head| shown[usize::from(*head)]) {

@@ -1,0 +1,643 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * virtio_vbus: a virtio transport over the bus. The kernel's own virtio drivers bind to what it
+ * registers.
+ *
+ * Each of the transport's verbs is a question to the bus, so that they sleep; only notifications do
+ * not, which are events: see proxy_events.c. Rings and buffers are made visible to the device by
+ * the DMA operations that the connector gave the vbus device, which is the parent of the virtio
+ * device.
+ *
+ * A device that is gone, or that needs a reset, must not leave anybody waiting: its queues are
+ * broken, so that nothing more is put into them, and requests of a disk that it has not answered
+ * are ended.
+ */
+#include <linux/blk-mq.h>
+#include <linux/module.h>
+#include <linux/slab.h>
+#include <linux/version.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
+#include <linux/virtio_ring.h>
+#include <linux/wait_bit.h>
+
+#include "vbus.h"
+
+/* Descriptors of a queue, at most: a larger one would take a large part of a window. */
+#define MAX_QUEUE_SIZE	1024
+/* Bytes of config space in one message. */
+#define CONFIG_CHUNK	2048
+#define CONFIG_TRIES	8
+
+struct virtio_vbus_device {
+	struct virtio_device vdev;
+	struct vbus_device *device;
+	u32 generation;			/* of config space, as last read */
+	bool registered;		/* config changes may be told; by the device's lock */
+	bool missed;			/* there was one before; the same */
+	struct mutex queues_lock;	/* guards the queues against who breaks them, and: */
+	bool has_queues;		/* it has, or has had, some */
+	struct work_struct failed;
+};
+
+/* Devices that have not been freed yet: their release is code of this module. */
+static atomic_t living = ATOMIC_INIT(0);
+
+static struct virtio_vbus_device *to_vv(struct virtio_device *vdev)
+{
+	return container_of(vdev, struct virtio_vbus_device, vdev);
+}
+
+static int ask(struct virtio_vbus_device *vv, u8 id, const void *body, size_t size, void *answer,
+	       size_t room)
+{
+	struct vbus_request request = {
+		.id = id,
+		.body = body,
+		.size = size,
+		.answer = answer,
+		.least = room,
+		.room = room,
+	};
+	int err = vbus_device_ask(vv->device, &request);
+
+	return min(err, 0);
+}
+
+/* Config space. */
+
+struct config_answer {
+	struct vbus_config head;
+	u8 data[CONFIG_CHUNK];
+};
+
+static int read_chunk(struct virtio_vbus_device *vv, struct config_answer *answer, u32 offset,
+		      u32 length)
+{
+	struct vbus_config_range range = {
+		.offset = cpu_to_le32(offset),
+		.length = cpu_to_le32(length),
+	};
+	struct vbus_request request = {
+		.id = VBUS_GET_CONFIG,
+		.body = &range,
+		.size = sizeof(range),
+		.answer = answer,
+		.least = sizeof(answer->head),
+		.room = sizeof(answer->head) + length,
+	};
+	int size;
+
+	size = vbus_device_ask(vv->device, &request);
+	if (size < 0)
+		return size;
+	if (size != sizeof(answer->head) + length || le32_to_cpu(answer->head.length) != length)
+		return -EINVAL;
+	WRITE_ONCE(vv->generation, le32_to_cpu(answer->head.generation));
+	return 0;
+}
+
+/* What cannot be read reads as zeroes: there is no way to say so. */
+static void vv_get(struct virtio_device *vdev, unsigned int offset, void *buf, unsigned int len)
+{
+	struct virtio_vbus_device *vv = to_vv(vdev);
+	struct config_answer *answer;
+	unsigned int chunk;
+
+	memset(buf, 0, len);
+	answer = kmalloc(sizeof(*answer), GFP_KERNEL);
+	if (!answer)
+		return;
+	for (; len; offset += chunk, buf += chunk, len -= chunk) {
+		chunk = min_t(unsigned int, len, CONFIG_CHUNK);
+		if (read_chunk(vv, answer, offset, chunk))
+			break;
+		memcpy(buf, answer->data, chunk);
+	}
+	kfree(answer);
+}
+
+/*
+ * A write is refused when config space has changed since it was last looked at; then it is written
+ * all the same.
+ */
+static void vv_set(struct virtio_device *vdev, unsigned int offset, const void *buf,
+		   unsigned int len)
+{
+	struct virtio_vbus_device *vv = to_vv(vdev);
+	struct config_answer *answer;
+	struct vbus_config head = {
+		.offset = cpu_to_le32(offset),
+		.length = cpu_to_le32(len),
+	};
+	struct vbus_request request = {
+		.id = VBUS_SET_CONFIG,
+		.body = &head,
+		.size = sizeof(head),
+		.more = buf,
+		.more_size = len,
+		.least = sizeof(answer->head),
+	};
+	int tries, size = 0;
+
+	answer = kmalloc(sizeof(*answer), GFP_KERNEL);
+	if (!answer || len > CONFIG_CHUNK)
+		goto out;
+	request.answer = answer;
+	request.room = sizeof(answer->head) + len;
+	for (tries = 0; tries < CONFIG_TRIES; tries++) {
+		head.generation = cpu_to_le32(READ_ONCE(vv->generation));
+		size = vbus_device_ask(vv->device, &request);
+		if (size < 0 || le32_to_cpu(answer->head.length) == len)
+			break;
+		if (le32_to_cpu(answer->head.generation) == READ_ONCE(vv->generation)) {
+			size = -EPERM;
+			break;
+		}
+		WRITE_ONCE(vv->generation, le32_to_cpu(answer->head.generation));
+	}
+out:
+	kfree(answer);
+	if (size < 0 && size != -ENODEV)
+		dev_dbg(&vdev->dev, "config space at %u was not written: %d\n", offset, size);
+}
+
+/*
+ * Every read brings the generation with it; see the caller, who reads again when it is another
+ * behind the reads.
+ */
+static u32 vv_generation(struct virtio_device *vdev)
+{
+	return READ_ONCE(to_vv(vdev)->generation);
+}
+
+/* Status. */
+
+static u8 vv_get_status(struct virtio_device *vdev)
+{
+	__le32 status;
+
+	if (ask(to_vv(vdev), VBUS_GET_STATUS, NULL, 0, &status, sizeof(status)))
+		return 0;
+	return le32_to_cpu(status);
+}
+
+static int set_status(struct virtio_vbus_device *vv, u8 status)
+{
+	__le32 wanted = cpu_to_le32(status), got;
+
+	return ask(vv, VBUS_SET_STATUS, &wanted, sizeof(wanted), &got, sizeof(got));
+}
+
+static void vv_set_status(struct virtio_device *vdev, u8 status)
+{
+	int err = set_status(to_vv(vdev), status);
+
+	if (err == -EBUSY)
+		dev_err(&vdev->dev, "%s is in use by another driver\n", to_vv(vdev)->device->name);
+	else if (err && err != -ENODEV)
+		dev_err(&vdev->dev, "status %#x was not set: %d\n", status, err);
+}
+
+/*
+ * The answer comes when nothing of the device is under way any more: only then buffers may be used
+ * for something else.
+ */
+static void vv_reset(struct virtio_device *vdev)
+{
+	struct virtio_vbus_device *vv = to_vv(vdev);
+	int err;
+
+	/* What failed before shall not be found failed after. */
+	flush_work(&vv->failed);
+	err = set_status(vv, 0);
+	if (err && err != -ENODEV)
+		vbus_device_broken(vv->device, "a device was not reset");
+}
+
+/* Features. */
+
+static u64 vv_get_features(struct virtio_device *vdev)
+{
+	struct vbus_features wanted = { .num_blocks = cpu_to_le32(2) }, offered;
+	const size_t head = offsetof(struct vbus_features, features);
+
+	if (ask(to_vv(vdev), VBUS_GET_FEATURES, &wanted, head, &offered, sizeof(offered)) ||
+	    le32_to_cpu(offered.block_index) || le32_to_cpu(offered.num_blocks) != 2)
+		return 0;
+	return le32_to_cpu(offered.features[0]) | (u64)le32_to_cpu(offered.features[1]) << 32;
+}
+
+static int vv_finalize_features(struct virtio_device *vdev)
+{
+	struct virtio_vbus_device *vv = to_vv(vdev);
+	struct vbus_features taken = { .num_blocks = cpu_to_le32(2) };
+	u64 offered = vdev->features;
+
+	/* Drops what it does not know of, which is not the ring's alone. */
+	vring_transport_features(vdev);
+	if (offered & BIT_ULL(VIRTIO_F_RING_RESET))
+		__virtio_set_bit(vdev, VIRTIO_F_RING_RESET);
+	if (!__virtio_test_bit(vdev, VIRTIO_F_VERSION_1)) {
+		dev_err(&vdev->dev, "%s does not offer VERSION_1\n", vv->device->name);
+		return -EINVAL;
+	}
+	/*
+	 * Without it the ring would be given the addresses of this side's memory, which mean
+	 * nothing to the other.
+	 */
+	if (!__virtio_test_bit(vdev, VIRTIO_F_ACCESS_PLATFORM)) {
+		dev_err(&vdev->dev, "%s does not offer ACCESS_PLATFORM\n", vv->device->name);
+		return -EINVAL;
+	}
+	/*
+	 * A packed ring of these kernels is not whole any more when a buffer finds no place: what
+	 * was mapped before it stays available. In a window that happens.
+	 */
+	if (vbus_device_memory(vv->device) == VBUS_MEMORY_WINDOW)
+		__virtio_clear_bit(vdev, VIRTIO_F_RING_PACKED);
+	taken.features[0] = cpu_to_le32(lower_32_bits(vdev->features));
+	taken.features[1] = cpu_to_le32(upper_32_bits(vdev->features));
+	return ask(vv, VBUS_SET_FEATURES, &taken, sizeof(taken), NULL, 0);
+}
+
+/* Queues. */
+
+static bool vv_notify(struct virtqueue *vq)
+{
+	vbus_queue_signal(vq->priv);
+	return true;
+}
+
+static void heard(struct vbus_queue *queue)
+{
+	struct virtqueue *vq = queue->data;
+
+	if (!READ_ONCE(vq->reset))
+		vring_interrupt(0, vq);
+}
+
+/*
+ * Callbacks are called in interrupts, or behind rcu_read_lock(). Expedited: a bus may go with a
+ * thousand devices, one after the other.
+ */
+static void vv_synchronize_cbs(struct virtio_device *vdev)
+{
+	synchronize_rcu_expedited();
+}
+
+/* As large as it can be; with split rings a power of two. */
+static int queue_size(struct virtio_vbus_device *vv, u32 index)
+{
+	struct vbus_index wanted = { .index = cpu_to_le32(index) };
+	struct vbus_vqueue has;
+	u32 size;
+	int err;
+
+	err = ask(vv, VBUS_GET_VQUEUE, &wanted, sizeof(wanted), &has, sizeof(has));
+	if (err)
+		return err;
+	size = min_t(u32, le32_to_cpu(has.max_size), MAX_QUEUE_SIZE);
+	if (!size)
+		return -ENOENT;
+	if (__virtio_test_bit(&vv->vdev, VIRTIO_F_RING_PACKED))
+		return size;
+	return rounddown_pow_of_two(size);
+}
+
+static int tell_queue(struct virtio_vbus_device *vv, struct virtqueue *vq, u32 index)
+{
+	struct vbus_vqueue body = {
+		.index = cpu_to_le32(index),
+		.size = cpu_to_le32(virtqueue_get_vring_size(vq)),
+		.desc = cpu_to_le64(virtqueue_get_desc_addr(vq)),
+		.driver = cpu_to_le64(virtqueue_get_avail_addr(vq)),
+		.device = cpu_to_le64(virtqueue_get_used_addr(vq)),
+	};
+
+	return ask(vv, VBUS_SET_VQUEUE, &body, sizeof(body), NULL, 0);
+}
+
+static struct virtqueue *setup_queue(struct virtio_vbus_device *vv, u32 index,
+				     vq_callback_t *callback, const char *name, bool ctx)
+{
+	struct vbus_queue *queue;
+	struct virtqueue *vq;
+	int size, err;
+
+	if (index >= READ_ONCE(vv->device->known))
+		return ERR_PTR(-ENOENT);
+	queue = &vv->device->queues[index];
+	size = queue_size(vv, index);
+	if (size < 0)
+		return ERR_PTR(size);
+	mutex_lock(&vv->queues_lock);
+	vv->has_queues = true;
+	vq = vring_create_virtqueue(index, size, SMP_CACHE_BYTES, &vv->vdev, true, true, ctx,
+				    vv_notify, callback, name);
+	if (vq)
+		vq->priv = queue;
+	mutex_unlock(&vv->queues_lock);
+	if (!vq)
+		return ERR_PTR(-ENOMEM);
+	queue->heard = heard;
+	queue->data = vq;
+	err = vbus_queue_open(queue);
+	if (!err)
+		err = tell_queue(vv, vq, index);
+	if (!err && READ_ONCE(vv->device->gone))
+		err = -ENODEV;
+	/* What was made is taken back by vv_del_vqs(). */
+	return err ? ERR_PTR(err) : vq;
+}
+
+static void vv_del_vqs(struct virtio_device *vdev)
+{
+	struct virtio_vbus_device *vv = to_vv(vdev);
+	struct virtqueue *vq, *next;
+
+	list_for_each_entry(vq, &vdev->vqs, list)
+		vbus_queue_close(vq->priv);
+	vv_synchronize_cbs(vdev);
+	mutex_lock(&vv->queues_lock);
+	list_for_each_entry_safe(vq, next, &vdev->vqs, list)
+		vring_del_virtqueue(vq);
+	mutex_unlock(&vv->queues_lock);
+}
+
+/* Before the queues are made: nothing is void of a new generation. */
+static int begin_vqs(struct virtio_vbus_device *vv)
+{
+	if (!READ_ONCE(vv->device->gone))
+		WRITE_ONCE(vv->device->void_buffers, false);
+	return vbus_device_sources(vv->device);
+}
+
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
+static int vv_find_vqs(struct virtio_device *vdev, unsigned int nvqs, struct virtqueue *vqs[],
+		       struct virtqueue_info infos[], struct irq_affinity *desc)
+#define QUEUE_NAME(i)		(infos[i].name)
+#define QUEUE_CALLBACK(i)	(infos[i].callback)
+#define QUEUE_CTX(i)		(infos[i].ctx)
+#else
+static int vv_find_vqs(struct virtio_device *vdev, unsigned int nvqs, struct virtqueue *vqs[],
+		       vq_callback_t *callbacks[], const char * const names[], const bool *ctx,
+		       struct irq_affinity *desc)
+#define QUEUE_NAME(i)		(names[i])
+#define QUEUE_CALLBACK(i)	(callbacks[i])
+#define QUEUE_CTX(i)		(ctx ? ctx[i] : false)
+#endif
+{
+	struct virtio_vbus_device *vv = to_vv(vdev);
+	unsigned int i, index = 0;
+	int err;
+
+	err = begin_vqs(vv);
+	for (i = 0; !err && i < nvqs; i++) {
+		vqs[i] = NULL;
+		/* A queue without a name is one that the driver does not use; it has no index. */
+		if (!QUEUE_NAME(i))
+			continue;
+		vqs[i] = setup_queue(vv, index++, QUEUE_CALLBACK(i), QUEUE_NAME(i), QUEUE_CTX(i));
+		err = PTR_ERR_OR_ZERO(vqs[i]);
+	}
+	if (err)
+		vv_del_vqs(vdev);
+	return err;
+}
+
+/* The driver wants to set up one queue anew: see RESET_VQUEUE. The queue's events go on. */
+static int vv_disable_vq_and_reset(struct virtqueue *vq)
+{
+	struct vbus_index wanted = { .index = cpu_to_le32(vq->index) };
+	int err;
+
+	if (!virtio_has_feature(vq->vdev, VIRTIO_F_RING_RESET))
+		return -ENOENT;
+	err = ask(to_vv(vq->vdev), VBUS_RESET_VQUEUE, &wanted, sizeof(wanted), NULL, 0);
+	if (err)
+		return err;
+	WRITE_ONCE(vq->reset, true);
+	vv_synchronize_cbs(vq->vdev);
+	return 0;
+}
+
+static int vv_enable_vq_after_reset(struct virtqueue *vq)
+{
+	int err;
+
+	if (!vq->reset)
+		return -EBUSY;
+	err = tell_queue(to_vv(vq->vdev), vq, vq->index);
+	if (!err)
+		WRITE_ONCE(vq->reset, false);
+	return err;
+}
+
+static const char *vv_bus_name(struct virtio_device *vdev)
+{
+	return dev_name(vdev->dev.parent);
+}
+
+static const struct virtio_config_ops vv_config_ops = {
+	.get = vv_get,
+	.set = vv_set,
+	.generation = vv_generation,
+	.get_status = vv_get_status,
+	.set_status = vv_set_status,
+	.reset = vv_reset,
+	.find_vqs = vv_find_vqs,
+	.del_vqs = vv_del_vqs,
+	.synchronize_cbs = vv_synchronize_cbs,
+	.get_features = vv_get_features,
+	.finalize_features = vv_finalize_features,
+	.bus_name = vv_bus_name,
+	.disable_vq_and_reset = vv_disable_vq_and_reset,
+	.enable_vq_after_reset = vv_enable_vq_after_reset,
+};
+
+/* Devices that do not go on. */
+
+/*
+ * Requests of a disk that will not be answered end with an error; else removing the disk would wait
+ * for them for ever. The driver does that by itself only in newer kernels. What it gave the queue
+ * with a request is the request's private data. The status, which the device should have written,
+ * reads as all ones, which is an error: see @void_buffers.
+ */
+static void end_disk_requests(struct virtio_vbus_device *vv)
+{
+	struct request_queue *stopped = NULL;
+	struct request *request;
+	struct virtqueue *vq;
+	void *data;
+
+	list_for_each_entry(vq, &vv->vdev.vqs, list) {
+		while ((data = virtqueue_detach_unused_buf(vq))) {
+			request = blk_mq_rq_from_pdu(data);
+			stopped = request->q;
+			blk_mq_complete_request(request);
+		}
+	}
+	/*
+	 * The queue may have been full. The disk is still there: its driver deletes the queues
+	 * before it lets go.
+	 */
+	if (stopped)
+		blk_mq_start_stopped_hw_queues(stopped, true);
+}
+
+/* Nobody waits for the device any more, which touches no buffers any more. */
+static void end_requests(struct virtio_vbus_device *vv)
+{
+	mutex_lock(&vv->queues_lock);
+	/*
+	 * Before there is a queue, nobody can be waiting, and the list of queues may not be one
+	 * yet.
+	 */
+	if (vv->has_queues) {
+		virtio_break_device(&vv->vdev);
+		/*
+		 * Whoever uses a queue has its lock, and interrupts off: now nobody is in the
+		 * middle of it.
+		 */
+		synchronize_rcu_expedited();
+		if (IS_ENABLED(CONFIG_BLOCK) && vv->vdev.id.device == VIRTIO_ID_BLOCK)
+			end_disk_requests(vv);
+	}
+	mutex_unlock(&vv->queues_lock);
+}
+
+static void gone(void *data)
+{
+	end_requests(data);
+}
+
+/*
+ * The device needs a reset, and gets it. Its driver has to be bound anew, since it does not know.
+ */
+static void failed_work(struct work_struct *work)
+{
+	struct virtio_vbus_device *vv = container_of(work, struct virtio_vbus_device, failed);
+	int err;
+
+	dev_err(&vv->vdev.dev, "%s failed and needs a reset: its driver has to be bound again\n",
+		vv->device->name);
+	err = set_status(vv, 0);
+	if (err && err != -ENODEV)
+		vbus_device_broken(vv->device, "a device was not reset");
+	WRITE_ONCE(vv->device->void_buffers, true);
+	end_requests(vv);
+}
+
+static void config_changed(void *data, u32 status, u32 generation)
+{
+	struct virtio_vbus_device *vv = data;
+
+	if (status & VIRTIO_CONFIG_S_NEEDS_RESET)
+		queue_work(system_unbound_wq, &vv->failed);
+	else if (vv->registered)
+		virtio_config_changed(&vv->vdev);
+	else
+		vv->missed = true;
+}
+
+static const struct vbus_device_events vv_events = {
+	.config_changed = config_changed,
+	.gone = gone,
+};
+
+/* The beginning and the end. */
+
+static void vv_release(struct device *dev)
+{
+	struct virtio_vbus_device *vv = to_vv(dev_to_virtio(dev));
+
+	put_device(&vv->device->dev);
+	kfree(vv);
+	if (atomic_dec_and_test(&living))
+		wake_up_var(&living);
+}
+
+/* Config changes are told from now on, and those from before. */
+static void tell_changes(struct virtio_vbus_device *vv)
+{
+	mutex_lock(&vv->device->lock);
+	vv->registered = true;
+	if (vv->missed)
+		virtio_config_changed(&vv->vdev);
+	mutex_unlock(&vv->device->lock);
+}
+
+static int vv_probe(struct vbus_device *device)
+{
+	struct virtio_vbus_device *vv;
+	int err;
+
+	if (!device->device_id)
+		return -ENODEV;
+	vv = kzalloc(sizeof(*vv), GFP_KERNEL);
+	if (!vv)
+		return -ENOMEM;
+	atomic_inc(&living);
+	get_device(&device->dev);
+	vv->device = device;
+	vv->vdev.id.device = device->device_id;
+	vv->vdev.id.vendor = device->vendor_id;
+	vv->vdev.config = &vv_config_ops;
+	vv->vdev.dev.parent = &device->dev;
+	vv->vdev.dev.release = vv_release;
+	mutex_init(&vv->queues_lock);
+	INIT_WORK(&vv->failed, failed_work);
+	dev_set_drvdata(&device->dev, vv);
+	vbus_device_listen(device, &vv_events, vv);
+	err = register_virtio_device(&vv->vdev);
+	if (!err) {
+		tell_changes(vv);
+		return 0;
+	}
+	vbus_device_ignore(device);
+	set_status(vv, 0);
+	cancel_work_sync(&vv->failed);
+	put_device(&vv->vdev.dev);
+	return err;
+}
+
+static void vv_remove(struct vbus_device *device)
+{
+	struct virtio_vbus_device *vv = dev_get_drvdata(&device->dev);
+
+	get_device(&vv->vdev.dev);
+	/* The driver may wait for the device: it has to hear when that is gone. */
+	unregister_virtio_device(&vv->vdev);
+	vbus_device_ignore(device);
+	/* Others may drive it from now on: virtio has acknowledged it for its next driver. */
+	set_status(vv, 0);
+	cancel_work_sync(&vv->failed);
+	put_device(&vv->vdev.dev);
+}
+
+static struct vbus_driver vv_driver = {
+	.driver.name = "virtio_vbus",
+	.probe = vv_probe,
+	.remove = vv_remove,
+};
+
+static int __init vv_init(void)
+{
+	return vbus_register_driver(&vv_driver, THIS_MODULE);
+}
+
+static void __exit vv_exit(void)
+{
+	vbus_unregister_driver(&vv_driver);
+	wait_var_event(&living, !atomic_read(&living));
+}
+
+module_init(vv_init);
+module_exit(vv_exit);
+
+MODULE_ALIAS("vbus:*");
+MODULE_DESCRIPTION("vbus: virtio devices on the bus");
+MODULE_AUTHOR("the vbus project");
+MODULE_LICENSE("GPL");

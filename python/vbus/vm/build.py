@@ -1,0 +1,112 @@
+"""Modules built for a guest's kernel: with the kernel's own headers, fetched as its packages are, in the same cache.
+
+Nothing is installed, and nothing is built a second time: what was built is known by its sources, the kernel and the
+compiler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vbus.vm.debian import FetchError, alone, cache, depends, unpacked
+from vbus.vm.kernel import newest
+
+
+class BuildError(Exception):
+    """Modules could not be built; with what the build said."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build came to."""
+
+    modules: dict[str, Path]
+    """The modules' files, by the names of the modules."""
+    said: str
+    """What the compiler and the kernel's checks said, beside the progress of the build."""
+
+
+def headers(architecture: str, *, backports: bool = False) -> Path:
+    """The directory that a kernel's modules are built in: that of `make -C`. Raises FetchError."""
+    package = newest(architecture, "linux-headers-", backports=backports)
+    needed = [
+        name
+        for name in depends(architecture, package, backports=backports)
+        if name.startswith(("linux-headers-", "linux-kbuild-"))
+    ]
+    files = unpacked(architecture, [package, *needed], alone_without=True, backports=backports)
+    place = cache() / architecture / f"build-{package.removeprefix('linux-headers-')}-{files.name[-12:]}"
+    with alone(architecture):
+        if not place.exists():
+            _relocate(files, package, place)
+    return place
+
+
+def _relocate(files: Path, package: str, place: Path) -> None:
+    """Debian's directory finds its other half by an absolute path: here is one that finds it where it is."""
+    source = files / "usr/src" / package
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        for entry in source.iterdir():
+            (made / entry.name).symlink_to(entry)
+        (made / "Makefile").unlink()
+        text = (source / "Makefile").read_text()
+        (made / "Makefile").write_text(text.replace("include /usr/src/", f"include {files}/usr/src/"))
+        made.rename(place)
+
+
+def build(
+    sources: Path, architecture: str = "amd64", *, backports: bool = False, options: Sequence[str] = ("W=1",)
+) -> Built:
+    """Build the modules of a directory. `options` are make's. Raises FetchError, BuildError."""
+    if shutil.which("make") is None or shutil.which("gcc") is None:
+        raise BuildError("modules are built with make and gcc: install them")
+    place = headers(architecture, backports=backports)
+    files = sorted(path for path in sources.iterdir() if path.suffix in (".c", ".h") or path.name == "Kbuild")
+    compiler = subprocess.run(["gcc", "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(b"\0".join([place.name.encode(), compiler, *(word.encode() for word in options)]))
+    for path in files:
+        digest.update(b"\0".join([path.name.encode(), path.read_bytes(), b""]))
+    kept = cache() / architecture / f"modules-{digest.hexdigest()[:16]}"
+    with alone(f"{architecture}-modules"):
+        if not kept.exists():
+            _make(files, place, kept, options)
+    modules = {path.stem: path for path in sorted(kept.glob("*.ko"))}
+    return Built(modules, (kept / "said").read_text())
+
+
+PROGRESS = ("  CC ", "  LD ", "  CHECK ", "  MODPOST ", "  BTF ", "make", "Skipping BTF generation", "  DESCEND")
+"""How lines begin that say nothing of the sources."""
+
+
+def _make(files: Sequence[Path], place: Path, kept: Path, options: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+        work, made = Path(scratch) / "work", Path(scratch) / "made"
+        work.mkdir()
+        made.mkdir()
+        for path in files:
+            shutil.copy(path, work)
+        # The types of the kernel's own debugging information are nothing that these modules need, and take a tool more.
+        words = ["make", f"-j{os.cpu_count() or 1}", "-C", str(place), f"M={work}", "CONFIG_DEBUG_INFO_BTF_MODULES="]
+        done = subprocess.run(
+            [*words, *options, "modules"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith(PROGRESS)]
+        said = "".join(f"{line}\n" for line in lines).replace(f"{work}/", "")
+        if done.returncode:
+            raise BuildError(f"the modules cannot be built:\n{said}")
+        for module in work.glob("*.ko"):
+            shutil.copy(module, made)
+        (made / "said").write_text(said)
+        made.rename(kept)
+
+
+__all__ = ["BuildError", "Built", "FetchError", "build", "headers"]
