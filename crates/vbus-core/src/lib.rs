@@ -24,7 +24,9 @@ mod _core {
     #[pymodule_export]
     use crate::doorbell::Doorbell;
     #[pymodule_export]
-    use crate::engine::{BlkEngine, Engine, LoopbackEngine, Task, Worker};
+    use crate::engine::{
+        BlkEngine, Engine, LoopbackEngine, NetRules, Switch, SwitchEngine, SwitchPort, TapEngine, Task, Worker,
+    };
     #[pymodule_export]
     use crate::event::{EventReceiver, EventSender};
     #[pymodule_export]

@@ -267,6 +267,15 @@ class Slot:
             self._outbox_key = self.actor.key(self._read_outboxes, self.priority)
         return _core.Signal.local(self.actor.pool.scheduler, self._outbox_key)
 
+    def call_signal(self, callback: Callable[[], None]) -> _core.Signal:
+        """What calls back in a turn of the device when it is notified, from any thread, with or without Python."""
+
+        def turn() -> bool:
+            self.runner.call(callback)
+            return False
+
+        return _core.Signal.local(self.actor.pool.scheduler, self.actor.key(turn, self.priority))
+
     def adopt(self, engines: Sequence[Engine]) -> None:
         """Have workers run these engines for queues of this device. In the turn that plugs it. UsageError."""
         for engine in engines:
