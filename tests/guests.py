@@ -30,13 +30,15 @@ from vbus.vm.options import VhostUserDevice, device_options, function_options
 
 MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], "Input": ["virtio_input", "evdev"]}
 """The guest's modules, by the class of the device."""
+BACKPORTS = os.environ.get("VBUS_GUEST_BACKPORTS") == "1"
+"""Whether guests with these modules have the newer kernel of Debian's backports."""
 SOURCES = Path(__file__).parent.parent / "guest" / "linux"
 """Of the modules with which a guest sees a whole bus."""
 
 
 def bus_modules() -> list[Path]:
     """Those modules, for the kernel that guests have, each after what it needs."""
-    built = build(SOURCES).modules
+    built = build(SOURCES, backports=BACKPORTS).modules
     return [built[name] for name in ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from conftest import wait_until
-from guests import bus_modules, function_args
+from guests import BACKPORTS, bus_modules, function_args
 from vbus.bus import Bus
 from vbus.connectors import Ivshmem
 from vbus.connectors.ivshmem import IvshmemPeer
@@ -214,7 +214,7 @@ def test_functions_that_are_not_ours(stranger: Callable[[str, bytes], Stranger])
     empty = stranger("empty", b"")
     newer = stranger("newer", struct.pack("<QII", MAGIC, 77, 0x98))
     args = [*foreign.args, *empty.args, *newer.args]
-    with Guest(args=args, modules=bus_modules()) as vm:
+    with Guest(args=args, modules=bus_modules(), backports=BACKPORTS) as vm:
         assert bound(vm) == 0
         told = [line for line in vm.run("dmesg").splitlines() if "vbus_ivshmem" in line]
         assert [line.partition(": ")[2] for line in told] == [
@@ -242,7 +242,9 @@ def test_a_hostile_bus_harms_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
                 lambda peer, message, priority: honest(peer, hostile.message(message), priority),
             )
             modules: list[str | Path] = ["virtio_rng", "virtio_blk", "virtio_console", *bus_modules()]
-            with Guest(args=function_args(connector), modules=modules, cpus=2, append="slub_debug=FZPU") as vm:
+            with Guest(
+                args=function_args(connector), modules=modules, cpus=2, append="slub_debug=FZPU", backports=BACKPORTS
+            ) as vm:
                 vm.run(
                     "(while :; do timeout 2 head -c 512 /dev/hwrng; timeout 2 dd if=/dev/vda of=/dev/null bs=64k "
                     "count=8 iflag=direct; sleep 0.05; done) >/dev/null 2>&1 &"

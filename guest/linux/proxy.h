@@ -3,6 +3,7 @@
 #ifndef VBUS_PROXY_H
 #define VBUS_PROXY_H
 
+#include <linux/async.h>
 #include <linux/atomic.h>
 #include <linux/interrupt.h>
 #include <linux/list.h>
@@ -108,6 +109,7 @@ struct vbus_discovery {
 	unsigned long *ready;		/* numbers that were announced */
 	unsigned long *removed;		/* numbers whose device was removed */
 	struct xarray devices;		/* by number */
+	struct async_domain removals;	/* that are under way */
 	struct mutex lock;		/* guards @devices against removal, and @over */
 	unsigned int count;		/* of devices */
 	unsigned int queues;		/* that these have */

@@ -130,36 +130,54 @@ static void add(struct vbus_proxy *proxy, u16 number)
 	release(proxy, number);
 }
 
-static void drop(struct vbus_proxy *proxy, struct vbus_device *device)
+/*
+ * To remove a device is to wait for the kernel, mostly: many are removed at the same time. To add
+ * them one after the other keeps their names in order.
+ */
+static void drop(void *data, async_cookie_t cookie)
 {
+	struct vbus_device *device = data;
+	struct vbus_proxy *proxy = device->proxy;
 	struct vbus_discovery *discovery = &proxy->discovery;
+	u16 number = device->number;
 
 	device_del(&device->dev);
 	/* Only now: whoever tells devices that they are gone looks for them here. */
 	mutex_lock(&discovery->lock);
-	xa_erase(&discovery->devices, device->number);
-	mutex_unlock(&discovery->lock);
+	xa_erase(&discovery->devices, number);
 	discovery->count--;
 	discovery->queues -= device->num_queues;
+	mutex_unlock(&discovery->lock);
 	put_device(&device->dev);
+	if (!READ_ONCE(discovery->over))
+		release(proxy, number);
 }
 
-static void settle(struct vbus_proxy *proxy, u16 number)
+static void settle_removed(struct vbus_proxy *proxy, u16 number)
 {
 	struct vbus_discovery *discovery = &proxy->discovery;
-	bool removed = test_and_clear_bit(number, discovery->removed);
-	bool announced = test_and_clear_bit(number, discovery->ready);
 	struct vbus_device *device = xa_load(&discovery->devices, number);
 
-	if (device && removed) {
-		vbus_device_gone(device);
-		drop(proxy, device);
+	/* One that is only announced will be found to be gone. */
+	if (!device && test_bit(number, discovery->ready))
+		return;
+	clear_bit(number, discovery->removed);
+	if (!device) {
 		release(proxy, number);
-	} else if (!device && announced) {
-		add(proxy, number);
-	} else if (!device && removed) {
-		release(proxy, number);
+		return;
 	}
+	clear_bit(number, discovery->ready);
+	vbus_device_gone(device);
+	async_schedule_domain(drop, device, &discovery->removals);
+}
+
+static void settle_ready(struct vbus_proxy *proxy, u16 number)
+{
+	struct vbus_discovery *discovery = &proxy->discovery;
+
+	clear_bit(number, discovery->ready);
+	if (!xa_load(&discovery->devices, number))
+		add(proxy, number);
 }
 
 static void work(struct work_struct *item)
@@ -170,10 +188,14 @@ static void work(struct work_struct *item)
 
 	for_each_set_bit(number, discovery->removed, NUMBERS)
 		if (!READ_ONCE(discovery->over))
-			settle(proxy, number);
+			settle_removed(proxy, number);
+	async_synchronize_full_domain(&discovery->removals);
 	for_each_set_bit(number, discovery->ready, NUMBERS)
 		if (!READ_ONCE(discovery->over))
-			settle(proxy, number);
+			settle_ready(proxy, number);
+	/* Of those that were announced and removed since. */
+	if (!READ_ONCE(discovery->over) && !bitmap_empty(discovery->removed, NUMBERS))
+		queue_work(discovery->queue, &discovery->work);
 }
 
 /* What the bus says; called by the link's work item, or by the scan. */
@@ -263,6 +285,7 @@ int vbus_discovery_init(struct vbus_proxy *proxy)
 
 	INIT_WORK(&discovery->work, work);
 	xa_init(&discovery->devices);
+	INIT_LIST_HEAD(&discovery->removals.pending);
 	mutex_init(&discovery->lock);
 	discovery->ready = bitmap_zalloc(NUMBERS, GFP_KERNEL);
 	discovery->removed = bitmap_zalloc(NUMBERS, GFP_KERNEL);
@@ -298,7 +321,8 @@ void vbus_discovery_stop(struct vbus_proxy *proxy)
 	/* The link still hears; what it queues finds that it is over. */
 	flush_workqueue(discovery->queue);
 	xa_for_each(&discovery->devices, number, device)
-		drop(proxy, device);
+		async_schedule_domain(drop, device, &discovery->removals);
+	async_synchronize_full_domain(&discovery->removals);
 }
 
 /* The link hears no more. */

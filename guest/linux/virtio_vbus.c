@@ -34,6 +34,7 @@ struct virtio_vbus_device {
 	struct virtio_device vdev;
 	struct vbus_device *device;
 	u32 generation;			/* of config space, as last read */
+	u8 status;			/* as last set */
 	bool registered;		/* config changes may be told; by the device's lock */
 	bool missed;			/* there was one before; the same */
 	struct mutex queues_lock;	/* guards the queues against who breaks them, and: */
@@ -174,19 +175,22 @@ static u32 vv_generation(struct virtio_device *vdev)
 
 /* Status. */
 
+/* A device may refuse what was set, and fail; what was not set it cannot add: virtio would wonder. */
 static u8 vv_get_status(struct virtio_device *vdev)
 {
+	struct virtio_vbus_device *vv = to_vv(vdev);
 	__le32 status;
 
-	if (ask(to_vv(vdev), VBUS_GET_STATUS, NULL, 0, &status, sizeof(status)))
+	if (ask(vv, VBUS_GET_STATUS, NULL, 0, &status, sizeof(status)))
 		return 0;
-	return le32_to_cpu(status);
+	return le32_to_cpu(status) & (READ_ONCE(vv->status) | VIRTIO_CONFIG_S_NEEDS_RESET);
 }
 
 static int set_status(struct virtio_vbus_device *vv, u8 status)
 {
 	__le32 wanted = cpu_to_le32(status), got;
 
+	WRITE_ONCE(vv->status, status);
 	return ask(vv, VBUS_SET_STATUS, &wanted, sizeof(wanted), &got, sizeof(got));
 }
 

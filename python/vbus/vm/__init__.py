@@ -5,6 +5,7 @@ a guest has beside processors and memory is said in QEMU's own options. The part
 
     debian.py     packages of any architecture, fetched by apt into a cache and unpacked there
     kernel.py     the stock kernel of an architecture, and which modules a module needs
+    build.py      modules built for it
     initramfs.py  the guest's files, as the kernel unpacks them
     machine.py    the machine's options, its start and its end; commands in the guest; QMP
 

@@ -121,7 +121,8 @@ class Guest:
 
     `modules` are kernel modules beside the machine's own, loaded in their order: names of the kernel's, or files that
     were built for it; `packages` are names of Debian packages; `files` are texts or bytes by path; `memory` is in MiB.
-    Raises GuestError when it does not start within `BOOT_SECONDS`.
+    `backports`: with the newer kernel of Debian's backports. Raises GuestError when it does not start within
+    `BOOT_SECONDS`.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Guest:
         cpus: int = 1,
         append: str = "",
         accelerator: str | None = None,
+        backports: bool = False,
         wait: bool = True,
     ) -> None:
         self._machine = MACHINES[machine]
@@ -145,7 +147,7 @@ class Guest:
         self._number = 0
         self._stack = contextlib.ExitStack()
         try:
-            self._start(machine, args, modules, packages, files, memory, cpus, append, accelerator, wait)
+            self._start(machine, args, modules, packages, files, memory, cpus, append, accelerator, backports, wait)
         except BaseException:
             self.close()
             raise
@@ -161,13 +163,14 @@ class Guest:
         cpus: int,
         append: str,
         accelerator: str | None,
+        backports: bool,
         wait: bool,
     ) -> None:
         machine = self._machine
         if shutil.which(machine.qemu) is None:
             raise GuestError(f"no {machine.qemu} on this machine: install QEMU 9 or newer")
         try:
-            stock = kernel.stock(machine.architecture)
+            stock = kernel.stock(machine.architecture, backports=backports)
             trees = [unpacked(machine.architecture, ["busybox-static"])]
             if packages:
                 trees.append(unpacked(machine.architecture, packages))
