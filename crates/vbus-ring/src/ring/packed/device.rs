@@ -369,7 +369,9 @@ impl Layout for Packed {
 
     #[inline]
     fn approach(&self, limit: usize) {
-        self.parts.desc.prepare(DESC_BYTES * usize::from(self.next.index) + 1, DESC_BYTES * limit, false);
+        // A caller may want all that there is.
+        let most = limit.min(usize::from(self.size));
+        self.parts.desc.prepare(DESC_BYTES * usize::from(self.next.index) + 1, DESC_BYTES * most, false);
     }
 
     /// What it is called, the last descriptor says; until then the place of the first, for people.

@@ -229,7 +229,8 @@ impl Layout for Split {
     /// waited for.
     #[inline]
     fn approach(&self, limit: usize) {
-        for ahead in 0..self.seen.wrapping_sub(self.next).min(limit as u16) {
+        let most = u16::try_from(limit).unwrap_or(u16::MAX);
+        for ahead in 0..self.seen.wrapping_sub(self.next).min(most) {
             let place = self.next.wrapping_add(ahead) & (self.size - 1);
             let head = self.parts.avail.load16(ENTRIES + 2 * usize::from(place), Ordering::Relaxed);
             // Only to come near it. What is used is read later, once, and checked.
