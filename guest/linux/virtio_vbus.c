@@ -29,12 +29,14 @@
 /* Bytes of config space in one message. */
 #define CONFIG_CHUNK	2048
 #define CONFIG_TRIES	8
+/* How often a device may take all the time that an answer may take. */
+#define RESET_TRIES	10
 
 struct virtio_vbus_device {
 	struct virtio_device vdev;
 	struct vbus_device *device;
 	u32 generation;			/* of config space, as last read */
-	u8 status;			/* as last set */
+	u8 status;			/* what came of what was last set */
 	bool registered;		/* config changes may be told; by the device's lock */
 	bool missed;			/* there was one before; the same */
 	struct mutex queues_lock;	/* guards the queues against who breaks them, and: */
@@ -175,23 +177,24 @@ static u32 vv_generation(struct virtio_device *vdev)
 
 /* Status. */
 
-/* A device may refuse what was set, and fail; what was not set it cannot add: virtio would wonder. */
+/*
+ * What came of the last bits that were set. A device may refuse some; it cannot add any, nor can it
+ * answer differently from one time to the next, which virtio would wonder about.
+ */
 static u8 vv_get_status(struct virtio_device *vdev)
 {
-	struct virtio_vbus_device *vv = to_vv(vdev);
-	__le32 status;
-
-	if (ask(vv, VBUS_GET_STATUS, NULL, 0, &status, sizeof(status)))
-		return 0;
-	return le32_to_cpu(status) & (READ_ONCE(vv->status) | VIRTIO_CONFIG_S_NEEDS_RESET);
+	return READ_ONCE(to_vv(vdev)->status);
 }
 
 static int set_status(struct virtio_vbus_device *vv, u8 status)
 {
 	__le32 wanted = cpu_to_le32(status), got;
+	int err;
 
-	WRITE_ONCE(vv->status, status);
-	return ask(vv, VBUS_SET_STATUS, &wanted, sizeof(wanted), &got, sizeof(got));
+	err = ask(vv, VBUS_SET_STATUS, &wanted, sizeof(wanted), &got, sizeof(got));
+	if (!err)
+		WRITE_ONCE(vv->status, le32_to_cpu(got) & status);
+	return err;
 }
 
 static void vv_set_status(struct virtio_device *vdev, u8 status)
@@ -208,16 +211,30 @@ static void vv_set_status(struct virtio_device *vdev, u8 status)
  * The answer comes when nothing of the device is under way any more: only then buffers may be used
  * for something else.
  */
+static void reset_device(struct virtio_vbus_device *vv)
+{
+	int tries, err;
+
+	for (tries = 0; tries < RESET_TRIES; tries++) {
+		err = set_status(vv, 0);
+		if (err != -ETIMEDOUT)
+			break;
+		/* Its disk may hang; other devices shall not suffer for that at once. */
+		dev_warn(&vv->vdev.dev, "%s is still not reset\n", vv->device->name);
+	}
+	if (err && err != -ENODEV)
+		vbus_device_broken(vv->device, "a device was not reset");
+	/* Of what is gone as well. */
+	WRITE_ONCE(vv->status, 0);
+}
+
 static void vv_reset(struct virtio_device *vdev)
 {
 	struct virtio_vbus_device *vv = to_vv(vdev);
-	int err;
 
 	/* What failed before shall not be found failed after. */
 	flush_work(&vv->failed);
-	err = set_status(vv, 0);
-	if (err && err != -ENODEV)
-		vbus_device_broken(vv->device, "a device was not reset");
+	reset_device(vv);
 }
 
 /* Features. */
@@ -523,13 +540,10 @@ static void gone(void *data)
 static void failed_work(struct work_struct *work)
 {
 	struct virtio_vbus_device *vv = container_of(work, struct virtio_vbus_device, failed);
-	int err;
 
 	dev_err(&vv->vdev.dev, "%s failed and needs a reset: its driver has to be bound again\n",
 		vv->device->name);
-	err = set_status(vv, 0);
-	if (err && err != -ENODEV)
-		vbus_device_broken(vv->device, "a device was not reset");
+	reset_device(vv);
 	WRITE_ONCE(vv->device->void_buffers, true);
 	end_requests(vv);
 }
