@@ -80,10 +80,10 @@ lint: build
 
 rust: build
 	cargo clippy --workspace --all-targets --release --quiet -- -D warnings
-	cargo test --release --quiet -p vbus-ring -p vbus-engine -p vbus-bench
+	cargo test --profile tested --quiet -p vbus-ring -p vbus-engine -p vbus-bench
 
 loom:
-	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$(LOOM_TARGET) cargo test --release --quiet -p vbus-ring --test loom_event --test loom_link
+	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$(LOOM_TARGET) cargo test --profile tested --quiet -p vbus-ring --test loom_event --test loom_link
 
 pytest: build
 	$(BIN)/python -m pytest --ignore tests/test_soak.py

@@ -97,7 +97,8 @@ impl Target<'_> {
             std::array::from_fn(|bit| flags >> bit & 1 == 0);
         let vlans = (!vlans).then(|| [input.u16() % 4096].into());
         let filter = Filter { promiscuous, told: !told, all_unicast, vlans, ..Filter::default() };
-        Rules { link, in_use, merge, csum, host_kinds: vec![input.u8()], filter }
+        let kinds = vec![input.u8()];
+        Rules { link, in_use, merge, csum, host_kinds: kinds.clone(), guest_csum: csum, guest_kinds: kinds, filter }
     }
 
     fn step(&mut self, step: Step, input: &mut Input<'_>) {

@@ -283,10 +283,10 @@ impl Chains for Burst {
 
     fn truncate(&mut self, count: usize) {
         if let Some(entry) = self.entries.get(count) {
-            let rules = self.entries[count..].iter().map(|entry| &entry.rules);
-            self.bytes -= rules.map(|rules| rules.readable + rules.writable).sum::<u64>();
             self.pieces.truncate(entry.first as usize);
             self.entries.truncate(count);
+            // Not less what those had that go: of a buffer that broke a rule, that may not have been counted.
+            self.bytes = self.entries.iter().map(|entry| entry.rules.readable + entry.rules.writable).sum();
             // What keeps memory for none of them would keep it for long.
             self.tables.truncate(self.entries.last().map_or(0, |last| last.table as usize + 1));
         }
