@@ -364,15 +364,27 @@ def test_a_guest_outlives_the_process_that_serves_it(tmp_path: Path) -> None:
     assert not (tmp_path / "guest.sock.keeper").exists()
 
 
-def test_a_process_that_is_killed_is_followed_by_another(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Starts the bus of the file in a process of its own, which is not left behind."""
     file = tmp_path / "machine.toml"
     file.write_text(FILE + f'socket = "{tmp_path}/guest.sock"\n')
+    started: list[subprocess.Popen[bytes]] = []
 
-    def run() -> subprocess.Popen[bytes]:
-        served = subprocess.Popen([*VBUS, "run", str(file)], stdout=subprocess.DEVNULL)
+    def start() -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([*VBUS, "run", str(file)], stdout=subprocess.DEVNULL))
         assert wait_until(lambda: command("ls", "machine", cwd=tmp_path).returncode == 0)
-        return served
+        return started[-1]
 
+    yield start
+    for served in started:
+        served.kill()
+        served.wait()
+
+
+def test_a_process_that_is_killed_is_followed_by_another(
+    tmp_path: Path, run: Callable[[], subprocess.Popen[bytes]]
+) -> None:
     served = run()
     function = Function(tmp_path / "guest.sock", 10)
     function.timeout = 30
