@@ -57,8 +57,21 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Quick:
     return Quick({result["benchmark"]: result for result in json.loads(done.stdout)}, folder)
 
 
+def is_there(name: str) -> bool:
+    """Whether all programs are that a measurement cannot do without."""
+    return all(shutil.which(one.program) for one in harness.load(name).needs)
+
+
+def result_of(quick: Quick, name: str) -> dict[str, Any]:
+    """What was measured."""
+    if not is_there(name):
+        pytest.skip(f"{name} needs {', '.join(one.package for one in harness.load(name).needs)}")
+    return quick.results[name]
+
+
 def test_all_that_can_be_measured_is(quick: Quick) -> None:
-    assert list(quick.results) == list(harness.NAMES) == list(cli_bench.ABOUT)
+    assert list(harness.NAMES) == list(cli_bench.ABOUT)
+    assert list(quick.results) == [name for name in harness.NAMES if is_there(name)]
     modules = {path.stem for path in Path(measurements.__file__).parent.glob("*.py")}
     assert {name for name in modules if hasattr(importlib.import_module(f"{MODULES}.{name}"), "MEASUREMENT")} == {
         *harness.NAMES
@@ -67,14 +80,15 @@ def test_all_that_can_be_measured_is(quick: Quick) -> None:
 
 @pytest.mark.parametrize("name", harness.NAMES)
 def test_a_quick_run_has_every_row_of_its_plan(quick: Quick, name: str) -> None:
-    result = quick.results[name]
+    result = result_of(quick, name)
     assert list(result) == [
         *("benchmark", "machine", "peers", "load_average", "began", "seconds", "options", "rows", "comparisons"),
     ]
     assert list(result["machine"]) == ["cpu", "cpus", "architecture", "memory_bytes", "kernel", "python", "vbus"]
     measurement = harness.load(name)
-    assert (measurement.name, result["peers"]) == (name, [])
     plan = harness.plan_of(measurement, quick=True)
+    assert measurement.name == name
+    assert result["peers"] == json.loads(json.dumps([one.describe() for one in measurement.taking_part(plan)]))
     assert result["options"] == json.loads(json.dumps(asdict(plan)))
     assert (plan.rounds, plan.quick) == (1, True)
     cases = measurement.cases(plan)
@@ -101,7 +115,7 @@ def test_a_quick_run_has_every_row_of_its_plan(quick: Quick, name: str) -> None:
 
 @pytest.mark.parametrize("name", harness.NAMES)
 def test_what_is_written_is_what_is_printed_and_can_be_looked_at(quick: Quick, name: str) -> None:
-    result = quick.results[name]
+    result = result_of(quick, name)
     assert json.loads((quick.folder / f"{name}.json").read_text()) == [result]
     text = (quick.folder / f"{name}.svg").read_text()
     assert text == harness.load(name).draw(result)
@@ -118,7 +132,7 @@ def test_what_is_written_is_what_is_printed_and_can_be_looked_at(quick: Quick, n
 def test_tables_have_every_row_and_every_verdict(
     quick: Quick, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    result = quick.results[name]
+    result = result_of(quick, name)
     monkeypatch.setattr(harness, "run", lambda measurement, plan, say: result)
     target, picture = tmp_path / "file.json", tmp_path / "file.svg"
     assert main(["bench", name, "--quick", "--json", str(target), "--plot", str(picture)]) == 0
@@ -334,6 +348,22 @@ def test_fio_reads_as_much_as_io_uring_alone(tmp_path: Path) -> None:
     fio, alone = (sample_of(variant, bare, tmp_path) for variant in (blk.FIO_ALONE, blk.ALONE))
     assert fio.work == alone.work == {"requests": 4000, "bytes_read": 4000 * blk.SIZE}
     assert set(fio.values) < set(alone.values)
+
+
+@needs_io_uring
+def test_reads_of_a_file_itself_are_checked(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(os.urandom(8 * blk.SIZE))
+    with children.Child("vbus.bench.disk_side") as side:
+        shape = {"path": str(image), "total": 64, "depth": 4, "size": blk.SIZE, "seed": 1, "batch": 2}
+        told = side.ask("bare", places=8, **shape)
+        assert (told["requests"], told["bytes_received"]) == (64, 64 * blk.SIZE)
+        assert side.ask("bare", places=8, **shape | {"depth": 1})["checksum"] == told["checksum"]
+        assert side.ask("bare", places=8, **shape | {"seed": 2})["checksum"] != told["checksum"]
+        with pytest.raises(children.SideError, match="0 bytes were read of 4096"):
+            side.ask("bare", places=16, **shape)
+        with pytest.raises(children.SideError, match="multiples of 512"):
+            side.ask("bare", places=8, **shape | {"size": 100})
 
 
 def test_a_server_that_ends_is_what_it_said(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ RUN_MISTAKES = [
     (("run", "lamp.py:Lamp", "--bus", "Lamp"), "bus 'Lamp': a name is 1 to 63 of a-z 0-9 . _ - and begins with "),
     (
         ("run", "lamp.py:Lamp", "--listen", "no:x"),
-        "address 'no:x': write process:PATH, unix:PATH, vhost-user:PATH, tcp:HOST:PORT or tls:HOST:PORT",
+        "address 'no:x': write process:PATH, unix:PATH, vhost-user:PATH, ivshmem:PATH, tcp:HOST:PORT or tls:HOST:PORT",
     ),
     (
         ("run", "rng", "--listen", "vhost-user:x"),

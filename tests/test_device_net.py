@@ -611,8 +611,8 @@ def test_an_mtu_is_told_and_has_limits(near: tuple[Bus, Remote]) -> None:
     ("options", "says"),
     [
         ({"backend": "lopback"}, "did you mean 'loopback'"),
-        ({"backend": "tap:"}, "it is loopback, tap:NAME or pcap:FILE"),
-        ({"backend": "loopback:x"}, "it is loopback, tap:NAME or pcap:FILE"),
+        ({"backend": "tap:"}, "it is loopback, switch:NAME, tap:NAME or pcap:FILE"),
+        ({"backend": "loopback:x"}, "it is loopback, switch:NAME, tap:NAME or pcap:FILE"),
         ({"queue_pairs": 0}, "1 to 8"),
         ({"queue_pairs": 9}, "1 to 8"),
         ({"mtu": 67}, "68 to 65535"),
@@ -985,6 +985,38 @@ def test_what_the_kernel_sends_waits_for_buffers(attached: Attached, wire: Calla
 
 
 @root
+@pytest.mark.parametrize("polling", ["notified", "adaptive", "always"])
+def test_whoever_serves_a_tap_and_however_it_waits_nothing_is_left_behind(
+    make_bus: Callable[..., Bus], tmp_path: Path, wire: Callable[[], Wire], both_engines: str, polling: str
+) -> None:
+    bus = make_bus(polling=polling)
+    net = bus.plug(Net(f"tap:{TAP}"), "net0")
+    assert bus.show("net0")["engine"].split()[0] == both_engines
+    with vbus.attach(bus.connect(make_connector("process-direct", tmp_path)).address) as remote:
+        driver = drive(remote, "MRG_RXBUF", "CTRL_VQ")
+        there = wire()
+        wired = there.raw()
+        for n in range(150):
+            # It waits for the buffers, or they for it.
+            ahead = driver.post(*[400] * 4) if n % 2 else []
+            wired.send(frame(fill=n, size=60 + 9 * n))
+            futures = ahead or driver.post(*[400] * 4)
+            packet = futures[0].result(10)
+            count = int.from_bytes(packet[10:12], "little")
+            packet += b"".join(future.result(10) for future in futures[1:count])
+            assert packet[12:] == frame(fill=n, size=60 + 9 * n)
+            driver.send(frame(fill=n, size=60 + n))
+            assert wired.recv(2000) == frame(fill=n, size=60 + n)
+            if n == 100:
+                # From now on the model serves it, and the buffers that an engine took are not lost.
+                bus.set("net0", "limit.iops", "100000")
+                assert bus.show("net0")["engine"].split()[0] == "python"
+            driver.close()
+            driver = drive(remote, "MRG_RXBUF", "CTRL_VQ")
+        assert (net.rx_packets, net.tx_packets, net.rx_dropped) == (150, 150, 0)
+
+
+@root
 def test_carrier_and_mtu_follow_the_attributes(near: tuple[Bus, Remote], wire: Callable[[], Wire]) -> None:
     bus, remote = near
     net = bus.plug(Net(f"tap:{TAP}", mtu=1400, link=False), "net0")
@@ -1084,7 +1116,8 @@ def test_a_tap_that_cannot_be_had_is_told_in_a_line(near: tuple[Bus, Remote]) ->
 @root
 def test_nothing_is_left_of_a_tap(near: tuple[Bus, Remote]) -> None:
     bus, remote = near
-    bus.plug(Net(), "other")
+    # With so many engines that every worker has begun.
+    bus.plug(Net(queue_pairs=8), "other")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         bus.plug(Net(f"tap:{TAP}", queue_pairs=4), "net0")

@@ -21,7 +21,7 @@ from hanging_disk import sectors
 from vbus.bus import Bus
 from vbus.bus.slot import SETTLE_SECONDS
 from vbus.devices import Blk
-from vbus.errors import DriverError
+from vbus.errors import DriverError, UsageError
 from vbus.proxy import Remote, drivers
 from vbus.virtio import Status
 from vbus.virtio.blk import HEADER, SECTOR, RequestType
@@ -193,6 +193,33 @@ def test_a_driver_that_leaves_a_hanging_disk_leaves_it_to_the_next_when_it_answe
 
 @needs_io_uring
 @needs_fuse
+def test_a_front_end_waits_for_the_end_of_what_hangs_and_goes_on_then(
+    make_bus: Callable[..., Bus], tmp_path: Path, hanging: Hanging
+) -> None:
+    bus = make_bus(workers=1)
+    bus.plug(Blk(path=hanging.held, read_only=True, engine="native"), "disk0")
+    bus.connect(vbus.connectors.VhostUser("disk0", tmp_path / "disk.sock"))
+    slot = bus.slot("disk0")
+    with vbus.attach(f"vhost-user:{tmp_path / 'disk.sock'}", timeout=2, device_id=2, name="disk0") as remote:
+        disk = remote.driver("disk0", RawDisk)
+        reads = hang(hanging, disk)
+        with pytest.raises(DriverError) as late:
+            disk.close()
+        assert late.value.errno == errno.ETIMEDOUT
+        assert {ended_by(future) for future in reads} == {errno.ESHUTDOWN}
+        assert wait_until(lambda: slot.violations == {"io-hangs": 1}, LIMIT)
+        # It waits on: for longer than one try of a reset takes.
+        with pytest.raises(DriverError):
+            remote.driver("disk0", RawDisk)
+        assert slot.status & Status.DEVICE_NEEDS_RESET
+        hanging.tell("go")
+        assert wait_until(lambda: slot.status == 0, LIMIT)
+        check_neighbours(remote.driver("disk0", RawDisk))
+    assert slot.violations == {"io-hangs": 1}
+
+
+@needs_io_uring
+@needs_fuse
 def test_a_disk_that_hangs_is_unplugged_and_left_behind(
     make_bus: Callable[..., Bus], attach: Callable[[Bus], Remote], hanging: Hanging
 ) -> None:
@@ -202,14 +229,42 @@ def test_a_disk_that_hangs_is_unplugged_and_left_behind(
     remote = attach(bus)
     disk, neighbour = remote.driver("disk0", RawDisk), remote.driver("disk1", RawDisk)
     reads = hang(hanging, disk)
+    arena = remote.connector.arena
+    assert arena is not None
+    taken = arena.in_use
     assert not bus.unplug("disk0", timeout=1)
-    assert {ended_by(future) for future in reads} == {errno.ENODEV}
+    assert [slot.name for slot in bus.slots()] == ["disk1"]
     check_neighbours(neighbour)
+    # Its driver does not hear of it yet: the kernel is about to write into its buffers.
+    assert (arena.in_use, [future.done() for future in reads]) == (taken, [False] * MANY)
     hanging.tell("go")
-    check_neighbours(neighbour)
-    bus.plug(Blk(path=hanging.held, read_only=True, engine="native"), "disk2")
+    assert {ended_by(future) for future in reads} == {errno.ENODEV}
+    assert wait_until(lambda: [device.name for device in remote] == ["disk1"], LIMIT)
+    # And its file is locked no more.
+    assert wait_until(lambda: _plugs(bus, hanging.held, "disk2"), LIMIT)
     assert wait_until(lambda: "disk2" in [device.name for device in remote], LIMIT)
     check_neighbours(remote.driver("disk2", RawDisk), neighbour)
+
+
+@needs_io_uring
+@needs_fuse
+def test_a_bus_stops_although_disks_of_it_hang(
+    make_bus: Callable[..., Bus], attach: Callable[[Bus], Remote], hanging: Hanging
+) -> None:
+    bus = make_bus(workers=1)
+    bus.plug(Blk(path=hanging.held, read_only=True, engine="native"), "disk0")
+    reads = hang(hanging, attach(bus).driver("disk0", RawDisk))
+    assert not bus.unplug("disk0", surprise=True)
+    assert bus.stop() == ["disk0"]
+    assert {ended_by(future) for future in reads} <= {errno.ECONNRESET, errno.ENODEV}
+
+
+def _plugs(bus: Bus, path: Path, name: str) -> bool:
+    """Plug a disk; False while another has its file."""
+    with contextlib.suppress(UsageError):
+        bus.plug(Blk(path=path, read_only=False, engine="native"), name)
+        return True
+    return False
 
 
 # Files that fail.

@@ -263,8 +263,9 @@ def test_however_a_worker_waits_nothing_is_left_behind(pair: Both, connector: st
         disk.pwrite(bytes([n]) * SECTOR, n * SECTOR)
         assert {future.result(LIMIT)[-1] for future in futures} == {n}
         assert disk.pread(1, n * SECTOR) == bytes([n])
-    ((turns, _, sleeps),) = bus.workers.counters()
+    ((turns, _, sleeps, busy),) = bus.workers.counters()
     assert turns > 0
+    assert busy > 0
     # Before it had an engine, it had nothing to poll.
     assert sleeps <= 1 if polling == "always" else sleeps > 1
 

@@ -24,15 +24,21 @@ __all__ = [
     "Engine",
     "EventReceiver",
     "EventSender",
+    "Frames",
     "LinkRing",
     "Load",
     "LoopbackEngine",
     "Mapping",
     "Memory",
+    "NetRules",
     "PingSide",
     "Request",
     "Scheduler",
     "Signal",
+    "Switch",
+    "SwitchEngine",
+    "SwitchPort",
+    "TapEngine",
     "Task",
     "Worker",
     "bench_calls",
@@ -413,8 +419,8 @@ class Worker:
     def tasks(self) -> int:
         """Engines that it has."""
     @property
-    def counters(self) -> tuple[int, int, int]:
-        """Turns that found work, turns that found none, and how often it slept."""
+    def counters(self) -> tuple[int, int, int, int]:
+        """Turns that found work, turns that found none, how often it slept, and nanoseconds of turns with work."""
     def close(self) -> None:
         """End it, and its engines."""
 
@@ -459,20 +465,46 @@ class LoopbackEngine(Engine):
     """A pair of queues of a network device, which gives back what was sent."""
 
     def __new__(cls, receive: DeviceQueue, transmit: DeviceQueue, signal: Signal) -> LoopbackEngine: ...
-    def hand_over(self) -> tuple[bool, list[bytes]]:
-        """Give what it keeps to whoever serves the queues from now on, which it does not: buffers, which the receive
-        queue gives first, and frames without headers that wait for buffers, oldest first. The first of the two tells
-        whether the oldest frame is known to be wanted.
+    def set_rules(self, rules: NetRules) -> None:
+        """These hold for frames from now on."""
+    def hand_over(self) -> tuple[bool, list[bytearray]]:
+        """Give what it keeps to whoever serves the queues from now on: buffers, which the receive queue gives first,
+        and packets that wait for buffers and can be had in no other way, oldest first. The first of the two tells if
+        the oldest is known to be wanted.
         """
 
-    def set_rules(
-        self,
+@final
+class TapEngine(Engine):
+    """A pair of queues of a network device, with a queue of a tap behind it."""
+
+    def __new__(cls, receive: DeviceQueue, transmit: DeviceQueue, fd: int, signal: Signal) -> TapEngine:
+        """Takes a duplicate of `fd`, which does not block, and whose packets have a header of 12 little-endian bytes.
+        OSError.
+        """
+    def set_rules(self, rules: NetRules) -> None:
+        """These hold for frames from now on; those that the tap has wait there as long as there are no buffers."""
+    def hand_over(self) -> tuple[bool, list[bytearray]]:
+        """Give what it keeps to whoever serves the queues from now on: buffers, which the receive queue gives first,
+        and packets that wait for buffers and can be had in no other way, oldest first. The first of the two tells if
+        the oldest is known to be wanted.
+        """
+    def close(self) -> None:
+        """Let go of the tap. Once no worker has this engine any more."""
+
+@final
+class NetRules:
+    """What holds for the frames of a pair of queues of a network device."""
+
+    def __new__(
+        cls,
         *,
         link: bool,
         in_use: bool,
         merge: bool,
         csum: bool,
         host_kinds: Sequence[int],
+        guest_csum: bool,
+        guest_kinds: Sequence[int],
         promiscuous: bool,
         told: bool,
         modes: Sequence[str],
@@ -480,10 +512,58 @@ class LoopbackEngine(Engine):
         unicast: Sequence[bytes],
         multicast: Sequence[bytes],
         vlans: Sequence[int] | None,
-    ) -> None:
-        """What holds for frames from now on: link and pair, MRG_RXBUF and CSUM, values of gso_type that the driver may
-        use; and which frames it wants: all when `promiscuous`, or when it has `told` nothing and there are no `vlans`.
-        `modes` are names of receive modes (ALLUNI, ALLMULTI, NOUNI, NOMULTI, NOBCAST).
+    ) -> NetRules:
+        """Link and pair, MRG_RXBUF and CSUM, values of gso_type that the driver may use; GUEST_CSUM, and values that
+        it takes; and which frames it wants: all when `promiscuous`, or when it has `told` nothing and there are no
+        `vlans`. `modes` are names of receive modes (ALLUNI, ALLMULTI, NOUNI, NOMULTI, NOBCAST).
+        """
+
+@final
+class Switch:
+    """A learning switch, whose ports are network devices."""
+
+    def __new__(cls, ageing: float) -> Switch:
+        """`ageing`: seconds for which a station that says nothing is known."""
+
+@final
+class SwitchPort:
+    """A device's place at a switch, which is down until a pair's rules say that the link is up."""
+
+    def __new__(
+        cls, switch: Switch, pairs: Sequence[tuple[DeviceQueue, DeviceQueue, Signal]], signal: Signal
+    ) -> SwitchPort:
+        """`pairs`: receive queue, transmit queue, and what is notified when there are frames to `read`, which is
+        where the receive queue is not `native`. `signal`: what tells of the engines' messages.
+        """
+    def leave(self) -> None:
+        """Leave the switch. A second time does nothing."""
+    def isolate(self, isolated: bool) -> None:
+        """Isolated ports do not talk with each other."""
+    def limit_floods(self, a_second: int) -> None:
+        """How many frames a second may go to all, a tenth of them at once."""
+    @property
+    def counters(self) -> dict[str, int]:
+        """What the port counted beside its pairs: flooded, flood_dropped, learned, moved; and how many stations are
+        known there.
+        """
+    def send(self, pair: int, header: bytes, frame: bytes) -> bool | None:
+        """Switch a frame whose header was checked; False when it goes nowhere, None when it is not what that says.
+        ValueError for one that is too short or too long.
+        """
+    def read(self, pair: int) -> bytearray | None:
+        """The oldest packet that waits for this pair, a header of 12 bytes before it."""
+
+@final
+class SwitchEngine(Engine):
+    """Serves one pair of a port."""
+
+    def __new__(cls, port: SwitchPort, pair: int) -> SwitchEngine: ...
+    def set_rules(self, rules: NetRules) -> None:
+        """These hold for frames from now on. A link that goes down takes what waits, and what was learned, with it."""
+    def hand_over(self) -> tuple[bool, list[bytearray]]:
+        """Give what it keeps to whoever serves the queues from now on: buffers, which the receive queue gives first,
+        and packets that wait for buffers and can be had in no other way, oldest first. The first of the two tells if
+        the oldest is known to be wanted.
         """
 
 @final
@@ -600,6 +680,42 @@ class Load:
         """
     def random_reads(self, total: int, size: int, places: int, seed: int, bell: Doorbell | None = None) -> _LoadReport:
         """`total` reads of a disk of `places` times `size` bytes, at places that follow from `seed`."""
+
+class _FramesReport(TypedDict):
+    frames: int
+    checksum: int
+    """Of their numbers."""
+    alone_p50_ns: int
+    """Until a frame was back that was alone; of a burst, the first, and the last."""
+    alone_p99_ns: int
+    first_p50_ns: int
+    first_p99_ns: int
+    last_p50_ns: int
+    last_p99_ns: int
+    held_p50_ns: int
+    """What the first of a burst took more than the frame before it that was alone."""
+    held_p99_ns: int
+
+@final
+class Frames:
+    """A driver of a network card that gives back what it is sent, without Python in its loop.
+
+    Of both queues (receive, transmit): a driver's side with nothing outstanding, the arena that holds its buffers, the
+    driver address of the arena's first byte, and where in it they begin.
+    """
+
+    def __new__(
+        cls, receive: tuple[DriverQueue, Mapping, int, int], transmit: tuple[DriverQueue, Mapping, int, int]
+    ) -> Frames: ...
+    @staticmethod
+    def bytes_needed(burst: int, size: int) -> int:
+        """Bytes of each arena that the buffers of a burst take, for frames of `size` bytes."""
+    def run(self, count: int, burst: int, size: int) -> _FramesReport:
+        """A frame of `size` bytes alone and then `burst` of them at once, `count` times, each polled for.
+
+        ValueError: a frame that is too short, an arena without room. RuntimeError: a frame came back wrong, or none for
+        30 seconds. Violation: as `DriverQueue.reap`.
+        """
 
 class _Rounds(TypedDict):
     round_trips: int

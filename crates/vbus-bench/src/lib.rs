@@ -4,6 +4,7 @@
 //! loop counts and sums up what it did, so that two sides can be compared before a figure is believed.
 
 pub mod bare;
+pub mod frames;
 pub mod load;
 pub mod pingpong;
 pub mod reads;

@@ -75,6 +75,11 @@ impl Buffers {
         size.next_multiple_of(64)
     }
 
+    /// Where the device finds it.
+    pub fn address(&self, number: usize) -> u64 {
+        self.addresses[number]
+    }
+
     /// How many.
     pub fn depth(&self) -> usize {
         self.windows.len()

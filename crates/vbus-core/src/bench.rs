@@ -7,6 +7,7 @@ use std::time::Instant;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use vbus_bench::frames;
 use vbus_bench::load::{self, Buffers, LoadError, Report};
 use vbus_bench::pingpong::{self, Echo, Ping, PingError, Rounds, Way};
 use vbus_bench::reads;
@@ -150,11 +151,85 @@ impl Load {
             let bell = bell.as_ref().map(|bell| (bell.as_raw_fd(), &hush as &dyn Fn()));
             load::run(&mut queue.lock(), &buffers, &mut work, total, notify, bell)
         });
-        match result {
-            Ok(report) => describe(py, &report),
-            Err(LoadError::Violation(violation)) => Err(to_error(py, &violation)),
-            Err(error) => Err(PyRuntimeError::new_err(error.to_string())),
+        describe(py, &result.map_err(|error| load_error(py, error))?)
+    }
+}
+
+fn load_error(py: Python<'_>, error: LoadError) -> PyErr {
+    match error {
+        LoadError::Violation(violation) => to_error(py, &violation),
+        error => PyRuntimeError::new_err(error.to_string()),
+    }
+}
+
+/// A driver of a network card that gives back what it is sent, without Python.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct Frames {
+    sides: [FrameSide; 2],
+}
+
+struct FrameSide {
+    ring: Py<DriverQueue>,
+    arena: Arc<mem::Mapping>,
+    address: u64,
+    offset: usize,
+}
+
+type Lent = (Py<DriverQueue>, Py<Mapping>, u64, usize);
+
+#[pymethods]
+impl Frames {
+    #[new]
+    fn new(receive: Lent, transmit: Lent) -> Self {
+        let sides = [receive, transmit].map(|(ring, arena, address, offset)| FrameSide {
+            ring,
+            arena: arena.get().0.clone(),
+            address,
+            offset,
+        });
+        Self { sides }
+    }
+
+    #[staticmethod]
+    fn bytes_needed(burst: usize, size: usize) -> usize {
+        burst * Buffers::stride(frames::HEADER + size)
+    }
+
+    fn run<'py>(&self, py: Python<'py>, count: u64, burst: usize, size: usize) -> PyResult<Bound<'py, PyDict>> {
+        if size < frames::SHORTEST {
+            return Err(PyValueError::new_err(format!("a frame has {} bytes at least", frames::SHORTEST)));
         }
+        let needed = Self::bytes_needed(burst, size);
+        if self.sides.iter().any(|side| side.arena.size().checked_sub(side.offset).is_none_or(|left| left < needed)) {
+            return Err(PyValueError::new_err(format!("an arena has no {needed} bytes")));
+        }
+        let [receive, transmit] = &self.sides;
+        let [receive_queue, transmit_queue] = [receive.ring.get(), transmit.ring.get()];
+        let result = py.detach(|| {
+            let notify = |queue: &DriverQueue| {
+                if let Some(signal) = &queue.signal {
+                    signal.notify();
+                }
+            };
+            let (mut receive_ring, mut transmit_ring) = (receive_queue.lock(), transmit_queue.lock());
+            let buffers =
+                |side: &FrameSide| Buffers::new(&side.arena, side.address, side.offset, burst, frames::HEADER + size);
+            let mut receive = frames::Side::new(&mut receive_ring, buffers(receive), || notify(receive_queue));
+            let mut transmit = frames::Side::new(&mut transmit_ring, buffers(transmit), || notify(transmit_queue));
+            frames::run(&mut receive, &mut transmit, size, count)
+        });
+        let report = result.map_err(|error| load_error(py, error))?;
+        let found = PyDict::new(py);
+        found.set_item("frames", report.frames)?;
+        found.set_item("checksum", report.checksum)?;
+        for (name, times) in
+            [("alone", &report.alone), ("first", &report.first), ("last", &report.last), ("held", &report.held)]
+        {
+            for (part, percent) in [("p50", 50), ("p99", 99)] {
+                found.set_item(format!("{name}_{part}_ns"), percentile(times, percent))?;
+            }
+        }
+        Ok(found)
     }
 }
 

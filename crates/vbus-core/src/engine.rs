@@ -6,13 +6,13 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
-use vbus_engine::net::{Filter, Rules};
+use pyo3::types::{PyByteArray, PyDict};
+use vbus_engine::net::{Filter, Header, Rules, ETHERNET, HEADER, LONGEST};
 use vbus_engine::queue::Queue;
 use vbus_engine::worker::{self, Polling, PRIORITIES};
-use vbus_engine::{blk, loopback};
+use vbus_engine::{blk, loopback, switch, tap};
 
 use crate::doorbell::Doorbell;
 use crate::request::Request;
@@ -53,9 +53,9 @@ impl Worker {
     }
 
     #[getter]
-    fn counters(&self) -> (u64, u64, u64) {
-        let [turns, idle_turns, sleeps] = self.0.counters();
-        (turns, idle_turns, sleeps)
+    fn counters(&self) -> (u64, u64, u64, u64) {
+        let [turns, idle_turns, sleeps, busy] = self.0.counters();
+        (turns, idle_turns, sleeps, busy)
     }
 
     fn close(&self, py: Python<'_>) {
@@ -141,6 +141,15 @@ impl Engine {
     }
 }
 
+/// A descriptor of our own for what somebody else has open.
+fn duplicate(fd: RawFd) -> std::io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(std::io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: borrowed for this call only, and a closed descriptor gives EBADF.
+    unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
+}
+
 /// Gives back on a pair of queues what was sent on it.
 #[pyclass(frozen, extends = Engine, module = "vbus._core")]
 pub struct LoopbackEngine(Arc<loopback::Loopback>);
@@ -158,23 +167,80 @@ impl LoopbackEngine {
         PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine))
     }
 
-    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyBytes>>) {
-        let (wanted, frames) = py.detach(|| self.0.hand_over());
-        (wanted, frames.iter().map(|frame| PyBytes::new(py, frame)).collect())
+    fn set_rules(&self, py: Python<'_>, rules: PyRef<'_, NetRules>) {
+        let rules = rules.0.clone();
+        py.detach(|| self.0.set_rules(rules));
     }
 
+    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyByteArray>>) {
+        let (wanted, packets) = py.detach(|| self.0.hand_over());
+        (wanted, packets.into_iter().map(|packet| whole(py, packet)).collect())
+    }
+}
+
+/// A packet, its header before it.
+fn whole(py: Python<'_>, (header, frame): (Header, Vec<u8>)) -> Bound<'_, PyByteArray> {
+    let mut packet = Vec::with_capacity(HEADER + frame.len());
+    packet.extend(header.iter().flat_map(|word| word.to_le_bytes()));
+    packet.extend(frame);
+    PyByteArray::new(py, &packet)
+}
+
+/// Serves a pair of queues with a queue of a tap.
+#[pyclass(frozen, extends = Engine, module = "vbus._core")]
+pub struct TapEngine(Arc<tap::Tap>);
+
+#[pymethods]
+impl TapEngine {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        receive: PyRef<'_, DeviceQueue>,
+        transmit: PyRef<'_, DeviceQueue>,
+        fd: RawFd,
+        signal: PyRef<'_, Signal>,
+    ) -> PyResult<PyClassInitializer<Self>> {
+        let own = duplicate(fd).map_err(|error| os_error(py, error))?;
+        let queues = vec![receive.shared.clone(), transmit.shared.clone()];
+        let engine = Arc::new(tap::Tap::new(queues[0].clone(), queues[1].clone(), own, signal.0.clone()));
+        Ok(PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine)))
+    }
+
+    fn set_rules(&self, py: Python<'_>, rules: PyRef<'_, NetRules>) {
+        let rules = rules.0.clone();
+        py.detach(|| self.0.set_rules(rules));
+    }
+
+    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyByteArray>>) {
+        let packet = py.detach(|| self.0.hand_over());
+        (packet.is_some(), packet.into_iter().map(|packet| whole(py, packet)).collect())
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
+}
+
+/// What holds for the frames of a pair of queues.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct NetRules(Rules);
+
+#[pymethods]
+impl NetRules {
+    #[new]
     #[allow(clippy::too_many_arguments)]
     #[pyo3(signature = (
-        *, link, in_use, merge, csum, host_kinds, promiscuous, told, modes, mac, unicast, multicast, vlans
+        *, link, in_use, merge, csum, host_kinds, guest_csum, guest_kinds, promiscuous, told, modes, mac, unicast,
+        multicast, vlans
     ))]
-    fn set_rules(
-        &self,
-        py: Python<'_>,
+    fn new(
         link: bool,
         in_use: bool,
         merge: bool,
         csum: bool,
         host_kinds: Vec<u8>,
+        guest_csum: bool,
+        guest_kinds: Vec<u8>,
         promiscuous: bool,
         told: bool,
         modes: Vec<String>,
@@ -182,7 +248,7 @@ impl LoopbackEngine {
         unicast: Vec<[u8; 6]>,
         multicast: Vec<[u8; 6]>,
         vlans: Option<Vec<u16>>,
-    ) {
+    ) -> Self {
         let has = |mode: &str| modes.iter().any(|other| other == mode);
         let filter = Filter {
             promiscuous,
@@ -197,8 +263,118 @@ impl LoopbackEngine {
             multicast: multicast.into_iter().collect(),
             vlans: vlans.map(|vlans| vlans.into_iter().collect()),
         };
-        let rules = Rules { link, in_use, merge, csum, host_kinds, filter };
+        Self(Rules { link, in_use, merge, csum, host_kinds, guest_csum, guest_kinds, filter })
+    }
+}
+
+/// A learning switch.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct Switch(Arc<switch::Switch>);
+
+#[pymethods]
+impl Switch {
+    #[new]
+    fn new(ageing: f64) -> PyResult<Self> {
+        let ageing = Duration::try_from_secs_f64(ageing).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(Self(Arc::new(switch::Switch::new(ageing.as_nanos() as u64))))
+    }
+}
+
+/// A device's place at a switch.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct SwitchPort {
+    port: Arc<switch::Port>,
+    queues: Vec<[Arc<Queue>; 2]>,
+}
+
+impl SwitchPort {
+    fn check(&self, pair: usize) -> PyResult<()> {
+        if pair >= self.queues.len() {
+            return Err(PyIndexError::new_err(format!("pair {pair} of {}", self.queues.len())));
+        }
+        Ok(())
+    }
+}
+
+#[pymethods]
+impl SwitchPort {
+    #[new]
+    fn new(
+        switch: PyRef<'_, Switch>,
+        pairs: Vec<(PyRef<'_, DeviceQueue>, PyRef<'_, DeviceQueue>, PyRef<'_, Signal>)>,
+        signal: PyRef<'_, Signal>,
+    ) -> Self {
+        let queues: Vec<_> = pairs.iter().map(|(rx, tx, _)| [rx.shared.clone(), tx.shared.clone()]).collect();
+        let pair = |(receive, transmit, wake): &(PyRef<'_, DeviceQueue>, PyRef<'_, DeviceQueue>, PyRef<'_, Signal>)| {
+            let (receive, transmit) = (receive.shared.clone(), transmit.shared.clone());
+            switch::Pair { receive, transmit, signal: signal.0.clone(), wake: wake.0.clone() }
+        };
+        let port = switch::Port::join(&switch.0, pairs.iter().map(pair).collect());
+        Self { port, queues }
+    }
+
+    fn leave(&self, py: Python<'_>) {
+        py.detach(|| self.port.leave());
+    }
+
+    fn isolate(&self, py: Python<'_>, isolated: bool) {
+        py.detach(|| self.port.isolate(isolated));
+    }
+
+    fn limit_floods(&self, py: Python<'_>, a_second: u32) {
+        py.detach(|| self.port.limit_floods(a_second));
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = PyDict::new(py);
+        for (name, count) in py.detach(|| self.port.counters()) {
+            counters.set_item(name, count)?;
+        }
+        Ok(counters)
+    }
+
+    fn send(&self, py: Python<'_>, pair: usize, header: [u8; 12], frame: &[u8]) -> PyResult<Option<bool>> {
+        self.check(pair)?;
+        if frame.len() < ETHERNET as usize || frame.len() as u64 > LONGEST {
+            return Err(PyValueError::new_err(format!("a frame of {} bytes", frame.len())));
+        }
+        let words = [0, 4, 8].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| header[at + byte])));
+        Ok(match py.detach(|| self.port.send(pair, words, frame)) {
+            switch::Sent::Out => Some(true),
+            switch::Sent::Dropped => Some(false),
+            switch::Sent::Refused => None,
+        })
+    }
+
+    fn read<'py>(&self, py: Python<'py>, pair: usize) -> PyResult<Option<Bound<'py, PyByteArray>>> {
+        self.check(pair)?;
+        Ok(py.detach(|| self.port.read(pair)).map(|packet| whole(py, packet)))
+    }
+}
+
+/// Serves one pair of a port.
+#[pyclass(frozen, extends = Engine, module = "vbus._core")]
+pub struct SwitchEngine(Arc<switch::SwitchPair>);
+
+#[pymethods]
+impl SwitchEngine {
+    #[new]
+    fn new(port: PyRef<'_, SwitchPort>, pair: usize) -> PyResult<PyClassInitializer<Self>> {
+        port.check(pair)?;
+        let engine = Arc::new(switch::SwitchPair::new(port.port.clone(), pair));
+        let queues = port.queues[pair].to_vec();
+        Ok(PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine)))
+    }
+
+    fn set_rules(&self, py: Python<'_>, rules: PyRef<'_, NetRules>) {
+        let rules = rules.0.clone();
         py.detach(|| self.0.set_rules(rules));
+    }
+
+    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyByteArray>>) {
+        let packet = py.detach(|| self.0.hand_over());
+        (packet.is_some(), packet.into_iter().map(|packet| whole(py, packet)).collect())
     }
 }
 
@@ -215,13 +391,8 @@ impl BlkEngine {
         fd: RawFd,
         signal: PyRef<'_, Signal>,
     ) -> PyResult<PyClassInitializer<Self>> {
-        if fd < 0 {
-            return Err(os_error(py, std::io::Error::from_raw_os_error(libc::EBADF)));
-        }
-        // SAFETY: borrowed for this call only, and a closed descriptor gives EBADF.
-        let own: std::io::Result<OwnedFd> = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned();
         let queues = vec![queue.shared.clone()];
-        let made = own.and_then(|fd| blk::Blk::new(queues[0].clone(), fd, signal.0.clone()));
+        let made = duplicate(fd).and_then(|fd| blk::Blk::new(queues[0].clone(), fd, signal.0.clone()));
         let engine = Arc::new(made.map_err(|error| os_error(py, error))?);
         Ok(PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine)))
     }

@@ -20,11 +20,13 @@ mod violation;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::bench::{bench_calls, bench_reads, BenchRequest, EchoSide, Load, PingSide};
+    use crate::bench::{bench_calls, bench_reads, BenchRequest, EchoSide, Frames, Load, PingSide};
     #[pymodule_export]
     use crate::doorbell::Doorbell;
     #[pymodule_export]
-    use crate::engine::{BlkEngine, Engine, LoopbackEngine, Task, Worker};
+    use crate::engine::{
+        BlkEngine, Engine, LoopbackEngine, NetRules, Switch, SwitchEngine, SwitchPort, TapEngine, Task, Worker,
+    };
     #[pymodule_export]
     use crate::event::{EventReceiver, EventSender};
     #[pymodule_export]

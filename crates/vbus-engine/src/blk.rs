@@ -11,11 +11,11 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::{opcode, squeue, types, IoUring};
 use vbus_ring::mem::Table;
-use vbus_ring::ring::{read_words, Burst, Piece};
+use vbus_ring::ring::{read_words, Burst, Piece, HEAVY};
 use vbus_ring::signal::Notify;
 
 use crate::outbox::{Fault, Outbox};
@@ -45,6 +45,8 @@ const FILE: types::Fixed = types::Fixed(0);
 /// Operations that may block the kernel's threads at a time, of all disks of a worker: so many that those of a few disks
 /// that hang leave room for all others.
 const BLOCKED: u32 = 4096;
+/// Bytes of a request that a worker does not move itself.
+const LONG: u64 = 1 << 20;
 /// How often an operation is tried again that was only interrupted.
 const TRIES: u32 = 1000;
 
@@ -165,12 +167,20 @@ pub struct Counters {
     pub io_errors: AtomicU64,
 }
 
+/// What others may wait for the end of.
+#[derive(Debug, Default)]
+struct UnderWay {
+    count: usize,
+    /// How many wait: to wake nobody is a system call, too.
+    waiting: usize,
+}
+
 /// The engine of one queue.
 pub struct Blk {
     queue: Arc<Queue>,
     /// Until the engine has ended.
     state: Mutex<Option<State>>,
-    under_way: Mutex<usize>,
+    under_way: Mutex<UnderWay>,
     settled: Condvar,
     /// As the device model has them.
     pub settings: Settings,
@@ -202,7 +212,7 @@ impl Blk {
         Ok(Self {
             queue,
             state: Mutex::new(Some(state)),
-            under_way: Mutex::new(0),
+            under_way: Mutex::default(),
             settled: Condvar::new(),
             settings: Settings::default(),
             counters: Counters::default(),
@@ -211,17 +221,13 @@ impl Blk {
     }
 
     fn wait(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now().checked_add(timeout);
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-        while *under_way > 0 {
-            let left = deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return false;
-            }
-            let left = left.min(Duration::from_secs(1));
-            under_way = self.settled.wait_timeout(under_way, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        under_way.waiting += 1;
+        let busy = |under_way: &mut UnderWay| under_way.count > 0;
+        let waited = self.settled.wait_timeout_while(under_way, timeout, busy);
+        let (mut under_way, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        under_way.waiting -= 1;
+        under_way.count == 0
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<State>> {
@@ -230,26 +236,27 @@ impl Blk {
 
     /// Requests begin, or end.
     fn tell(&self, now: usize) {
-        *self.under_way.lock().unwrap_or_else(PoisonError::into_inner) = now;
-        if now == 0 {
+        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        under_way.count = now;
+        if now == 0 && under_way.waiting > 0 {
             self.settled.notify_all();
         }
     }
 
-    /// Take requests off the ring and queue their operations; how many there were.
-    fn take(&self, state: &mut State, ask: bool) -> usize {
+    /// Take requests off the ring and queue their operations; how many there were, and whether they take long.
+    fn take(&self, state: &mut State, ask: bool) -> (usize, bool) {
         let limit = BATCH.min(state.free.len());
         let run = {
             let mut running = self.queue.serve();
-            let Some(running) = running.as_mut().filter(|_| !self.queue.held()) else { return 0 };
+            let Some(running) = running.as_mut().filter(|_| !self.queue.held()) else { return (0, false) };
             let run = self.queue.run();
             match &state.fault {
-                Some((of, _)) if *of == run => return 0,
+                Some((of, _)) if *of == run => return (0, false),
                 _ => state.fault = None,
             }
             if let Err(violation) = running.ring.burst(limit, &mut state.burst, ask) {
                 state.fault = Some((run, Some(Fault::of(0, &violation))));
-                return 0;
+                return (0, false);
             }
             // Before whoever stops the queue knows that it has stopped.
             if !state.burst.is_empty() {
@@ -257,7 +264,7 @@ impl Blk {
             }
             run
         };
-        let taken = state.burst.len();
+        let (taken, heavy) = (state.burst.len(), state.burst.weight() >= HEAVY);
         for chain in 0..taken {
             if let Some(fault) = fault(&state.burst, chain) {
                 // Those behind it are not answered, and it is not, either.
@@ -278,7 +285,7 @@ impl Blk {
             state.burst.clear();
             self.tell(state.under_way);
         }
-        taken
+        (taken, heavy)
     }
 
     /// What a chain asks for, unless it is for the device model.
@@ -371,7 +378,10 @@ impl Blk {
                 opcode::Writev::new(fd, parts.as_ptr(), count).offset(slot.offset).rw_flags(flags).build()
             }
         };
-        self.queue_entry(state, &entry.user_data(u64::from(index)));
+        // What is in the page cache is moved by whoever submits it: much of it, by a thread of the kernel.
+        let long = slot.kind != Kind::Flush && slot.bytes >= LONG;
+        let flags = if long { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        self.queue_entry(state, &entry.flags(flags).user_data(u64::from(index)));
     }
 
     fn queue_entry(&self, state: &mut State, entry: &squeue::Entry) {
@@ -593,7 +603,7 @@ impl Engine for Blk {
         for _ in 0..BUDGET {
             let mut over = self.reap(state);
             let starved = state.free.is_empty();
-            let taken = self.take(state, ask);
+            let (taken, heavy) = self.take(state, ask);
             self.submit(state);
             over += self.reap(state);
             let Shown { notify: signal, fault: lost } = self.show(state);
@@ -612,7 +622,7 @@ impl Engine for Blk {
             turn.worked |= taken + over > 0;
             // What is under way tells by its descriptor, and the ring tells when a look has found nothing.
             turn.more = (taken > 0 && (ask || taken == BATCH)) || state.queued > 0 || (starved && over > 0);
-            if !turn.more {
+            if !turn.more || heavy {
                 break;
             }
         }
@@ -620,8 +630,9 @@ impl Engine for Blk {
         turn
     }
 
-    fn end(&self) {
-        let Some(mut state) = self.lock().take() else { return };
+    fn end(&self) -> bool {
+        let Some(mut state) = self.lock().take() else { return true };
+        let over = state.under_way == 0;
         if state.under_way > 0 {
             // The kernel may still write there: it stays mapped for good. The file is let go of when it does no more.
             std::mem::forget(std::mem::take(&mut state.slots));
@@ -630,6 +641,7 @@ impl Engine for Blk {
             let _ = state.ring.submitter().unregister_files();
         }
         self.tell(0);
+        over
     }
 
     fn outbox(&self) -> &Outbox {

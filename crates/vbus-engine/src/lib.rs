@@ -8,6 +8,10 @@
 pub mod blk;
 pub mod loopback;
 pub mod net;
+pub mod offload;
 pub mod outbox;
 pub mod queue;
+pub mod stations;
+pub mod switch;
+pub mod tap;
 pub mod worker;

@@ -10,17 +10,15 @@ use std::time::Duration;
 use vbus_ring::ring::{read_words, Burst, HEAVY};
 use vbus_ring::signal::Notify;
 
-use crate::net::{count, wrong, Backlog, Counters, Frame, Laid, Receiver, Rules, HEADER};
+use crate::net::{count, wrong, Backlog, Counters, Frame, Header, Laid, Packet, Receiver, Rules, HEADER};
 use crate::outbox::{Fault, Outbox};
 use crate::queue::{Queue, Running};
 use crate::worker::{Engine, Turn};
 
 /// Frames that are shown together.
-const BATCH: usize = 32;
+const BATCH: usize = 16;
 /// Batches of a turn.
-const BUDGET: usize = 8;
-/// Bytes of a batch after which its turn ends.
-const HEAVY_BYTES: u64 = 1 << 20;
+const BUDGET: usize = 16;
 /// The engine's queues, as faults name them.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -77,7 +75,7 @@ impl Loopback {
 
     /// Everything that it keeps of its queues, when others serve them: buffers wait for those in the queue. Gives the
     /// frames that wait, oldest first, and whether the oldest is known to be wanted.
-    pub fn hand_over(&self) -> (bool, VecDeque<Vec<u8>>) {
+    pub fn hand_over(&self) -> (bool, VecDeque<(Header, Vec<u8>)>) {
         let mut state = self.lock();
         let mut receive = self.receive.lock();
         let chains = state.receiver.hand_over();
@@ -152,7 +150,7 @@ impl Loopback {
                 if !receiver.has_room(running, more.0, ask)? {
                     break;
                 }
-                let (frame, wanted) = ((Frame::Bytes(frame), frame.len() as u64), backlog.wanted);
+                let wanted = backlog.wanted;
                 if !rules.link && !wanted {
                     count(&counters.rx_dropped, 1);
                 } else {
@@ -193,12 +191,13 @@ impl Loopback {
             }
             packets += 1;
             bytes += size;
+            let packet = Packet::finished(Frame::Pieces(pieces), size);
             let mut wanted = false;
             if backlog.is_empty() {
                 if let Some(running) = &mut receive {
                     // Notifications of buffers are for frames that wait.
                     let more = (taken - chain, false);
-                    match receiver.put(running, (Frame::Pieces(pieces), size), more, false, rules, counters) {
+                    match receiver.put(running, packet, more, false, rules, counters) {
                         Ok(Laid::Done) => continue,
                         Ok(laid) => wanted = laid == Laid::Wanted,
                         Err(fault) => {
@@ -210,14 +209,14 @@ impl Loopback {
             }
             // With a frame that waits, another turn asks to be notified of buffers.
             after.full = true;
-            if !backlog.push(pieces, size) {
+            if !backlog.push(packet) {
                 count(&counters.rx_dropped, 1);
             }
             backlog.wanted |= wanted;
         }
         count(&counters.tx_packets, packets);
         count(&counters.tx_bytes, bytes);
-        after.heavy = sent.pieces() >= HEAVY || bytes >= HEAVY_BYTES;
+        after.heavy = sent.weight() >= HEAVY;
         result
     }
 }

@@ -16,7 +16,8 @@ pub const ETHERNET: u64 = 14;
 /// Bytes of the longest frame: Ethernet's header, IPv6's, and its payload.
 pub const LONGEST: u64 = 14 + 40 + 65535;
 
-const NEEDS_CSUM: u8 = 1;
+/// A flag of a header: somebody has to finish the checksum.
+pub const NEEDS_CSUM: u8 = 1;
 const BROADCAST: [u8; 6] = [0xff; 6];
 const VLAN_TYPE: [u8; 2] = [0x81, 0];
 
@@ -97,6 +98,10 @@ pub struct Rules {
     pub csum: bool,
     /// Values of gso_type that it may use.
     pub host_kinds: Vec<u8>,
+    /// Whether checksums may be left to it (GUEST_CSUM).
+    pub guest_csum: bool,
+    /// Values of gso_type that it takes.
+    pub guest_kinds: Vec<u8>,
     /// Which frames it wants.
     pub filter: Filter,
 }
@@ -145,8 +150,10 @@ counters! {
     segments,
     /// with a header longer than the frame,
     header,
-    /// or on a pair that is not in use.
+    /// on a pair that is not in use,
     queue,
+    /// or not what its header says.
+    refused,
 }
 
 /// Count one more, or several. Of the one thread that counts.
@@ -173,21 +180,75 @@ pub fn wrong<'a>(header: [u32; 3], size: u64, rules: &Rules, counters: &'a Count
     if first | second | (third & 0xffff) == 0 {
         return None;
     }
-    let halves = |word: u32| (u64::from(word & 0xffff), u64::from(word >> 16));
-    let ((flags, header_size), (gso_size, start), (offset, _)) = (halves(first), halves(second), halves(third));
-    let (flags, gso) = (flags as u8, (flags >> 8) as u8);
-    // Bits that a driver must not set, or that nobody knows, mean nothing.
-    let csum = flags & NEEDS_CSUM != 0;
+    let Fields { csum, gso, header_size, gso_size, start, offset } = Fields::of(header);
+    let (start, offset) = (u64::from(start), u64::from(offset));
     if csum && (!rules.csum || start < ETHERNET || start + offset + 2 > size) {
         return Some(&counters.checksum);
     }
-    if header_size > size {
+    if u64::from(header_size) > size {
         return Some(&counters.header);
     }
-    if gso != 0 && (!rules.host_kinds.contains(&gso) || !csum || gso_size == 0 || gso_size > size) {
+    if gso != 0 && (!rules.host_kinds.contains(&gso) || !csum || gso_size == 0 || u64::from(gso_size) > size) {
         return Some(&counters.segments);
     }
     None
+}
+
+/// What a header says of a frame (section 5.1.6), as three little-endian words; num_buffers, the last two bytes, is none
+/// of it.
+pub type Header = [u32; 3];
+
+/// The same, taken apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fields {
+    /// Whether the checksum is to be finished. Other flags, which a driver must not set, or that nobody knows, mean
+    /// nothing.
+    pub csum: bool,
+    /// As what it is cut into segments, or 0.
+    pub gso: u8,
+    /// hdr_len.
+    pub header_size: u16,
+    /// Bytes of a segment.
+    pub gso_size: u16,
+    /// csum_start.
+    pub start: u16,
+    /// csum_offset.
+    pub offset: u16,
+}
+
+impl Fields {
+    /// Taken apart.
+    #[inline]
+    pub fn of([first, second, third]: Header) -> Self {
+        Self {
+            csum: first as u8 & NEEDS_CSUM != 0,
+            gso: (first >> 8) as u8,
+            header_size: (first >> 16) as u16,
+            gso_size: second as u16,
+            start: (second >> 16) as u16,
+            offset: third as u16,
+        }
+    }
+
+    /// Together again; what means nothing is 0.
+    #[inline]
+    pub fn header(self) -> Header {
+        let Self { csum, gso, header_size, gso_size, start, offset } = self;
+        let word = |low: u16, high: u16| u32::from(high) << 16 | u32::from(low);
+        let (header_size, gso_size) = if gso != 0 { (header_size, gso_size) } else { (0, 0) };
+        let (start, offset) = if csum { (start, offset) } else { (0, 0) };
+        [word(u16::from(gso) << 8 | u16::from(csum), header_size), word(gso_size, start), word(offset, 0)]
+    }
+}
+
+/// Whether a driver takes a frame with what its header leaves undone.
+#[inline]
+pub fn takes(rules: &Rules, header: Header) -> bool {
+    if header[0] == 0 {
+        return true;
+    }
+    let Fields { csum, gso, .. } = Fields::of(header);
+    (!csum || rules.guest_csum) && (gso == 0 || rules.guest_kinds.contains(&gso))
 }
 
 /// A frame on its way to a driver.
@@ -195,30 +256,65 @@ pub fn wrong<'a>(header: [u32; 3], size: u64, rules: &Rules, counters: &'a Count
 pub enum Frame<'a> {
     /// In the memory of whoever sent it, behind a header.
     Pieces(&'a [Piece]),
+    /// As above, but for its first bytes, which were read.
+    Read(&'a [u8], &'a [Piece]),
     /// In our own.
     Bytes(&'a [u8]),
 }
 
+/// A frame with what is said of it.
+#[derive(Clone, Copy)]
+pub struct Packet<'a> {
+    /// What of it is to be done still. Nobody's words but our own.
+    pub header: Header,
+    /// The frame.
+    pub frame: Frame<'a>,
+    /// Its bytes.
+    pub size: u64,
+}
+
+impl<'a> Packet<'a> {
+    /// One that is finished.
+    pub fn finished(frame: Frame<'a>, size: u64) -> Self {
+        Self { header: [0; 3], frame, size }
+    }
+}
+
 impl Frame<'_> {
-    /// Its first bytes, at most 16.
-    fn beginning(&self, into: &mut [u8; 16]) -> usize {
-        match self {
-            Frame::Bytes(bytes) => {
-                let count = bytes.len().min(16);
-                into[..count].copy_from_slice(&bytes[..count]);
-                count
-            }
-            Frame::Pieces(pieces) => {
-                let mut count = 0;
-                for_each(pieces, HEADER, |at, size| {
-                    let size = size.min(16 - count);
-                    // SAFETY: as many bytes are mapped there, and there is room for them.
-                    unsafe { std::ptr::copy(at, into[count..].as_mut_ptr(), size) };
-                    count += size;
-                });
-                count
+    /// Its first bytes, as many as there is room for, and how many those are.
+    #[inline]
+    pub fn beginning(&self, into: &mut [u8]) -> usize {
+        let mut count = 0;
+        self.each(|at, size| {
+            let size = size.min(into.len() - count);
+            // SAFETY: as many bytes are there, and there is room for them.
+            unsafe { std::ptr::copy(at, into[count..].as_mut_ptr(), size) };
+            count += size;
+        });
+        count
+    }
+
+    /// Call with each part of it, in order.
+    #[inline]
+    pub fn each(&self, mut part: impl FnMut(*const u8, usize)) {
+        match *self {
+            Frame::Bytes(bytes) => part(bytes.as_ptr(), bytes.len()),
+            Frame::Pieces(pieces) => for_each(pieces, HEADER, |at, size| part(at, size)),
+            Frame::Read(bytes, pieces) => {
+                part(bytes.as_ptr(), bytes.len());
+                for_each(pieces, HEADER + bytes.len(), |at, size| part(at, size));
             }
         }
+    }
+
+    /// Append a copy.
+    pub fn copy(&self, into: &mut Vec<u8>) {
+        self.each(|at, size| {
+            let before = into.len();
+            into.resize(before + size, 0);
+            // SAFETY: as many bytes are there, and there is room for them.
+            unsafe { std::ptr::copy(at, into[before..].as_mut_ptr(), size) };
+        });
     }
 }
 
@@ -329,13 +425,13 @@ impl Receiver {
         Ok(self.filled < self.burst.len() || self.take(running, more, ask)? > 0)
     }
 
-    /// Lay a frame of `size` bytes into buffers, behind the header of one that is finished. `more`: how many may come
-    /// with it, itself included. `wanted`: it was before. With `ask`, be notified of more buffers when there are too few.
+    /// Lay a frame into buffers, behind its header. `more`: how many may come with it, itself included. `wanted`: it was
+    /// before. With `ask`, be notified of more buffers when there are too few.
     #[inline]
     pub fn put(
         &mut self,
         running: &mut Running,
-        (frame, size): (Frame<'_>, u64),
+        packet: Packet<'_>,
         (more, ask): (usize, bool),
         wanted: bool,
         rules: &Rules,
@@ -346,13 +442,13 @@ impl Receiver {
         }
         if !wanted && !rules.filter.is_open() {
             let mut beginning = [0; 16];
-            let count = frame.beginning(&mut beginning);
+            let count = packet.frame.beginning(&mut beginning);
             if !rules.filter.passes(&beginning[..count]) {
                 self::count(&counters.rx_filtered, 1);
                 return Ok(Laid::Done);
             }
         }
-        let total = size + HEADER as u64;
+        let total = packet.size + HEADER as u64;
         let mut chains = 1;
         if self.burst.writable_total(self.filled) < total {
             if !rules.merge {
@@ -373,34 +469,35 @@ impl Receiver {
                 chains += 1;
             }
         }
-        self.lay(frame, total, chains);
+        self.lay(packet, total, chains);
         self::count(&counters.rx_packets, 1);
-        self::count(&counters.rx_bytes, size);
+        self::count(&counters.rx_bytes, packet.size);
         Ok(Laid::Done)
     }
 
     #[inline]
-    fn lay(&mut self, frame: Frame<'_>, total: u64, chains: usize) {
-        let mut header = [0; HEADER];
-        header[10..].copy_from_slice(&(chains as u16).to_le_bytes());
+    fn lay(&mut self, Packet { header: [first, second, third], frame, .. }: Packet<'_>, total: u64, chains: usize) {
+        let third = third & 0xffff | (chains as u32) << 16;
         match (frame, self.burst.writable(self.filled)) {
             // As it usually is.
             (Frame::Pieces([from]), [to]) if chains == 1 => {
+                let front = u64::from(second) << 32 | u64::from(first);
                 // SAFETY: both are mapped; the one has `total` bytes, as it is all of the frame, and the other room for
                 // them, as was checked.
                 unsafe {
-                    to.as_ptr().cast::<u64>().write_unaligned(0);
-                    to.as_ptr().add(8).cast::<u32>().write_unaligned(((chains as u32) << 16).to_le());
+                    to.as_ptr().cast::<u64>().write_unaligned(front.to_le());
+                    to.as_ptr().add(8).cast::<u32>().write_unaligned(third.to_le());
                     copy(from.as_ptr().add(HEADER), to.as_ptr().add(HEADER), total as usize - HEADER);
                 }
             }
             _ => {
+                let mut header = [0; HEADER];
+                for (bytes, word) in header.chunks_exact_mut(4).zip([first, second, third]) {
+                    bytes.copy_from_slice(&word.to_le_bytes());
+                }
                 let mut room = Room { burst: &self.burst, chain: self.filled, piece: 0, at: 0 };
                 room.put(header.as_ptr(), HEADER);
-                match frame {
-                    Frame::Bytes(bytes) => room.put(bytes.as_ptr(), bytes.len()),
-                    Frame::Pieces(pieces) => for_each(pieces, HEADER, |at, size| room.put(at, size)),
-                }
+                frame.each(|at, size| room.put(at, size));
             }
         }
         let mut left = total;
@@ -430,21 +527,38 @@ impl Receiver {
     }
 }
 
-/// Copy bytes that may overlap, few as they usually are.
+/// Copy bytes that may overlap; few, as they often are, by moves of a fixed size.
 ///
 /// # Safety
 ///
 /// As for `std::ptr::copy`.
 #[inline(always)]
 unsafe fn copy(from: *const u8, to: *mut u8, size: usize) {
+    /// Its first bytes and its last ones, which are all: read before anything is written.
+    #[inline(always)]
+    unsafe fn both<const PART: usize>(from: *const u8, to: *mut u8, size: usize) {
+        // SAFETY: as many bytes are there at least, by the caller's word, and at most twice as many.
+        unsafe {
+            let first = from.cast::<[u8; PART]>().read_unaligned();
+            let last = from.add(size - PART).cast::<[u8; PART]>().read_unaligned();
+            to.cast::<[u8; PART]>().write_unaligned(first);
+            to.add(size - PART).cast::<[u8; PART]>().write_unaligned(last);
+        }
+    }
     // SAFETY: by the caller's word.
-    unsafe { std::ptr::copy(from, to, size) }
+    unsafe {
+        match size {
+            32..=64 => both::<32>(from, to, size),
+            65..=128 => both::<64>(from, to, size),
+            _ => std::ptr::copy(from, to, size),
+        }
+    }
 }
 
 /// Frames that wait for buffers of a driver, copied.
 #[derive(Default)]
 pub struct Backlog {
-    frames: VecDeque<Vec<u8>>,
+    frames: VecDeque<(Header, Vec<u8>)>,
     bytes: usize,
     /// Whether the oldest is known to be wanted, whatever is said since.
     pub wanted: bool,
@@ -458,8 +572,10 @@ impl Backlog {
     const SPARE: usize = 64;
 
     /// The oldest.
-    pub fn first(&self) -> Option<&[u8]> {
-        self.frames.front().map(Vec::as_slice)
+    #[inline]
+    pub fn first(&self) -> Option<Packet<'_>> {
+        let (header, bytes) = self.frames.front()?;
+        Some(Packet { header: *header, frame: Frame::Bytes(bytes), size: bytes.len() as u64 })
     }
 
     /// How many there are.
@@ -468,42 +584,50 @@ impl Backlog {
     }
 
     /// Whether there are none.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.frames.is_empty()
     }
 
+    /// The oldest is not waiting any more: here it is.
+    pub fn take_first(&mut self) -> Option<(Header, Vec<u8>)> {
+        let oldest = self.frames.pop_front()?;
+        self.bytes -= oldest.1.len() + HEADER;
+        self.wanted = false;
+        Some(oldest)
+    }
+
     /// The oldest is not waiting any more.
     pub fn pop(&mut self) {
-        if let Some(mut frame) = self.frames.pop_front() {
-            self.bytes -= frame.len() + HEADER;
-            self.wanted = false;
+        if let Some((_, mut bytes)) = self.take_first() {
             if self.spare.len() < Self::SPARE {
-                frame.clear();
-                self.spare.push(frame);
+                bytes.clear();
+                self.spare.push(bytes);
             }
         }
     }
 
     /// Keep a copy; false when there is no room for it.
-    pub fn push(&mut self, pieces: &[Piece], size: u64) -> bool {
-        let total = size as usize + HEADER;
+    pub fn push(&mut self, packet: Packet<'_>) -> bool {
+        let total = packet.size as usize + HEADER;
         if self.frames.len() >= Self::FRAMES || self.bytes + total > Self::BYTES {
             return false;
         }
-        let mut frame = self.spare.pop().unwrap_or_default();
-        for_each(pieces, HEADER, |at, size| {
-            let before = frame.len();
-            frame.resize(before + size, 0);
-            // SAFETY: as many bytes are mapped there, and there is room for them.
-            unsafe { std::ptr::copy(at, frame[before..].as_mut_ptr(), size) };
-        });
+        let mut bytes = self.spare.pop().unwrap_or_default();
+        packet.frame.copy(&mut bytes);
         self.bytes += total;
-        self.frames.push_back(frame);
+        self.frames.push_back((packet.header, bytes));
         true
     }
 
+    /// None waits any more.
+    pub fn clear(&mut self) {
+        self.frames.clear();
+        (self.bytes, self.wanted) = (0, false);
+    }
+
     /// None waits any more; gives whether the oldest was known to be wanted, and all of them.
-    pub fn take(&mut self) -> (bool, VecDeque<Vec<u8>>) {
+    pub fn take(&mut self) -> (bool, VecDeque<(Header, Vec<u8>)>) {
         self.bytes = 0;
         (std::mem::take(&mut self.wanted), std::mem::take(&mut self.frames))
     }

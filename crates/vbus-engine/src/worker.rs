@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -69,8 +70,11 @@ pub trait Engine: Send + Sync {
     /// without, somebody looks again.
     fn turn(&self, ask: bool) -> Turn;
 
-    /// The worker's thread has it no more: nothing is under way.
-    fn end(&self) {}
+    /// The worker's thread has it no more. False when the system still does something for it, and the thread cannot end
+    /// before that does.
+    fn end(&self) -> bool {
+        true
+    }
 
     /// Wait until nothing is under way in the memory of its queues, which were stopped; false when that takes longer.
     fn settle(&self, _timeout: Duration) -> bool {
@@ -234,6 +238,7 @@ struct Shared {
     turns: AtomicU64,
     idle_turns: AtomicU64,
     sleeps: AtomicU64,
+    busy: AtomicU64,
 }
 
 fn owned(fd: RawFd) -> io::Result<OwnedFd> {
@@ -264,6 +269,7 @@ impl Shared {
             turns: AtomicU64::new(0),
             idle_turns: AtomicU64::new(0),
             sleeps: AtomicU64::new(0),
+            busy: AtomicU64::new(0),
         };
         shared.watch(shared.wake.as_raw_fd(), libc::EPOLLIN | libc::EPOLLET, WAKE)?;
         Ok(shared)
@@ -303,7 +309,8 @@ impl Shared {
 /// A thread that gives engines their turns.
 pub struct Worker {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// And whether it can end, which it says at its end.
+    thread: Mutex<Option<(JoinHandle<()>, Receiver<bool>)>>,
 }
 
 impl Worker {
@@ -311,18 +318,18 @@ impl Worker {
     pub fn start(name: &str, polling: Polling, cpus: &[usize]) -> io::Result<Self> {
         let set = cpu_set(cpus)?;
         let shared = Arc::new(Shared::new(polling)?);
-        let (theirs, told) = (shared.clone(), std::sync::mpsc::channel());
+        let (theirs, told, ended) = (shared.clone(), channel(), channel());
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
             let begun = prepare(set.as_ref());
             let failed = begun.is_err();
             // The other end waits for it.
             let _ = told.0.send(begun);
             if !failed {
-                Local::new(theirs).run();
+                let _ = ended.0.send(Local::new(theirs).run());
             }
         })?;
         told.1.recv().map_err(|_| io::Error::other("the worker did not begin"))??;
-        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+        Ok(Self { shared, thread: Mutex::new(Some((thread, ended.1))) })
     }
 
     /// Give an engine its turns from now on; the first soon.
@@ -353,18 +360,21 @@ impl Worker {
         lock(&self.shared.tasks).len()
     }
 
-    /// Turns that had work, turns that had none, and how often it slept.
-    pub fn counters(&self) -> [u64; 3] {
-        let Shared { turns, idle_turns, sleeps, .. } = &*self.shared;
-        [turns, idle_turns, sleeps].map(|counter| counter.load(Ordering::Relaxed))
+    /// Turns that had work, turns that had none, how often it slept, and nanoseconds spent in turns that had work.
+    pub fn counters(&self) -> [u64; 4] {
+        let Shared { turns, idle_turns, sleeps, busy, .. } = &*self.shared;
+        [turns, idle_turns, sleeps, busy].map(|counter| counter.load(Ordering::Relaxed))
     }
 
     /// End it, and its engines.
     pub fn close(&self) {
         self.shared.closed.store(true, Ordering::Release);
         self.shared.call();
-        if let Some(thread) = lock(&self.thread).take() {
-            let _ = thread.join();
+        if let Some((thread, ended)) = lock(&self.thread).take() {
+            // One that cannot end is left behind, with nothing but its end to come. (It is an error that it panicked.)
+            if ended.recv() != Ok(false) {
+                let _ = thread.join();
+            }
         }
     }
 }
@@ -421,10 +431,13 @@ struct Local {
     /// Of each priority: whether the next turn is first offered to those that are polled.
     polled_first: [bool; PRIORITIES],
     began: Instant,
+    /// What the clock said after the last turn, or sleep.
+    clock: u64,
     /// The last look at descriptors (nanoseconds), and turns since.
     looked: u64,
     turns: u32,
     idle_turns: u32,
+    can_end: bool,
 }
 
 impl Local {
@@ -436,20 +449,23 @@ impl Local {
             next: [0; PRIORITIES],
             polled_first: [false; PRIORITIES],
             began: Instant::now(),
+            clock: 0,
             looked: 0,
             turns: 0,
             idle_turns: 0,
+            can_end: true,
         }
     }
 
-    fn run(mut self) {
+    /// Until the worker is closed; false when this thread cannot end.
+    fn run(mut self) -> bool {
         while !self.shared.closed.load(Ordering::Acquire) {
             if self.shared.called.load(Ordering::Relaxed) {
                 self.read_inbox();
             }
             if self.step() {
                 self.turns += 1;
-                if self.turns >= TURNS || self.now() - self.looked >= UNSEEN.as_nanos() as u64 {
+                if self.turns >= TURNS || self.clock.saturating_sub(self.looked) >= UNSEEN.as_nanos() as u64 {
                     self.look(0);
                 }
                 continue;
@@ -470,6 +486,7 @@ impl Local {
             self.part(&task);
         }
         self.shared.ended.store(true, Ordering::Release);
+        self.can_end
     }
 
     fn now(&self) -> u64 {
@@ -516,7 +533,7 @@ impl Local {
             self.shared.unwatch(fd);
         }
         lock(&self.shared.tasks).remove(&task.id);
-        task.engine.end();
+        self.can_end &= task.engine.end();
     }
 
     /// Look at it no more.
@@ -582,7 +599,7 @@ impl Local {
             let place = (self.next[priority] + index) % count;
             let Some(task) = self.polled[priority].get(place).cloned() else { break };
             if self.turn(&task, false).worked {
-                task.last.store(self.now(), Ordering::Relaxed);
+                task.last.store(self.clock, Ordering::Relaxed);
                 self.next[priority] = (place + 1) % count;
                 return true;
             }
@@ -601,7 +618,7 @@ impl Local {
         };
         let turn = self.turn(task, ask);
         if turn.worked && self.shared.polling == Polling::Adaptive {
-            task.last.store(self.now(), Ordering::Relaxed);
+            task.last.store(self.clock, Ordering::Relaxed);
         }
         if task.gone.load(Ordering::Relaxed) {
             return;
@@ -615,7 +632,7 @@ impl Local {
 
     /// It was notified: how long since its last request? Would it have paid to wait for that?
     fn learn(&self, task: &Task) {
-        let gap = self.now().saturating_sub(task.last.load(Ordering::Relaxed));
+        let gap = self.clock.saturating_sub(task.last.load(Ordering::Relaxed));
         let window = task.window.load(Ordering::Relaxed);
         let (shortest, longest) = (SHORTEST.as_nanos() as u64, LONGEST.as_nanos() as u64);
         let window = if gap <= longest { (window * 2).clamp(shortest, longest) } else { window / 2 };
@@ -634,9 +651,17 @@ impl Local {
             // It is there, as long as the task is.
             let _ = self.shared.control(libc::EPOLL_CTL_MOD, fd, events, task.id | DESCRIPTOR);
         }
-        let counter = if turn.worked { &self.shared.turns } else { &self.shared.idle_turns };
+        // Once a turn: who polls has nothing else that would tell how busy it is.
+        let now = self.now();
+        let taken = now - std::mem::replace(&mut self.clock, now);
         // Nobody else counts.
-        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let add = |counter: &AtomicU64, more| counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+        if turn.worked {
+            add(&self.shared.turns, 1);
+            add(&self.shared.busy, taken);
+        } else {
+            add(&self.shared.idle_turns, 1);
+        }
         turn
     }
 
@@ -651,7 +676,7 @@ impl Local {
             if self.polled[priority].is_empty() {
                 continue;
             }
-            let now = self.now();
+            let now = self.clock;
             for task in self.polled[priority].clone() {
                 let waited = now.saturating_sub(task.last.load(Ordering::Relaxed));
                 if waited > task.window.load(Ordering::Relaxed) {
@@ -675,6 +700,7 @@ impl Local {
         if !self.shared.called.load(Ordering::Relaxed) {
             self.shared.sleeps.store(self.shared.sleeps.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             self.look(-1);
+            self.clock = self.now();
         }
         self.shared.asleep.store(false, Ordering::Relaxed);
     }

@@ -250,8 +250,9 @@ impl Engine for Noted {
         self.failed.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn end(&self) {
+    fn end(&self) -> bool {
         self.ended.fetch_add(1, Ordering::Relaxed);
+        true
     }
 }
 
@@ -651,6 +652,36 @@ fn requests_of_many_pieces_share_a_worker() {
         assert!(engine.turn(true).worked, "there are more");
         seen.push(engine.counters.tx_packets.load(Ordering::Relaxed));
     }
-    assert_eq!(seen, [5, 10, 12]);
+    assert_eq!(seen, [5, 10, 12], "of 1000 pieces each");
     assert_eq!(reap(&mut transmit).len() as u64, CHAINS);
+}
+
+#[test]
+fn requests_of_many_bytes_share_a_worker() {
+    const SIZE: u64 = 300 << 10;
+    let queue = Arc::new(Queue::default());
+    let Ok(engine) = Blk::new(queue.clone(), memfd(SIZE as usize).into(), Arc::new(Silent)) else {
+        return eprintln!("skipped: io_uring is not permitted here");
+    };
+    engine.settings.capacity.store(SIZE / 512, Ordering::Release);
+    engine.begin();
+    let mut arena = Arena::new();
+    let (mut ring, _) = arena.ring(64, false, &queue);
+    let address = arena.take(SIZE as usize + 17);
+    arena.put(address, &[0; 16]);
+    for _ in 0..10 {
+        let data = [(address + 16, SIZE), (address + 16 + SIZE, 1)];
+        let _ = ring.add(&[(address, 16)], &data).unwrap().expect("room");
+    }
+    let _ = ring.publish();
+    let mut most = 0;
+    let mut answered = 0;
+    while answered < 10 {
+        let before = queue.lock().as_ref().unwrap().ring.next();
+        engine.turn(true);
+        most = most.max(queue.lock().as_ref().unwrap().ring.next() - before);
+        answered += reap(&mut ring).len();
+    }
+    assert_eq!(most, 4, "a mebibyte, and what goes beyond it");
+    engine.end();
 }

@@ -24,6 +24,9 @@ use crate::dirty::Log;
 use crate::guard;
 use crate::violation::{Rule, Violation};
 
+/// Bytes that come near together.
+pub(crate) const LINE: usize = 64;
+
 /// Why a file could not be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
@@ -269,6 +272,17 @@ impl Window {
     word!(load32, store32, AtomicU32, u32);
     word!(load64, store64, AtomicU64, u64);
 
+    /// Have the cache lines near that begin among these bytes, as far as they are inside, to be read or written soon.
+    #[inline]
+    pub fn prepare(&self, offset: usize, size: usize, write: bool) {
+        let base = self.mapping.as_ptr() as usize + self.offset;
+        let mut at = (base + offset).next_multiple_of(LINE) - base;
+        while at < (offset + size).min(self.size) {
+            prefetch(self.mapping.as_ptr().wrapping_add(self.offset + at), write);
+            at += LINE;
+        }
+    }
+
     /// Have a byte near when it is read.
     #[inline(always)]
     pub fn prefetch(&self, offset: usize) {
@@ -288,13 +302,14 @@ impl Window {
 #[inline(always)]
 pub(crate) fn prefetch(address: *const u8, write: bool) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: it has no effect that a program could see, whatever the address is.
+    // SAFETY: neither has an effect that a program could see, whatever the address is.
     unsafe {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0, _MM_HINT_T0};
         if write {
-            _mm_prefetch::<{ _MM_HINT_ET0 }>(address.cast());
+            // Not by the intrinsic, which prefetches for reading unless it is told of the processor: then a line comes
+            // twice, as it has to be asked for again when it is written. Where there is no such instruction, it is none.
+            std::arch::asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
         } else {
-            _mm_prefetch::<{ _MM_HINT_T0 }>(address.cast());
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -526,6 +541,17 @@ impl Table {
         Ok(())
     }
 
+    /// The region, by its number, that holds all of these bytes, of which there are some, and where the first is.
+    #[inline]
+    pub(crate) fn piece(&self, address: u64, size: u32, access: Access) -> Option<(usize, *mut u8)> {
+        let index = self.first(address);
+        let region = self.regions.get(index)?;
+        // Below its beginning it wraps, above any size.
+        let skip = address.wrapping_sub(region.address);
+        let fits = address >= region.address && skip < region.size && u64::from(size) <= region.size - skip;
+        (fits && size > 0 && (access == Access::Read || region.writable)).then(|| (index, region.byte(skip)))
+    }
+
     /// As `translate`, for whoever holds this table for as long: tells the region by its number, the first byte, its
     /// driver address, and how many there are. Something may have been told when it fails.
     #[inline]
@@ -536,16 +562,11 @@ impl Table {
         access: Access,
         mut each: impl FnMut(usize, *mut u8, u64, u32),
     ) -> Result<(), Violation> {
-        let mut index = self.first(address);
-        if let Some(region) = self.regions.get(index) {
-            let skip = address.wrapping_sub(region.address);
-            // Below its beginning it wraps, above any size.
-            let fits = skip < region.size && u64::from(size) <= region.size - skip;
-            if fits && address >= region.address && (access == Access::Read || region.writable) {
-                each(index, region.byte(skip), address, size);
-                return Ok(());
-            }
+        if let Some((region, base)) = self.piece(address, size, access) {
+            each(region, base, address, size);
+            return Ok(());
         }
+        let mut index = self.first(address);
         self.check(address, u64::from(size), access)?;
         let (mut at, mut left) = (address, size);
         while left > 0 {

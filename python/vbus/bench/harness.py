@@ -19,7 +19,7 @@ from vbus.bench.measure import Summary
 from vbus.bench.measurement import AnyMeasurement, C, Measurement, P, Row, Sample, Say, V
 from vbus.errors import UsageError
 
-NAMES = ("ring", "latency", "python", "blk", "scale", "signal")
+NAMES = ("ring", "net", "latency", "python", "blk", "scale", "signal")
 """What can be measured: modules in `measurements`."""
 
 
@@ -32,7 +32,9 @@ def load(name: str) -> AnyMeasurement:
 def plan_of(
     measurement: Measurement[P, C, V], *, quick: bool = False, rounds: int | None = None, peer: bool = False
 ) -> P:
-    """How much is measured: by default one round when `quick`. UsageError: a peer is not there."""
+    """How much is measured: by default one round when `quick`. MissingError: a program is not there; UsageError."""
+    for one in measurement.needs:
+        one.find(needed_by=measurement.name)
     plan = measurement.plan(quick)
     plan = replace(plan, rounds=rounds or (1 if quick else plan.rounds), quick=quick, peer=peer)
     if peer:

@@ -131,6 +131,8 @@ class Measurement(ABC, Generic[P, C, V]):
     figures: ClassVar[Sequence[Figure]]
     template: ClassVar[str]
     """What the figures say, in Markdown, with the names of `numbers` in braces."""
+    needs: ClassVar[Sequence[Peer]] = ()
+    """Other people's programs without which nothing can be measured."""
     peers: ClassVar[Sequence[Peer]] = ()
     """Other people's programs that can take part."""
 

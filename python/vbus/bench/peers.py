@@ -14,6 +14,10 @@ from vbus.errors import UsageError
 VERSION_SECONDS = 20.0
 
 
+class MissingError(UsageError):
+    """A program is not installed."""
+
+
 @dataclass(frozen=True)
 class Peer:
     """A program that is found on the PATH."""
@@ -25,14 +29,12 @@ class Peer:
     commands: Sequence[str] = ()
     """How it is run, with words in capitals for paths."""
 
-    def find(self) -> str:
-        """Where it is. UsageError when it is not installed."""
+    def find(self, needed_by: str = "") -> str:
+        """Where it is. MissingError when it is not installed; `needed_by`: what cannot be measured without."""
         path = shutil.which(self.program)
         if path is None:
-            raise UsageError(
-                f"{self.program} is not installed: install it (Debian's package {self.package}), "
-                "or measure without --peer"
-            )
+            way = f"to measure {needed_by}" if needed_by else "or measure without --peer"
+            raise MissingError(f"{self.program} is not installed: install it (Debian's package {self.package}), {way}")
         return path
 
     def describe(self) -> dict[str, Any]:

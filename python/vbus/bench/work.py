@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import zlib
@@ -39,6 +40,24 @@ def used_between(before: Usage, after: Usage) -> Usage:
         "system": after["system"] - before["system"],
         "sleeps": after["sleeps"] - before["sleeps"],
     }
+
+
+class Threads(TypedDict):
+    """What the threads of a process have used since they began, those that are there now, together. In nanoseconds."""
+
+    ran: int
+    waited: int
+    """For a CPU that others had."""
+
+
+def threads_of(pid: int) -> Threads:
+    """Of a process of this machine; nothing of one that is gone."""
+    rows = []
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        # One that has just ended is not there any more.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            rows.append([int(word) for word in path.read_text().split()])
+    return {"ran": sum(row[0] for row in rows), "waited": sum(row[1] for row in rows)}
 
 
 def resident_bytes() -> int:

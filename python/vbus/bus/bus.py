@@ -24,9 +24,9 @@ from vbus.bus.connector import Connector
 from vbus.bus.device import Device, attributes_of
 from vbus.bus.limits import MEMBER_LIMITS, Account, parse_limit
 from vbus.bus.members import Credentials, Members
-from vbus.bus.pool import shared_pool
+from vbus.bus.pool import Actor, shared_pool
 from vbus.bus.runner import BusLoop
-from vbus.bus.slot import Slot
+from vbus.bus.slot import LATE_SECONDS, Slot
 from vbus.bus.sources import Sources
 from vbus.bus.workers import Workers
 from vbus.errors import NoSuchNameError, UsageError
@@ -95,6 +95,8 @@ class Bus:
         """Of each number: the first of its sources, and how many there are."""
         self._left: set[int] = set()
         """Numbers whose device is gone, and whose sources are not given back."""
+        self._leaving: dict[Slot, Actor] = {}
+        """What is off the bus, and has something under way that does not end."""
         self._lock = threading.RLock()
         self._running = False
         self._stop_wanted = threading.Event()
@@ -168,7 +170,8 @@ class Bus:
     def unplug(self, name: str | Device, *, surprise: bool = False, timeout: float = STOP_SECONDS) -> bool:
         """Take a device off the bus. Requests under way may end first, unless it is by surprise.
 
-        Whatever the driver still waits for fails there with ENODEV. False when the device hung and was left behind.
+        Whatever the driver still waits for fails there with ENODEV. False when the device hung and was left behind: its
+        driver hears of it when nothing writes to the driver's memory any more.
         """
         slot = self.slot(name.name if isinstance(name, Device) else name)
         if slot.runner.is_here:
@@ -179,13 +182,35 @@ class Bus:
         if not surprise:
             slot.drain(timeout)
         self._forget(slot)
-        slot.halt()
+        if slot.halt() or not self._running:
+            return self._take_off(slot, timeout)
+        self._take_off_late(slot)
+        return False
+
+    def _take_off(self, slot: Slot, timeout: float) -> bool:
+        """Have the driver hear that its device is gone, and end that; False when it hangs."""
         for connector in list(self.connectors.values()):
             if connector.carries(slot):
                 connector.unplugged(slot)
         ended = slot.remove(timeout)
         slot.device._slot = None
         return ended
+
+    def _take_off_late(self, slot: Slot) -> None:
+        """The same, when what an engine has under way has ended: for so long the driver's memory is in use."""
+        actor = Actor(self.pool, f"{slot.name}, which leaves")
+
+        def look() -> bool:
+            if not slot.is_settled:
+                actor.mark_later(key, LATE_SECONDS)
+            elif self._leaving.pop(slot, None) is not None:
+                self._take_off(slot, STOP_SECONDS)
+                actor.close()
+            return False
+
+        key = actor.key(look, 0)
+        self._leaving[slot] = actor
+        actor.mark(key)
 
     def _forget(self, slot: Slot) -> None:
         with self._lock:
@@ -370,6 +395,11 @@ class Bus:
             connector.stop()
         self.channels.close("the bus stopped")
         hung = [slot.name for slot in self.slots() if not self.unplug(slot.name, surprise=True, timeout=timeout)]
+        for slot in list(self._leaving):
+            actor = self._leaving.pop(slot, None)
+            if actor is not None:
+                actor.close()
+                hung += [] if self._take_off(slot, timeout) else [slot.name]
         self.loop.close(timeout if not hung else 0.1)
         if self._pool_held:
             self._pool_held = False

@@ -267,6 +267,15 @@ class Slot:
             self._outbox_key = self.actor.key(self._read_outboxes, self.priority)
         return _core.Signal.local(self.actor.pool.scheduler, self._outbox_key)
 
+    def call_signal(self, callback: Callable[[], None]) -> _core.Signal:
+        """What calls back in a turn of the device when it is notified, from any thread, with or without Python."""
+
+        def turn() -> bool:
+            self.runner.call(callback)
+            return False
+
+        return _core.Signal.local(self.actor.pool.scheduler, self.actor.key(turn, self.priority))
+
     def adopt(self, engines: Sequence[Engine]) -> None:
         """Have workers run these engines for queues of this device. In the turn that plugs it. UsageError."""
         for engine in engines:
@@ -992,17 +1001,27 @@ class Slot:
             time.sleep(0.002)
         return self.idle()
 
-    def halt(self) -> None:
-        """Stop serving at once, before the driver hears of it: from then on it may reuse its buffers."""
-        was, self.present = self.present, False
+    def halt(self) -> bool:
+        """Stop serving at once, before the driver hears of it: from then on it may reuse its buffers.
+
+        False when what an engine has under way does not end: then it may not yet.
+        """
+        self.present = False
         self._stop_queues()
-        if was and not self._settle():
+        settled = self._settle()
+        if not settled:
             log.error("%s/%s: what is under way does not end: it is left behind", self.bus.name, self.name)
+        return settled
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether engines have nothing under way."""
+        return self._settle(seconds=0)
 
     def remove(self, timeout: float) -> bool:
         """Stop the device for good; False when it hangs longer than `timeout` seconds (it is left behind then)."""
-        self.halt()
-        ended = self._settle(seconds=0)
+        self.present = False
+        ended = self.is_settled
         try:
             # What has not ended keeps its memory mapped.
             self.actor.call(self._leave, timeout)

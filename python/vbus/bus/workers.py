@@ -82,8 +82,8 @@ class Workers:
             where = f" on CPU {cpus[0]}" if cpus else ""
             raise UsageError(f"bus {self.name}: no worker can be started{where}: {error.strerror}") from None
 
-    def counters(self) -> list[tuple[int, int, int]]:
-        """(turns with work, turns without, times asleep) of each worker."""
+    def counters(self) -> list[tuple[int, int, int, int]]:
+        """(turns with work, turns without, times asleep, nanoseconds in turns with work) of each worker."""
         return [worker.counters for worker in self._workers]
 
     def close(self) -> None:

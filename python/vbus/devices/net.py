@@ -1,4 +1,4 @@
-"""A network card (virtio 1.4, section 5.1), plugged into itself, into a file, or into a tap of this machine.
+"""A network card (virtio 1.4, section 5.1), plugged into itself, a switch of its bus, a file, or a tap of this machine.
 
 What a driver sends comes in batches; each frame's header is read once and checked, and header and frame go to the
 backend in one system call on the driver's own memory. What the backend has for the driver is read only as fast as the
@@ -11,6 +11,7 @@ rules of the queue itself, so that there is nobody to answer, is a violation of 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 from collections import Counter
@@ -22,9 +23,10 @@ from vbus import _core, virtio
 from vbus.bus import Device, Engine, Queue, Request, attribute
 from vbus.devices.buffers import clear, skip, split_last
 from vbus.devices.engines import check_engine, not_native
-from vbus.devices.net_backends import LONGEST, Loopback, make_backend
+from vbus.devices.net_backends import LONGEST, Backend, Loopback, Pcap, TapBackend
 from vbus.devices.net_control import LONGEST_COMMAND, Filter, is_station, obey
 from vbus.devices.net_receive import Receiver
+from vbus.devices.net_switch import SwitchPort, check_flood_limit
 from vbus.errors import Error, UsageError, Violation
 from vbus.virtio.net import (
     ACK_ERR,
@@ -83,11 +85,12 @@ def station(uuid: UUID) -> bytes:
 class Net(Device):
     """A network device (virtio 1.4, section 5.1).
 
-    `backend`: `loopback` (what is sent comes back), `tap:NAME` (an interface of this machine, made at plug and gone at
-    unplug, or a persistent tap that is there already) or `pcap:FILE` (what is sent is written for Wireshark). `mac`:
-    such as "52:54:00:12:34:56", by default one that follows from the device's UUID. `mtu`: 68 to 65535. `queue_pairs`:
-    1 to 8. `link`: whether it begins up. `engine`: "native" or "python", by default native where that is possible (a
-    loopback).
+    `backend`: `loopback` (what is sent comes back), `switch:NAME` (a port of the bus's switch of this name), `tap:NAME`
+    (an interface of this machine, made at plug and gone at unplug, or a persistent tap that is there already) or
+    `pcap:FILE` (what is sent is written for Wireshark). `mac`: such as "52:54:00:12:34:56", by default one that follows
+    from the device's UUID. `mtu`: 68 to 65535. `queue_pairs`: 1 to 8. `link`: whether it begins up. `engine`: "native"
+    or "python", by default native where that is possible (all but a file). Of a switch's port, `isolated`: whether it
+    talks with no other isolated one; `flood_limit`: how many frames a second may go to all.
     """
 
     device_id = virtio.DeviceID.NETWORK
@@ -160,7 +163,7 @@ class Net(Device):
     tx_dropped = attribute(
         int,
         get=lambda net: net._counted("tx_dropped") + net._counts["unsent"],
-        doc="Good frames that did not go out: link down, or nobody there.",
+        doc="Good frames that did not go out: link down, nobody there, or nowhere to go in a switch.",
     )
     tx_errors = attribute(
         int,
@@ -177,10 +180,38 @@ class Net(Device):
     )
     tx_bad_header = attribute(int, get=lambda net: net._wrongs("header"), doc="Headers longer than the frame.")
     tx_bad_queue = attribute(int, get=lambda net: net._wrongs("queue"), doc="On a pair that is not in use.")
-    tx_refused = attribute(int, get=lambda net: net._wrong["refused"], doc="Refused by the kernel behind the tap.")
+    tx_refused = attribute(
+        int, get=lambda net: net._wrongs("refused"), doc="Not what their header says, says the switch, or the kernel."
+    )
     commands = attribute(int, get=lambda net: net._counts["obeyed"], doc="Control commands that were obeyed.")
     commands_refused = attribute(int, get=lambda net: net._counts["refused"], doc="Control commands that were not.")
     tap_lost = attribute(int, get=lambda net: net._counts["lost"], doc="Times that the tap was deleted under us.")
+
+    isolated = attribute(
+        bool,
+        get=lambda net: net._is_port and net._backend.isolated,
+        set=lambda net, on: net._set_isolated(on),
+        writable=True,
+        doc="Whether this port of a switch talks with no other isolated one.",
+    )
+    flood_limit = attribute(
+        int,
+        get=lambda net: net._backend.flood_limit if net._is_port else 0,
+        set=lambda net, limit: net._set_flood_limit(limit),
+        writable=True,
+        doc="Frames a second that this port of a switch may send to all.",
+    )
+    flooded = attribute(
+        int, get=lambda net: net._switched("flooded"), doc="Frames of the driver that the switch sent to all."
+    )
+    flood_dropped = attribute(
+        int, get=lambda net: net._switched("flood_dropped"), doc="Those that were to go to all, beyond the limit."
+    )
+    learned = attribute(int, get=lambda net: net._switched("learned"), doc="Stations that the switch learned here.")
+    moved = attribute(
+        int, get=lambda net: net._switched("moved"), doc="Those of them that were at another port before."
+    )
+    stations = attribute(int, get=lambda net: net._switched("stations"), doc="Stations that are known to be here.")
 
     def __init__(
         self,
@@ -191,16 +222,26 @@ class Net(Device):
         queue_pairs: int = 1,
         link: bool = True,
         engine: str | None = None,
+        isolated: bool = False,
+        flood_limit: int | None = None,
     ) -> None:
         if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
             raise UsageError(f"net: queue_pairs {queue_pairs} is out of range: 1 to {MAX_QUEUE_PAIRS}")
         self._wanted_engine = check_engine("net", engine)
-        self._engines: list[_core.LoopbackEngine] = []
+        self._engines: Sequence[_core.LoopbackEngine | _core.SwitchEngine | _core.TapEngine] = []
         self._backend = make_backend(backend)
+        self._is_port = isinstance(self._backend, SwitchPort)
+        if isolated:
+            self._set_isolated(isolated)
+        if flood_limit is not None:
+            self._set_flood_limit(flood_limit)
         self._max_pairs = queue_pairs
         self._pairs = 1
         self._own_mac = None if mac is None else _parse_mac(mac, "net")
         self._counts: Counter[str] = Counter()
+        self._past: Counter[str] = Counter()
+        """What engines of former places counted."""
+        self._driven = False
         self._wrong: Counter[str] = Counter()
         queues = []
         for pair in range(queue_pairs):
@@ -235,33 +276,46 @@ class Net(Device):
             if self._backend.lost:
                 self.config.status |= LinkStatus.LINK_UP
             self._backend.open(self.log, pairs=self._max_pairs, mtu=self.config.mtu, link=self.link)
+        if isinstance(self._backend, SwitchPort):
+            # They are the port's pairs, whoever serves them.
+            wakes = [self.slot.call_signal(partial(self._pump, pair)) for pair in range(self._max_pairs)]
+            pairs = [(rx.core, tx.core, wake) for (rx, tx), wake in zip(self._pair_queues(), wakes, strict=True)]
+            self._engines = self._backend.join(self.bus, pairs, self.slot.engine_signal())
 
     def unplugged(self) -> None:
         """Close the backend; a tap that was made for this is gone then."""
         self._unwatch()
+        engines, self._engines = self._engines, []
+        for engine in engines:
+            self._past += Counter(engine.counters)
+            if isinstance(engine, _core.TapEngine):
+                engine.close()
         with self._lock:
             self._backend.close()
 
+    def _pair_queues(self) -> list[tuple[Queue, Queue]]:
+        return [(self._queues[receiveq(pair)], self._queues[transmitq(pair)]) for pair in range(self._max_pairs)]
+
     def engines(self) -> Sequence[Engine]:
-        """One for each pair of a loopback. UsageError when another was asked to be native."""
+        """One for each pair, unless a file is behind it. UsageError when one was asked for in vain."""
         if self._wanted_engine == "python":
             not_native(self, None, "as it was asked for")
             return []
-        if not isinstance(self._backend, Loopback):
+        if not isinstance(self._backend, (Loopback, SwitchPort, TapBackend)):
             not_native(self, self._wanted_engine, f"{self._backend} is served in Python")
             return []
         if self.bus.workers.count == 0:
             not_native(self, self._wanted_engine, "the bus has no workers")
             return []
         signal = self.slot.engine_signal()
-        engines = []
-        for pair in range(self._max_pairs):
-            queues = self._queues[receiveq(pair)], self._queues[transmitq(pair)]
-            core = _core.LoopbackEngine(queues[0].core, queues[1].core, signal)
-            engines.append(Engine(core, queues))
-            self._engines.append(core)
+        if isinstance(self._backend, Loopback):
+            self._engines = [_core.LoopbackEngine(rx.core, tx.core, signal) for rx, tx in self._pair_queues()]
+        elif isinstance(self._backend, TapBackend):
+            fds = self._backend.tap.fds
+            pairs = zip(self._pair_queues(), fds, strict=True)
+            self._engines = [_core.TapEngine(rx.core, tx.core, fd, signal) for (rx, tx), fd in pairs]
         self._tell_engines()
-        return engines
+        return [Engine(core, queues) for core, queues in zip(self._engines, self._pair_queues(), strict=True)]
 
     def engine_serves(self, queue: Queue) -> bool:
         """Without MQ there is one pair, and commands come on what would be the next."""
@@ -270,9 +324,9 @@ class Net(Device):
     def engine_yielded(self, queue: Queue) -> None:
         """Frames that wait for buffers go on to wait here, before all that come."""
         pair, is_transmit = divmod(queue.index, 2)
-        if not is_transmit:
-            wanted, frames = self._engines[pair].hand_over()
-            packets = [bytes(HEADER.size) + frame for frame in frames]
+        # Of one that leaves its bus there are none any more, and nothing waits.
+        if not is_transmit and pair < len(self._engines):
+            wanted, packets = self._engines[pair].hand_over()
             if wanted and packets:
                 self._receivers[pair].keep(packets.pop(0))
             self._backend.put_back(pair, packets)
@@ -281,12 +335,14 @@ class Net(Device):
         """What holds now; no frame goes by what held before when this returns."""
         wanted = self.filter
         for pair, engine in enumerate(self._engines):
-            engine.set_rules(
-                link=bool(self.config.status & LinkStatus.LINK_UP),
+            rules = _core.NetRules(
+                link=self._driven and bool(self.config.status & LinkStatus.LINK_UP),
                 in_use=pair < self._pairs,
                 merge=self._receivers[pair].merge,
                 csum=self._csum,
                 host_kinds=sorted(self._host_kinds),
+                guest_csum=self._guest_csum,
+                guest_kinds=sorted(self._guest_kinds),
                 promiscuous=RxCommand.PROMISC in wanted.modes,
                 told=wanted.told,
                 modes=[mode.name for mode in wanted.modes],
@@ -295,18 +351,31 @@ class Net(Device):
                 multicast=list(wanted.multicast),
                 vlans=None if wanted.vlans is None else sorted(wanted.vlans),
             )
+            engine.set_rules(rules)
+            if isinstance(engine, _core.TapEngine):
+                # What it left where it is may be to be read now.
+                self.slot.mark(self._receivers[pair].queue)
+
+    def engine_failed(self, error: OSError) -> None:
+        """There is no tap any more."""
+        self._lose(error)
 
     _WRONG = ("too_short", "too_long", "checksum", "segments", "header", "queue", "refused")
 
     def _counted(self, name: str) -> int:
         """What engines counted of this."""
-        return sum(engine.counters.get(name, 0) for engine in self._engines)
+        return self._past[name] + sum(engine.counters.get(name, 0) for engine in self._engines)
+
+    def _switched(self, name: str) -> int:
+        """What the port of a switch counted of this."""
+        return self._backend.counted(name) if isinstance(self._backend, SwitchPort) else 0
 
     def _wrongs(self, name: str) -> int:
         return self._counted(name) + self._wrong[name]
 
     def ready(self) -> None:
         """A driver is there: what it negotiated decides what goes through."""
+        self._driven = True
         self.filter = Filter(self.config.mac, vlans=self.has("CTRL_VLAN"))
         self._csum = self.has("CSUM")
         self._host_kinds = _kinds(_HOST_KINDS, [name for name in self.features if self.has(name)], "HOST_ECN")
@@ -338,6 +407,7 @@ class Net(Device):
 
     def reset(self) -> None:
         """Forget the driver and all that it said."""
+        self._driven = False
         self._unwatch()
         self._backend.forget()
         for receiver in self._receivers:
@@ -357,7 +427,7 @@ class Net(Device):
 
     def _watch(self, pair: int) -> None:
         fd = self._backend.fileno(pair)
-        if fd is not None:
+        if fd is not None and not self._receivers[pair].queue.core.native:
             self.watch(fd, partial(self._pump, pair))
 
     def _unwatch(self) -> None:
@@ -409,6 +479,18 @@ class Net(Device):
                 except Error as error:
                     raise UsageError(f"{self.name}: {error}") from None
         return mtu
+
+    def _set_isolated(self, on: bool) -> bool:
+        if not isinstance(self._backend, SwitchPort):
+            raise UsageError(f"{self.name}: isolated: {self._backend} is no port of a switch (backend switch:NAME)")
+        self._backend.isolate(on)
+        return on
+
+    def _set_flood_limit(self, limit: int) -> int:
+        if not isinstance(self._backend, SwitchPort):
+            raise UsageError(f"{self.name}: flood_limit: {self._backend} is no port of a switch (backend switch:NAME)")
+        self._backend.limit_floods(check_flood_limit(self.name, limit))
+        return limit
 
     def _set_announce(self, on: bool) -> bool:
         with self._lock:
@@ -506,6 +588,7 @@ class Net(Device):
             self._counts["lost"] += 1
             self.config.status &= ~LinkStatus.LINK_UP
         self.log.error("%s is gone (%s): the link is down until it is plugged again", self._backend, error.strerror)
+        self._tell_engines()
         self.config_changed()
 
     # To the driver.
@@ -516,17 +599,16 @@ class Net(Device):
             self._commands(queue)
             return
         pair = queue.index // 2
-        receiver = self._receivers[pair]
-        if receiver.waiting and pair < self._pairs:
-            receiver.waiting = False
+        if pair < self._pairs:
+            # It waited for buffers, or was served natively before.
             self._watch(pair)
         self._pump(pair)
 
     def _pump(self, pair: int) -> None:
         """Give the driver what there is for this pair, within the budget."""
-        if pair >= self._pairs:
-            return
         receiver = self._receivers[pair]
+        if pair >= self._pairs or receiver.queue.core.native:
+            return
         try:
             self._fill(pair, receiver)
         except Violation as violation:
@@ -540,21 +622,20 @@ class Net(Device):
         read = self._backend.read
         for _ in range(BUDGET):
             if not receiver.has_room():
-                self._pause(pair, receiver)
+                self._pause(pair)
                 return
             packet = read(pair)
             if packet is None:
                 return
             if self._admits(packet) and not receiver.put(packet):
-                self._pause(pair, receiver)
+                self._pause(pair)
                 return
         # A descriptor that is still readable brings us back by itself.
         if self._backend.fileno(pair) is None:
             self.slot.mark(receiver.queue)
 
-    def _pause(self, pair: int, receiver: Receiver) -> None:
+    def _pause(self, pair: int) -> None:
         """Leave what comes where it is, until there are buffers."""
-        receiver.waiting = True
         fd = self._backend.fileno(pair)
         if fd is not None:
             self.unwatch(fd)
@@ -623,6 +704,9 @@ class Net(Device):
             if fd is not None:
                 self.unwatch(fd)
             self._counts["unread"] += self._receivers[pair].forget()
+        if pairs < before:
+            # Before they are taken away: to read one then is an error.
+            self._tell_engines()
         try:
             self._backend.set_pairs(pairs)
         except OSError as error:
@@ -642,6 +726,23 @@ class Net(Device):
             self._backend.set_offloads(names)
         except OSError as error:
             self._lose(error)
+
+
+def make_backend(text: str) -> Backend:
+    """The backend that a person means. UsageError when it is none."""
+    kind, colon, rest = text.partition(":")
+    match kind:
+        case "loopback" if not colon:
+            return Loopback()
+        case "switch" if rest:
+            return SwitchPort(rest)
+        case "tap" if rest:
+            return TapBackend(rest)
+        case "pcap" if rest:
+            return Pcap(rest)
+    near = difflib.get_close_matches(kind, ("loopback", "switch", "tap", "pcap"), n=1)
+    hint = f"did you mean {near[0]!r}? " if near and near[0] != kind else ""
+    raise UsageError(f"net backend {text!r}: {hint}it is loopback, switch:NAME, tap:NAME or pcap:FILE")
 
 
 def _kinds(known: Mapping[str, Gso], names: Iterable[str], ecn: str) -> set[int]:

@@ -2,12 +2,11 @@
 
 A backend moves packets: an Ethernet frame behind the header of 12 bytes that virtio and taps share (section 5.1.6). It
 never waits. What it gives is its own memory, which is good until it is asked again; what it is given goes out in one
-system call straight from the driver's memory, or is copied.
+system call straight from the driver's memory, or is copied. (A switch is one as well, in `net_switch`.)
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
 import fcntl
 import logging
@@ -59,7 +58,7 @@ class Backend:
         """The next packet of this pair, None when there is none now. OSError when the other end is gone."""
         return None
 
-    def put_back(self, pair: int, packets: Sequence[bytes]) -> None:
+    def put_back(self, pair: int, packets: Sequence[bytes | bytearray]) -> None:
         """Packets for this pair that somebody else had, and that come before all others."""
 
     def write(self, pair: int, header: bytes, frame: Sequence[memoryview]) -> None:
@@ -112,7 +111,7 @@ class Loopback(Backend):
         self._bytes[pair] -= len(packet)
         return memoryview(packet)
 
-    def put_back(self, pair: int, packets: Sequence[bytes]) -> None:
+    def put_back(self, pair: int, packets: Sequence[bytes | bytearray]) -> None:
         """What an engine kept, within the same limits."""
         self._backlog.setdefault(pair, deque()).extendleft(map(bytearray, reversed(packets)))
         self._bytes[pair] = self._bytes.get(pair, 0) + sum(map(len, packets))
@@ -293,21 +292,6 @@ class TapBackend(Backend):
     def set_offloads(self, names: Sequence[str]) -> None:
         """What the kernel may leave undone."""
         self.tap.set_offloads(sum(bit for name, bit in self.OFFLOADS.items() if name in names))
-
-
-def make_backend(text: str) -> Backend:
-    """The backend that a person means. UsageError when it is none."""
-    kind, colon, rest = text.partition(":")
-    match kind:
-        case "loopback" if not colon:
-            return Loopback()
-        case "tap" if rest:
-            return TapBackend(rest)
-        case "pcap" if rest:
-            return Pcap(rest)
-    near = difflib.get_close_matches(kind, ("loopback", "tap", "pcap"), n=1)
-    hint = f"did you mean {near[0]!r}? " if near and near[0] != kind else ""
-    raise UsageError(f"net backend {text!r}: {hint}it is loopback, tap:NAME or pcap:FILE")
 
 
 def _kernel() -> tuple[int, int]:

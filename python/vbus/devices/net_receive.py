@@ -24,8 +24,6 @@ class Receiver:
         self.queue = queue
         self.merge = False
         """Whether a packet may lie in several buffers (MRG_RXBUF)."""
-        self.waiting = False
-        """Whether there is more to read than there are buffers for."""
         self.packets = 0
         self.bytes = 0
         self.too_long = 0
@@ -48,10 +46,9 @@ class Receiver:
     def forget(self) -> int:
         """Nothing more is to come; gives how many packets were kept, and are lost."""
         kept, self._kept = self._kept, None
-        self.waiting = False
         return kept is not None
 
-    def keep(self, packet: bytes) -> None:
+    def keep(self, packet: bytes | bytearray) -> None:
         """Have a packet go first that is known to be wanted."""
         self._kept = memoryview(bytearray(packet))
 

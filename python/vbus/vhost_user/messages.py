@@ -118,8 +118,6 @@ PROTOCOL_FEATURES = 30
 """The bit of the device's features that says that there are protocol features. No driver ever sees it."""
 LOG_ALL = 26
 """The bit of the device's features that switches the dirty log on."""
-PACKED_BASE = 0x8000_8000
-"""The base of a packed ring that is new: at descriptor 0 with a wrap counter of 1, for both sides."""
 VRING_LOG = 1
 """The flag of SET_VRING_ADDR that has the used ring logged."""
 

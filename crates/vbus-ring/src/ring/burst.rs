@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU32, AtomicU8, Ordering};
 use std::sync::Arc;
 
 use super::chain::{Gather, Rules, Taken};
-use super::device::Chains;
+use super::device::{Chains, Single};
 use super::Chain;
-use crate::mem::{prefetch, Access, Mapping, Segments, Table, VolatileSlice};
+use crate::mem::{prefetch, Access, Mapping, Segments, Table, VolatileSlice, LINE};
 use crate::violation::Violation;
 
 /// A range of driver memory that is contiguous in one mapping, which the burst keeps that it is of.
@@ -48,6 +48,9 @@ impl Piece {
     }
 }
 
+/// Bytes that are moved in about the time that a piece of memory takes, wherever it is.
+const PIECE_BYTES: u64 = 256;
+
 #[derive(Debug)]
 struct Entry {
     head: u16,
@@ -66,6 +69,7 @@ pub struct Burst {
     tables: Vec<Arc<Table>>,
     entries: Vec<Entry>,
     pieces: Vec<Piece>,
+    bytes: u64,
 }
 
 // SAFETY: the memory that pieces point to is shared with other processes anyway, and accessed by atomics and volatile
@@ -87,10 +91,10 @@ impl Burst {
         self.entries.is_empty()
     }
 
-    /// Pieces of all chains.
+    /// How long serving all chains takes, roughly, in what a piece of memory takes.
     #[inline]
-    pub fn pieces(&self) -> usize {
-        self.pieces.len()
+    pub fn weight(&self) -> usize {
+        self.pieces.len() + (self.bytes / PIECE_BYTES) as usize
     }
 
     /// Forget all chains, and let go of their memory.
@@ -99,6 +103,7 @@ impl Burst {
         self.entries.clear();
         self.pieces.clear();
         self.tables.clear();
+        self.bytes = 0;
     }
 
     /// By it the driver knows a chain again.
@@ -247,10 +252,11 @@ impl Gather for Burst {
     fn push(&mut self, table: &Table, address: u64, size: u32, write: bool, most: u16) -> Result<(), Violation> {
         let Some(entry) = self.entries.last_mut() else { return Ok(()) };
         entry.rules.admit(entry.head, size, write)?;
+        self.bytes += u64::from(size);
         let access = if write { Access::Write } else { Access::Read };
         let pieces = &mut self.pieces;
         table.pieces(address, size, access, |region, base, address, size| {
-            prefetch(base, write);
+            near(base, size, write);
             pieces.push(Piece { base, address, size, region: region as u32 });
             entry.count += 1;
             entry.readable += u32::from(!write);
@@ -277,6 +283,8 @@ impl Chains for Burst {
 
     fn truncate(&mut self, count: usize) {
         if let Some(entry) = self.entries.get(count) {
+            let rules = self.entries[count..].iter().map(|entry| &entry.rules);
+            self.bytes -= rules.map(|rules| rules.readable + rules.writable).sum::<u64>();
             self.pieces.truncate(entry.first as usize);
             self.entries.truncate(count);
             // What keeps memory for none of them would keep it for long.
@@ -286,7 +294,7 @@ impl Chains for Burst {
 
     #[inline]
     fn weight(&self) -> usize {
-        self.pieces.len()
+        self.weight()
     }
 
     #[inline]
@@ -296,5 +304,32 @@ impl Chains for Burst {
         }
         let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
         self.entries.push(Entry { head: name, span: 1, table, first, readable: 0, count: 0, rules: Rules::default() });
+    }
+
+    #[inline]
+    fn open_single(&mut self, table: &Arc<Table>, single: &Single) -> bool {
+        let &Single { head, address, size, write } = single;
+        let access = if write { Access::Write } else { Access::Read };
+        // Empty buffers are in no region.
+        let Some((region, base)) = table.piece(address, size, access) else { return false };
+        near(base, size, write);
+        if !self.tables.last().is_some_and(|known| Arc::ptr_eq(known, table)) {
+            self.tables.push(table.clone());
+        }
+        let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
+        self.pieces.push(Piece { base, address, size, region: region as u32 });
+        let rules = Rules::single(size, write);
+        self.bytes += u64::from(size);
+        self.entries.push(Entry { head, span: 1, table, first, readable: u32::from(!write), count: 1, rules });
+        true
+    }
+}
+
+/// Have the beginning of a piece near: a small frame behind its header, which begins anywhere in a line.
+#[inline(always)]
+fn near(base: *const u8, size: u32, write: bool) {
+    prefetch(base, write);
+    if size as usize > LINE {
+        prefetch(base.wrapping_add(LINE), write);
     }
 }

@@ -44,6 +44,14 @@ pub(super) struct Rules {
 }
 
 impl Rules {
+    /// Of a chain of one buffer that is not empty.
+    #[inline]
+    pub fn single(size: u32, write: bool) -> Self {
+        let size = u64::from(size);
+        let (readable, writable) = if write { (0, size) } else { (size, 0) };
+        Self { descriptors: 1, readable, writable }
+    }
+
     /// Another buffer, or the rule that it breaks.
     #[inline]
     pub fn admit(&mut self, head: u16, size: u32, write: bool) -> Result<(), Violation> {

@@ -14,7 +14,7 @@ use crate::violation::{Rule, Violation};
 /// it, a large ring of chains that are each as long as the ring would take gigabytes.
 pub const MAX_BUFFERS: usize = 1 << 20;
 
-/// Pieces of memory in a burst after which it takes no further chain: long ones shall not keep others waiting.
+/// The weight of a burst at which it takes no further chain: long ones shall not keep others waiting.
 pub const HEAVY: usize = 4096;
 
 /// A chain that is used, as a layout shows it to the driver.
@@ -28,6 +28,19 @@ pub struct Used {
     pub writable: bool,
     /// Bytes that were written.
     pub written: u32,
+}
+
+/// A chain of one descriptor, as it was read, once.
+#[derive(Clone, Copy, Debug)]
+pub struct Single {
+    /// By what the driver knows it.
+    pub head: u16,
+    /// Driver address and bytes of its buffer.
+    pub address: u64,
+    /// As above.
+    pub size: u32,
+    /// Whether it is the device's to write.
+    pub write: bool,
 }
 
 /// One layout's half of it: where things are, and how they are read and written. Nothing here is kept of a chain.
@@ -56,6 +69,10 @@ pub trait Layout {
     /// Read the next chain, which `look` has seen, into one that is new and has its name.
     fn chain(&mut self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation>;
 
+    /// The next chain, which `look` has seen, when it is one descriptor with a buffer of its own. Otherwise, and whatever
+    /// is wrong with it, it is to be read by `chain`, anew.
+    fn single(&self) -> Option<Single>;
+
     /// It was good, and is taken.
     fn taken(&mut self, chain: Taken);
 
@@ -66,6 +83,10 @@ pub trait Layout {
 
     /// Driver address and bytes of what `ask` writes.
     fn asked(&self) -> (u64, u64);
+
+    /// So many chains were taken, and may be used soon: have near what is written then. Not where the driver looks again
+    /// and again for the first of them: it would only take that back.
+    fn prepare(&self, count: usize);
 
     /// Write a chain as used, not yet to be seen.
     fn put(&mut self, used: Used);
@@ -102,7 +123,13 @@ pub(super) trait Chains: Gather {
     /// A new chain of this name, in memory of this table.
     fn open(&mut self, table: &Arc<Table>, name: u16);
 
-    /// Pieces of memory, where those that are taken together are limited by them, too.
+    /// A new chain of one descriptor, whose buffer keeps all rules and lies in one region; false when it does not, or
+    /// when nothing is gained by that.
+    fn open_single(&mut self, _table: &Arc<Table>, _single: &Single) -> bool {
+        false
+    }
+
+    /// How long serving them takes, where as many are taken together as that allows.
     fn weight(&self) -> usize {
         0
     }
@@ -148,15 +175,12 @@ impl Book {
     fn begin(&mut self, chain: Taken) -> Result<(), Violation> {
         let head = usize::from(chain.head);
         if head >= self.slots.len() {
-            self.slots.resize((head + 1).next_power_of_two(), Slot::default());
+            self.grow(head);
         }
         let slot = &mut self.slots[head];
         // Also what bounds the requests in flight: without it a driver could make one chain available for ever.
-        if slot.taken {
-            return Err(Violation::new(Rule::DescriptorInUse, format!("{head}")));
-        }
-        if self.buffers + chain.cost > MAX_BUFFERS {
-            return Err(Violation::new(Rule::TooManyBuffers, format!("more than {MAX_BUFFERS} in flight")));
+        if slot.taken || self.buffers + chain.cost > MAX_BUFFERS {
+            return Err(Self::refusal(head, slot.taken));
         }
         self.buffers += chain.cost;
         self.in_flight += 1;
@@ -174,6 +198,21 @@ impl Book {
             order.push_back(chain.head);
         }
         Ok(())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn grow(&mut self, head: usize) {
+        self.slots.resize((head + 1).next_power_of_two(), Slot::default());
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refusal(head: usize, in_use: bool) -> Violation {
+        if in_use {
+            return Violation::new(Rule::DescriptorInUse, format!("{head}"));
+        }
+        Violation::new(Rule::TooManyBuffers, format!("more than {MAX_BUFFERS} in flight"))
     }
 
     /// A chain is completed; false when it is not in flight.
@@ -198,6 +237,19 @@ impl Book {
         self.overtaken = self.in_flight > 0 && (self.overtaken || slot.number != oldest);
         self.buffers -= slot.cost as usize;
         Used { head, span: slot.span, writable: slot.writable, written: slot.written }
+    }
+
+    /// Whether a completed chain may be shown before all others: with IN_ORDER the oldest, which then is so no more.
+    #[inline]
+    fn is_next(&mut self, head: u16) -> bool {
+        match &mut self.order {
+            None => true,
+            Some(order) if order.front() == Some(&head) => {
+                order.pop_front();
+                true
+            }
+            Some(_) => false,
+        }
     }
 
     /// With IN_ORDER: the next chain to be shown, when it is completed.
@@ -372,6 +424,7 @@ impl<L: Layout> Ring<L> {
         // It may have changed at this very moment: chains and the ring are found in one and the same.
         self.layout.follow(table, &self.setup)?;
         let light = chains.weight() + HEAVY;
+        let first = chains.count();
         self.layout.approach(limit);
         for _ in 0..limit {
             if chains.weight() >= light || !self.layout.look()? {
@@ -379,6 +432,18 @@ impl<L: Layout> Ring<L> {
             }
             let Self { layout, book, setup, .. } = self;
             let before = chains.count();
+            // As nearly all are of a network.
+            if let Some(single) = layout.single() {
+                if chains.open_single(table, &single) {
+                    let taken = Taken { head: single.head, span: 1, cost: 1, writable: single.write };
+                    if let Err(violation) = book.begin(taken) {
+                        chains.truncate(before);
+                        return Err(violation);
+                    }
+                    layout.taken(taken);
+                    continue;
+                }
+            }
             chains.open(table, layout.name());
             let begun = layout.chain(table, setup, chains).and_then(|()| book.begin(chains.taken()));
             if let Err(violation) = begun {
@@ -387,6 +452,7 @@ impl<L: Layout> Ring<L> {
             }
             layout.taken(chains.taken());
         }
+        self.layout.prepare(chains.count() - first);
         Ok(())
     }
 
@@ -449,7 +515,7 @@ impl<L: Layout> Ring<L> {
                 continue;
             }
             any = true;
-            if self.book.order.is_none() {
+            if self.book.is_next(head) {
                 let used = self.book.end(head);
                 self.layout.put(used);
             }

@@ -159,7 +159,7 @@ impl DeviceRing {
     }
 
     /// As `take` or, unless `ask`, `poll`, for whoever is done with the chains soon. Fewer than there are come when they
-    /// have `HEAVY` pieces of memory together.
+    /// weigh `HEAVY` together.
     pub fn burst(&mut self, limit: usize, burst: &mut Burst, ask: bool) -> Result<(), Violation> {
         either!(self, ring => ring.burst(limit, burst, ask))
     }

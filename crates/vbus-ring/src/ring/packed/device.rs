@@ -10,7 +10,7 @@ use super::{
 };
 use crate::mem::{Access, Mapping, Memory, Table, Window};
 use crate::ring::chain::{Gather, Taken};
-use crate::ring::device::{part, Layout, Ring, Used};
+use crate::ring::device::{part, Layout, Ring, Single, Used};
 use crate::ring::indirect::Entries;
 use crate::ring::inflight::{lost, sound};
 use crate::ring::{Setup, DESC_BYTES};
@@ -367,6 +367,13 @@ impl Layout for Packed {
         Ok(self.seen.is_some())
     }
 
+    #[inline]
+    fn approach(&self, limit: usize) {
+        // A caller may want all that there is.
+        let most = limit.min(usize::from(self.size));
+        self.parts.desc.prepare(DESC_BYTES * usize::from(self.next.index) + 1, DESC_BYTES * most, false);
+    }
+
     /// What it is called, the last descriptor says; until then the place of the first, for people.
     #[inline]
     fn name(&self) -> u16 {
@@ -381,6 +388,18 @@ impl Layout for Packed {
         let read = self.chain_tracked(table, setup, chain, &mut tracked);
         self.tracked = Some(tracked);
         read
+    }
+
+    #[inline]
+    fn single(&self) -> Option<Single> {
+        let rest = self.seen?;
+        // What is kept for others is kept of every descriptor.
+        if rest.has(DESC_NEXT | DESC_INDIRECT) || self.tracked.is_some() {
+            return None;
+        }
+        // Relaxed: written before the flags, see `look`.
+        let address = self.parts.desc.load64(DESC_BYTES * usize::from(self.next.index), Ordering::Relaxed);
+        Some(Single { head: rest.id(), address, size: rest.size(), write: rest.has(DESC_WRITE) })
     }
 
     #[inline]
@@ -417,6 +436,11 @@ impl Layout for Packed {
 
     fn asked(&self) -> (u64, u64) {
         (self.device, EVENT_BYTES as u64)
+    }
+
+    #[inline]
+    fn prepare(&self, count: usize) {
+        self.parts.desc.prepare(DESC_BYTES * usize::from(self.used.index), DESC_BYTES * count, true);
     }
 
     #[inline]

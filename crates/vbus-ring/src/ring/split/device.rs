@@ -8,7 +8,7 @@ use super::inflight::Inflight;
 use super::{avail_bytes, passes, used_bytes, Desc, ENTRIES, INDEX, SUPPRESS, USED_BYTES};
 use crate::mem::{Access, Mapping, Memory, Table, Window};
 use crate::ring::chain::{Gather, Taken};
-use crate::ring::device::{part, Layout, Ring, Used};
+use crate::ring::device::{part, Layout, Ring, Single, Used};
 use crate::ring::indirect::Entries;
 use crate::ring::inflight::{lost, sound};
 use crate::ring::{Setup, DESC_BYTES, DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
@@ -47,6 +47,8 @@ pub struct Split {
     /// Driver address of the used ring.
     device: u64,
     size: u16,
+    /// The size, less one: beside the size, its load would take in what was stored a moment ago, and wait for it.
+    mask: usize,
     event_idx: bool,
     /// Index of the next entry to take.
     next: u16,
@@ -131,6 +133,7 @@ impl Split {
             parts,
             device: setup.device,
             size: setup.size as u16,
+            mask: setup.size as usize - 1,
             event_idx: setup.features.event_idx,
             next,
             seen: next,
@@ -226,7 +229,8 @@ impl Layout for Split {
     /// waited for.
     #[inline]
     fn approach(&self, limit: usize) {
-        for ahead in 0..self.seen.wrapping_sub(self.next).min(limit as u16) {
+        let most = u16::try_from(limit).unwrap_or(u16::MAX);
+        for ahead in 0..self.seen.wrapping_sub(self.next).min(most) {
             let place = self.next.wrapping_add(ahead) & (self.size - 1);
             let head = self.parts.avail.load16(ENTRIES + 2 * usize::from(place), Ordering::Relaxed);
             // Only to come near it. What is used is read later, once, and checked.
@@ -236,11 +240,10 @@ impl Layout for Split {
 
     #[inline]
     fn name(&self) -> u16 {
-        let place = self.next & (self.size - 1);
         match self.again.front() {
             Some(&head) => head,
             // The entry was written before the index that `look` acquired.
-            None => self.parts.avail.load16(ENTRIES + 2 * usize::from(place), Ordering::Relaxed),
+            None => self.parts.avail.load16(ENTRIES + 2 * (usize::from(self.next) & self.mask), Ordering::Relaxed),
         }
     }
 
@@ -269,8 +272,20 @@ impl Layout for Split {
     }
 
     #[inline]
+    fn single(&self) -> Option<Single> {
+        let head = self.name();
+        if head >= self.size {
+            return None;
+        }
+        let desc = self.desc(head);
+        let plain = desc.flags & (DESC_NEXT | DESC_INDIRECT) == 0;
+        plain.then(|| Single { head, address: desc.address, size: desc.size, write: desc.has(DESC_WRITE) })
+    }
+
+    #[inline]
     fn taken(&mut self, chain: Taken) {
-        if self.again.pop_front().is_some() {
+        if !self.again.is_empty() {
+            self.again.pop_front();
             return;
         }
         if let Some(inflight) = &mut self.inflight {
@@ -301,8 +316,14 @@ impl Layout for Split {
     }
 
     #[inline]
+    fn prepare(&self, count: usize) {
+        let place = usize::from(self.used) & self.mask;
+        self.parts.used.prepare(ENTRIES + USED_BYTES * place, USED_BYTES * count, true);
+    }
+
+    #[inline]
     fn put(&mut self, used: Used) {
-        let place = ENTRIES + USED_BYTES * usize::from(self.used & (self.size - 1));
+        let place = ENTRIES + USED_BYTES * (usize::from(self.used) & self.mask);
         self.parts.used.store32(place, u32::from(used.head), Ordering::Relaxed);
         self.parts.used.store32(place + 4, used.written, Ordering::Relaxed);
         if let Some(inflight) = &mut self.inflight {
