@@ -4,56 +4,27 @@
  * registers.
  *
  * Each of the transport's verbs is a question to the bus, so that they sleep; only notifications do
- * not, which are events: see proxy_events.c. Rings and buffers are made visible to the device by
- * the DMA operations that the connector gave the vbus device, which is the parent of the virtio
- * device.
- *
- * A device that is gone, or that needs a reset, must not leave anybody waiting: its queues are
- * broken, so that nothing more is put into them, and requests of a disk that it has not answered
- * are ended.
+ * not, which are events: see virtio_queues.c.
  */
-#include <linux/blk-mq.h>
 #include <linux/module.h>
 #include <linux/slab.h>
-#include <linux/version.h>
-#include <linux/virtio.h>
-#include <linux/virtio_config.h>
 #include <linux/virtio_ids.h>
 #include <linux/virtio_ring.h>
 #include <linux/wait_bit.h>
 
-#include "vbus.h"
+#include "virtio_vbus.h"
 
-/* Descriptors of a queue, at most: a larger one would take a large part of a window. */
-#define MAX_QUEUE_SIZE	1024
 /* Bytes of config space in one message. */
 #define CONFIG_CHUNK	2048
 #define CONFIG_TRIES	8
 /* How often a device may take all the time that an answer may take. */
 #define RESET_TRIES	10
 
-struct virtio_vbus_device {
-	struct virtio_device vdev;
-	struct vbus_device *device;
-	u32 generation;			/* of config space, as last read */
-	u8 status;			/* what came of what was last set */
-	bool registered;		/* config changes may be told; by the device's lock */
-	bool missed;			/* there was one before; the same */
-	struct mutex queues_lock;	/* guards the queues against who breaks them, and: */
-	bool has_queues;		/* it has, or has had, some */
-	struct work_struct failed;
-};
-
 /* Devices that have not been freed yet: their release is code of this module. */
 static atomic_t living = ATOMIC_INIT(0);
 
-static struct virtio_vbus_device *to_vv(struct virtio_device *vdev)
-{
-	return container_of(vdev, struct virtio_vbus_device, vdev);
-}
-
-static int ask(struct virtio_vbus_device *vv, u8 id, const void *body, size_t size, void *answer,
-	       size_t room)
+int vv_ask(struct virtio_vbus_device *vv, u8 id, const void *body, size_t size, void *answer,
+	   size_t room)
 {
 	struct vbus_request request = {
 		.id = id,
@@ -191,7 +162,7 @@ static int set_status(struct virtio_vbus_device *vv, u8 status)
 	__le32 wanted = cpu_to_le32(status), got;
 	int err;
 
-	err = ask(vv, VBUS_SET_STATUS, &wanted, sizeof(wanted), &got, sizeof(got));
+	err = vv_ask(vv, VBUS_SET_STATUS, &wanted, sizeof(wanted), &got, sizeof(got));
 	if (!err)
 		WRITE_ONCE(vv->status, le32_to_cpu(got) & status);
 	return err;
@@ -244,7 +215,7 @@ static u64 vv_get_features(struct virtio_device *vdev)
 	struct vbus_features wanted = { .num_blocks = cpu_to_le32(2) }, offered;
 	const size_t head = offsetof(struct vbus_features, features);
 
-	if (ask(to_vv(vdev), VBUS_GET_FEATURES, &wanted, head, &offered, sizeof(offered)) ||
+	if (vv_ask(to_vv(vdev), VBUS_GET_FEATURES, &wanted, head, &offered, sizeof(offered)) ||
 	    le32_to_cpu(offered.block_index) || le32_to_cpu(offered.num_blocks) != 2)
 		return 0;
 	return le32_to_cpu(offered.features[0]) | (u64)le32_to_cpu(offered.features[1]) << 32;
@@ -280,180 +251,7 @@ static int vv_finalize_features(struct virtio_device *vdev)
 		__virtio_clear_bit(vdev, VIRTIO_F_RING_PACKED);
 	taken.features[0] = cpu_to_le32(lower_32_bits(vdev->features));
 	taken.features[1] = cpu_to_le32(upper_32_bits(vdev->features));
-	return ask(vv, VBUS_SET_FEATURES, &taken, sizeof(taken), NULL, 0);
-}
-
-/* Queues. */
-
-static bool vv_notify(struct virtqueue *vq)
-{
-	vbus_queue_signal(vq->priv);
-	return true;
-}
-
-static void heard(struct vbus_queue *queue)
-{
-	struct virtqueue *vq = queue->data;
-
-	if (!READ_ONCE(vq->reset))
-		vring_interrupt(0, vq);
-}
-
-/*
- * Callbacks are called in interrupts, or behind rcu_read_lock(). Expedited: a bus may go with a
- * thousand devices, one after the other.
- */
-static void vv_synchronize_cbs(struct virtio_device *vdev)
-{
-	synchronize_rcu_expedited();
-}
-
-/* As large as it can be; with split rings a power of two. */
-static int queue_size(struct virtio_vbus_device *vv, u32 index)
-{
-	struct vbus_index wanted = { .index = cpu_to_le32(index) };
-	struct vbus_vqueue has;
-	u32 size;
-	int err;
-
-	err = ask(vv, VBUS_GET_VQUEUE, &wanted, sizeof(wanted), &has, sizeof(has));
-	if (err)
-		return err;
-	size = min_t(u32, le32_to_cpu(has.max_size), MAX_QUEUE_SIZE);
-	if (!size)
-		return -ENOENT;
-	if (__virtio_test_bit(&vv->vdev, VIRTIO_F_RING_PACKED))
-		return size;
-	return rounddown_pow_of_two(size);
-}
-
-static int tell_queue(struct virtio_vbus_device *vv, struct virtqueue *vq, u32 index)
-{
-	struct vbus_vqueue body = {
-		.index = cpu_to_le32(index),
-		.size = cpu_to_le32(virtqueue_get_vring_size(vq)),
-		.desc = cpu_to_le64(virtqueue_get_desc_addr(vq)),
-		.driver = cpu_to_le64(virtqueue_get_avail_addr(vq)),
-		.device = cpu_to_le64(virtqueue_get_used_addr(vq)),
-	};
-
-	return ask(vv, VBUS_SET_VQUEUE, &body, sizeof(body), NULL, 0);
-}
-
-static struct virtqueue *setup_queue(struct virtio_vbus_device *vv, u32 index,
-				     vq_callback_t *callback, const char *name, bool ctx)
-{
-	struct vbus_queue *queue;
-	struct virtqueue *vq;
-	int size, err;
-
-	if (index >= READ_ONCE(vv->device->known))
-		return ERR_PTR(-ENOENT);
-	queue = &vv->device->queues[index];
-	size = queue_size(vv, index);
-	if (size < 0)
-		return ERR_PTR(size);
-	mutex_lock(&vv->queues_lock);
-	vv->has_queues = true;
-	vq = vring_create_virtqueue(index, size, SMP_CACHE_BYTES, &vv->vdev, true, true, ctx,
-				    vv_notify, callback, name);
-	if (vq)
-		vq->priv = queue;
-	mutex_unlock(&vv->queues_lock);
-	if (!vq)
-		return ERR_PTR(-ENOMEM);
-	queue->heard = heard;
-	queue->data = vq;
-	err = vbus_queue_open(queue);
-	if (!err)
-		err = tell_queue(vv, vq, index);
-	if (!err && READ_ONCE(vv->device->gone))
-		err = -ENODEV;
-	/* What was made is taken back by vv_del_vqs(). */
-	return err ? ERR_PTR(err) : vq;
-}
-
-static void vv_del_vqs(struct virtio_device *vdev)
-{
-	struct virtio_vbus_device *vv = to_vv(vdev);
-	struct virtqueue *vq, *next;
-
-	list_for_each_entry(vq, &vdev->vqs, list)
-		vbus_queue_close(vq->priv);
-	vv_synchronize_cbs(vdev);
-	mutex_lock(&vv->queues_lock);
-	list_for_each_entry_safe(vq, next, &vdev->vqs, list)
-		vring_del_virtqueue(vq);
-	mutex_unlock(&vv->queues_lock);
-}
-
-/* Before the queues are made: nothing is void of a new generation. */
-static int begin_vqs(struct virtio_vbus_device *vv)
-{
-	if (!READ_ONCE(vv->device->gone))
-		WRITE_ONCE(vv->device->void_buffers, false);
-	return vbus_device_sources(vv->device);
-}
-
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
-static int vv_find_vqs(struct virtio_device *vdev, unsigned int nvqs, struct virtqueue *vqs[],
-		       struct virtqueue_info infos[], struct irq_affinity *desc)
-#define QUEUE_NAME(i)		(infos[i].name)
-#define QUEUE_CALLBACK(i)	(infos[i].callback)
-#define QUEUE_CTX(i)		(infos[i].ctx)
-#else
-static int vv_find_vqs(struct virtio_device *vdev, unsigned int nvqs, struct virtqueue *vqs[],
-		       vq_callback_t *callbacks[], const char * const names[], const bool *ctx,
-		       struct irq_affinity *desc)
-#define QUEUE_NAME(i)		(names[i])
-#define QUEUE_CALLBACK(i)	(callbacks[i])
-#define QUEUE_CTX(i)		(ctx ? ctx[i] : false)
-#endif
-{
-	struct virtio_vbus_device *vv = to_vv(vdev);
-	unsigned int i, index = 0;
-	int err;
-
-	err = begin_vqs(vv);
-	for (i = 0; !err && i < nvqs; i++) {
-		vqs[i] = NULL;
-		/* A queue without a name is one that the driver does not use; it has no index. */
-		if (!QUEUE_NAME(i))
-			continue;
-		vqs[i] = setup_queue(vv, index++, QUEUE_CALLBACK(i), QUEUE_NAME(i), QUEUE_CTX(i));
-		err = PTR_ERR_OR_ZERO(vqs[i]);
-	}
-	if (err)
-		vv_del_vqs(vdev);
-	return err;
-}
-
-/* The driver wants to set up one queue anew: see RESET_VQUEUE. The queue's events go on. */
-static int vv_disable_vq_and_reset(struct virtqueue *vq)
-{
-	struct vbus_index wanted = { .index = cpu_to_le32(vq->index) };
-	int err;
-
-	if (!virtio_has_feature(vq->vdev, VIRTIO_F_RING_RESET))
-		return -ENOENT;
-	err = ask(to_vv(vq->vdev), VBUS_RESET_VQUEUE, &wanted, sizeof(wanted), NULL, 0);
-	if (err)
-		return err;
-	WRITE_ONCE(vq->reset, true);
-	vv_synchronize_cbs(vq->vdev);
-	return 0;
-}
-
-static int vv_enable_vq_after_reset(struct virtqueue *vq)
-{
-	int err;
-
-	if (!vq->reset)
-		return -EBUSY;
-	err = tell_queue(to_vv(vq->vdev), vq, vq->index);
-	if (!err)
-		WRITE_ONCE(vq->reset, false);
-	return err;
+	return vv_ask(vv, VBUS_SET_FEATURES, &taken, sizeof(taken), NULL, 0);
 }
 
 static const char *vv_bus_name(struct virtio_device *vdev)
@@ -478,60 +276,9 @@ static const struct virtio_config_ops vv_config_ops = {
 	.enable_vq_after_reset = vv_enable_vq_after_reset,
 };
 
-/* Devices that do not go on. */
-
-/*
- * Requests of a disk that will not be answered end with an error; else removing the disk would wait
- * for them for ever. The driver does that by itself only in newer kernels. What it gave the queue
- * with a request is the request's private data. The status, which the device should have written,
- * reads as all ones, which is an error: see @void_buffers.
- */
-static void end_disk_requests(struct virtio_vbus_device *vv)
-{
-	struct request_queue *stopped = NULL;
-	struct request *request;
-	struct virtqueue *vq;
-	void *data;
-
-	list_for_each_entry(vq, &vv->vdev.vqs, list) {
-		while ((data = virtqueue_detach_unused_buf(vq))) {
-			request = blk_mq_rq_from_pdu(data);
-			stopped = request->q;
-			blk_mq_complete_request(request);
-		}
-	}
-	/*
-	 * The queue may have been full. The disk is still there: its driver deletes the queues
-	 * before it lets go.
-	 */
-	if (stopped)
-		blk_mq_start_stopped_hw_queues(stopped, true);
-}
-
-/* Nobody waits for the device any more, which touches no buffers any more. */
-static void end_requests(struct virtio_vbus_device *vv)
-{
-	mutex_lock(&vv->queues_lock);
-	/*
-	 * Before there is a queue, nobody can be waiting, and the list of queues may not be one
-	 * yet.
-	 */
-	if (vv->has_queues) {
-		virtio_break_device(&vv->vdev);
-		/*
-		 * Whoever uses a queue has its lock, and interrupts off: now nobody is in the
-		 * middle of it.
-		 */
-		synchronize_rcu_expedited();
-		if (IS_ENABLED(CONFIG_BLOCK) && vv->vdev.id.device == VIRTIO_ID_BLOCK)
-			end_disk_requests(vv);
-	}
-	mutex_unlock(&vv->queues_lock);
-}
-
 static void gone(void *data)
 {
-	end_requests(data);
+	vv_end_requests(data);
 }
 
 /*
@@ -545,7 +292,7 @@ static void failed_work(struct work_struct *work)
 		vv->device->name);
 	reset_device(vv);
 	WRITE_ONCE(vv->device->void_buffers, true);
-	end_requests(vv);
+	vv_end_requests(vv);
 }
 
 static void config_changed(void *data, u32 status, u32 generation)
