@@ -70,7 +70,7 @@ static unsigned int session_seconds = 5;
 module_param(session_seconds, uint, 0644);
 MODULE_PARM_DESC(session_seconds, "Seconds that the host may take to make a session");
 
-/* One vector of events, of this session. */
+/* One vector of events, of the session that there is. */
 struct events_vector {
 	struct vbus_proxy *proxy;
 	unsigned int priority;
@@ -94,7 +94,7 @@ struct events_vector {
  * @broken: because the host does not keep to the protocol
  * @watch: looks whether the session is over
  * @lock: guards @proxy, against interrupts
- * @proxy: of this session, while it may be told of interrupts; else NULL
+ * @proxy: of the present session, while it may be told of interrupts; else NULL
  */
 struct ivshmem {
 	struct vbus_connector connector;
@@ -410,7 +410,7 @@ static int sessions(void *data)
 			err = serve(iv);
 		if (!err && time_after(jiffies, began + msecs_to_jiffies(SHORT_MS)))
 			pause = FIRST_PAUSE_MS;
-		/* Whatever became of it, this session is spent. */
+		/* Whatever became of it, the session is spent. */
 		WRITE_ONCE(iv->session, 0);
 		wait_event_idle_timeout(iv->changed, kthread_should_stop(),
 					msecs_to_jiffies(pause));
