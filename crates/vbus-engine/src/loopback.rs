@@ -7,10 +7,10 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vbus_ring::ring::{read_words, Burst, HEAVY};
+use vbus_ring::ring::{Burst, HEAVY};
 use vbus_ring::signal::Notify;
 
-use crate::net::{count, wrong, Backlog, Counters, Frame, Header, Laid, Packet, Receiver, Rules, HEADER};
+use crate::net::{answer, count, packet, wrong, Backlog, Counters, Frame, Header, Laid, Packet, Receiver, Rules};
 use crate::outbox::{Fault, Outbox};
 use crate::queue::{Queue, Running};
 use crate::worker::{Engine, Turn};
@@ -108,13 +108,9 @@ impl Loopback {
                 Err(violation) => fault = Some(Fault::of(RECEIVE, &violation)),
             }
         }
-        if let Some(running) = transmit.as_mut().filter(|_| !state.written.is_empty()) {
-            match running.ring.complete_burst(&state.sent, 0, &state.written) {
-                Ok(notify) => {
-                    let readable = (0..state.written.len()).map(|chain| state.sent.readable_total(chain)).sum();
-                    self.transmit.count(state.written.len() as u64, readable, 0);
-                    after.notify[TRANSMIT] = notify.then(|| running.signal.clone());
-                }
+        if let Some(running) = transmit.as_mut() {
+            match answer(&self.transmit, running, &state.sent, &state.written) {
+                Ok(signal) => after.notify[TRANSMIT] = signal,
                 Err(violation) => fault = Some(Fault::of(TRANSMIT, &violation)),
             }
         }
@@ -172,14 +168,13 @@ impl Loopback {
         let (mut packets, mut bytes) = (0, 0);
         let mut result = Ok(());
         for chain in 0..taken {
-            let Some(size) = sent.readable_total(chain).checked_sub(HEADER as u64) else {
-                let detail = format!("{} readable bytes; a header has {HEADER}", sent.readable_total(chain));
-                result = Err(Fault { queue: TRANSMIT, name: "tx-header-short", detail });
-                break;
+            let (header, pieces, size) = match packet(sent, chain, TRANSMIT) {
+                Ok(packet) => packet,
+                Err(fault) => {
+                    result = Err(fault);
+                    break;
+                }
             };
-            let pieces = sent.readable(chain);
-            // There are as many bytes.
-            let header = read_words(pieces).unwrap_or_default();
             written.push(0);
             if let Some(counter) = wrong(header, size, rules, counters) {
                 count(counter, 1);

@@ -2,12 +2,14 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 
-use vbus_ring::ring::{Burst, Chain, Piece};
+use vbus_ring::ring::{read_words, Burst, Chain, Piece};
+use vbus_ring::signal::Notify;
 use vbus_ring::violation::Violation;
 
 use crate::outbox::Fault;
-use crate::queue::Running;
+use crate::queue::{Queue, Running};
 
 /// Bytes of a header.
 pub const HEADER: usize = 12;
@@ -160,6 +162,36 @@ counters! {
 #[inline]
 pub fn count(counter: &AtomicU64, more: u64) {
     counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+}
+
+/// A packet that a driver sent: its header, which is read once, all of its pieces, and the bytes of its frame.
+/// Fault: tx-header-short, of the queue of this index.
+#[inline]
+pub fn packet(sent: &Burst, chain: usize, queue: usize) -> Result<(Header, &[Piece], u64), Fault> {
+    let (total, pieces) = (sent.readable_total(chain), sent.readable(chain));
+    match (total.checked_sub(HEADER as u64), read_words(pieces)) {
+        (Some(size), Some(header)) => Ok((header, pieces, size)),
+        _ => {
+            let detail = format!("{total} readable bytes; a header has {HEADER}");
+            Err(Fault { queue, name: "tx-header-short", detail })
+        }
+    }
+}
+
+/// Give back what was sent, the first of a burst, as many as there are in `written`; what is to be notified of it.
+/// Violation: as `complete_burst`.
+pub fn answer(
+    queue: &Queue,
+    running: &mut Running,
+    sent: &Burst,
+    written: &[u32],
+) -> Result<Option<Arc<dyn Notify>>, Violation> {
+    if written.is_empty() {
+        return Ok(None);
+    }
+    let notify = running.ring.complete_burst(sent, 0, written)?;
+    queue.count(written.len() as u64, (0..written.len()).map(|chain| sent.readable_total(chain)).sum(), 0);
+    Ok(notify.then(|| running.signal.clone()))
 }
 
 /// What is wrong with a frame of `size` bytes that a driver sent with this header, in words, if anything (section

@@ -17,11 +17,11 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use vbus_ring::ring::{read_words, Burst, HEAVY};
+use vbus_ring::ring::{Burst, HEAVY};
 use vbus_ring::signal::Notify;
 
 use crate::net::{
-    count, takes, wrong, Backlog, Counters, Fields, Frame, Header, Laid, Packet, Receiver, Rules, HEADER,
+    answer, count, packet, takes, wrong, Backlog, Counters, Fields, Frame, Header, Laid, Packet, Receiver, Rules,
 };
 use crate::offload::{finish, Cut, HEAD};
 use crate::outbox::{Fault, Outbox};
@@ -538,15 +538,9 @@ impl Port {
         let Tx { sent, written, .. } = &mut *tx;
         let taken = sent.len();
         after.heavy = sent.weight() >= HEAVY;
-        if !written.is_empty() {
-            match running.ring.complete_burst(sent, 0, written) {
-                Ok(notify) => {
-                    let readable = (0..written.len()).map(|chain| sent.readable_total(chain)).sum();
-                    lane.pair.transmit.count(written.len() as u64, readable, 0);
-                    after.notify.extend(notify.then(|| running.signal.clone()));
-                }
-                Err(violation) => fault = Some(Fault::of(TRANSMIT, &violation)),
-            }
+        match answer(&lane.pair.transmit, running, sent, written) {
+            Ok(signal) => after.notify.extend(signal),
+            Err(violation) => fault = Some(Fault::of(TRANSMIT, &violation)),
         }
         written.clear();
         sent.clear();
@@ -572,14 +566,13 @@ impl Port {
         let mut items = Vec::with_capacity(sent.len());
         let mut result = Ok(());
         for chain in 0..sent.len() {
-            let Some(size) = sent.readable_total(chain).checked_sub(HEADER as u64) else {
-                let detail = format!("{} readable bytes; a header has {HEADER}", sent.readable_total(chain));
-                result = Err(Fault { queue: TRANSMIT, name: "tx-header-short", detail });
-                break;
+            let (header, pieces, size) = match packet(sent, chain, TRANSMIT) {
+                Ok(packet) => packet,
+                Err(fault) => {
+                    result = Err(fault);
+                    break;
+                }
             };
-            let pieces = sent.readable(chain);
-            // There are as many bytes.
-            let header = read_words(pieces).unwrap_or_default();
             written.push(0);
             if let Some(counter) = wrong(header, size, rules, counters) {
                 count(counter, 1);

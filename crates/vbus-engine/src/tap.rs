@@ -9,10 +9,12 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vbus_ring::ring::{read_words, Burst, Piece};
+use vbus_ring::ring::{Burst, Piece};
 use vbus_ring::signal::Notify;
 
-use crate::net::{count, takes, wrong, Backlog, Counters, Fields, Frame, Header, Laid, Packet, Receiver, Rules};
+use crate::net::{
+    answer, count, packet, takes, wrong, Backlog, Counters, Fields, Frame, Header, Laid, Packet, Receiver, Rules,
+};
 use crate::net::{HEADER, LONGEST};
 use crate::outbox::{Fault, Outbox};
 use crate::queue::{Queue, Running};
@@ -210,15 +212,9 @@ impl Tap {
         let State { sent, written, .. } = state;
         after.worked |= !sent.is_empty();
         after.full |= sent.len() == BATCH;
-        if !written.is_empty() {
-            match running.ring.complete_burst(sent, 0, written) {
-                Ok(notify) => {
-                    let readable = (0..written.len()).map(|chain| sent.readable_total(chain)).sum();
-                    self.transmit.count(written.len() as u64, readable, 0);
-                    after.notify.extend(notify.then(|| running.signal.clone()));
-                }
-                Err(violation) => fault = Some(Fault::of(TRANSMIT, &violation)),
-            }
+        match answer(&self.transmit, running, sent, written) {
+            Ok(signal) => after.notify.extend(signal),
+            Err(violation) => fault = Some(Fault::of(TRANSMIT, &violation)),
         }
         written.clear();
         sent.clear();
@@ -233,13 +229,7 @@ impl Tap {
         let counters = &self.counters;
         running.ring.burst(BATCH, sent, ask).map_err(|violation| Fault::of(TRANSMIT, &violation))?;
         for chain in 0..sent.len() {
-            let Some(size) = sent.readable_total(chain).checked_sub(HEADER as u64) else {
-                let detail = format!("{} readable bytes; a header has {HEADER}", sent.readable_total(chain));
-                return Err(Fault { queue: TRANSMIT, name: "tx-header-short", detail });
-            };
-            let pieces = sent.readable(chain);
-            // There are as many bytes.
-            let header = read_words(pieces).unwrap_or_default();
+            let (header, pieces, size) = packet(sent, chain, TRANSMIT)?;
             written.push(0);
             if let Some(counter) = wrong(header, size, rules, counters) {
                 count(counter, 1);

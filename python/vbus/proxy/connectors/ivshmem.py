@@ -16,6 +16,7 @@ from pathlib import Path
 from vbus import _core, msg
 from vbus.errors import DriverError, Violation
 from vbus.proxy.connectors.area import AreaConnector
+from vbus.proxy.connectors.knock import connected
 from vbus.proxy.loop import Loop
 from vbus.shmem import ivshmem
 from vbus.shmem.area import HEADER, PRIORITIES, Area, Geometry, check_sealed
@@ -29,7 +30,14 @@ class Function:
 
     def __init__(self, path: Path, timeout: float) -> None:
         self.timeout = timeout
-        self.sock = _connect(path, timeout)
+        self.sock = connected(
+            "ivshmem",
+            path,
+            socket.SOCK_STREAM,
+            timeout,
+            running="is the bus running? see vbus ls",
+            otherwise=f"it is no socket of a function: attach to process:{path}",
+        )
         self.fd = -1
         self.closed = False
         self._session = 0
@@ -179,18 +187,3 @@ def _introduced(sock: socket.socket) -> tuple[int, dict[int, list[_core.Doorbell
             os.close(memory)
         raise
     return memory, bells
-
-
-def _connect(path: Path, timeout: float) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    sock.settimeout(timeout)
-    try:
-        sock.connect(str(path))
-    except OSError as error:
-        sock.close()
-        reason = {
-            errno.ENOENT: "there is no such socket; is the bus running? see vbus ls",
-            errno.ECONNREFUSED: "nobody listens there; is the bus running? see vbus ls",
-        }.get(error.errno or 0, error.strerror or str(error))
-        raise DriverError(error.errno or errno.ECONNREFUSED, f"ivshmem:{path}: {reason}") from None
-    return sock

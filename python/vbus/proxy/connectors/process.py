@@ -13,6 +13,7 @@ from pathlib import Path
 from vbus import _core, msg
 from vbus.errors import DriverError, Violation
 from vbus.proxy.connectors.area import AreaConnector
+from vbus.proxy.connectors.knock import connected
 from vbus.proxy.loop import Loop
 from vbus.proxy.queue import RemoteQueue
 from vbus.proxy.remote import RemoteDevice
@@ -31,7 +32,14 @@ class ProcessConnector(AreaConnector):
         self._cookies = itertools.count(1)
         self._bells: dict[tuple[int, int], tuple[_core.Doorbell, int]] = {}
         """By device and queue: what the bus rings, and the key that this marks."""
-        self._sock = _connect(path, timeout)
+        self._sock = connected(
+            "process",
+            path,
+            socket.SOCK_SEQPACKET,
+            timeout,
+            running="is the bus running? see vbus ls",
+            otherwise=f"it is a stream socket: attach to unix:{path}",
+        )
         try:
             greeting, fds = self._greeted()
             self._direct = greeting.signal_kind == msg.SignalKind.DIRECT
@@ -152,19 +160,3 @@ class ProcessConnector(AreaConnector):
         self._bells.clear()
         self._sock.close()
         super().close()
-
-
-def _connect(path: Path, timeout: float) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    sock.settimeout(timeout)
-    try:
-        sock.connect(str(path))
-    except OSError as error:
-        sock.close()
-        reason = {
-            errno.ENOENT: "there is no such socket; is the bus running? see vbus ls",
-            errno.ECONNREFUSED: "nobody listens there; is the bus running? see vbus ls",
-            errno.EPROTOTYPE: f"it is a stream socket: attach to unix:{path}",
-        }.get(error.errno or 0, error.strerror or str(error))
-        raise DriverError(error.errno or errno.ECONNREFUSED, f"process:{path}: {reason}") from None
-    return sock

@@ -24,6 +24,7 @@ from vbus.channel import Mirror
 from vbus.errors import DriverError, UsageError, Violation
 from vbus.proxy.connector import GuestConnector, Question
 from vbus.proxy.connectors import vhost_user_state
+from vbus.proxy.connectors.knock import connected
 from vbus.proxy.connectors.vhost_user_classes import OwnNet, class_of
 from vbus.proxy.connectors.vhost_user_link import BackEndLink
 from vbus.proxy.connectors.vhost_user_memory import PartedArena, SharedArena
@@ -493,17 +494,15 @@ def _bitmap(bits: list[bool]) -> bytes:
 
 
 def _connect(path: Path, timeout: float, arena: PartedArena) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    sock.settimeout(timeout)
     try:
-        sock.connect(str(path))
-    except OSError as error:
-        sock.close()
+        return connected(
+            "vhost-user",
+            path,
+            socket.SOCK_STREAM,
+            timeout,
+            running="is the back-end running?",
+            otherwise=f"it is no socket of vhost-user; attach to process:{path}",
+        )
+    except BaseException:
         arena.close()
-        reason = {
-            errno.ENOENT: "there is no such socket; is the back-end running?",
-            errno.ECONNREFUSED: "nobody listens there; is the back-end running?",
-            errno.EPROTOTYPE: f"it is no socket of vhost-user; attach to process:{path}",
-        }.get(error.errno or 0, error.strerror or str(error))
-        raise DriverError(error.errno or errno.ECONNREFUSED, f"vhost-user:{path}: {reason}") from None
-    return sock
+        raise
