@@ -328,10 +328,12 @@ class DeviceQueue:
     def inflight_size(size: int, *, packed: bool = False) -> int:
         """Bytes that a queue of this size takes of what is in flight, rounded up to 64. ValueError: 0, above 32768."""
     @staticmethod
-    def find_place(memory: Memory, size: int, desc: int, said: int) -> int:
+    def recover_place(memory: Memory, size: int, desc: int, said: int) -> int:
         """Where a packed ring goes on whose device ended without a word, as `next` says it, of which a front-end that
         may know no better says `said`. By the flags in its descriptors, of which `desc` is the address: for rings of
         chains of one descriptor each, which were used in order. A ring that tells nothing goes on where it is said.
+
+        A batch that was written and never shown is given back before, with no bytes written: notify the driver.
         """
     @property
     def paused(self) -> bool:

@@ -51,8 +51,8 @@ impl DeviceQueue {
     }
 
     #[staticmethod]
-    fn find_place(memory: &Memory, size: u32, desc: u64, said: u32) -> u32 {
-        packed::find_place(&memory.0, desc, size, said)
+    fn recover_place(memory: &Memory, size: u32, desc: u64, said: u32) -> u32 {
+        packed::recover_place(&memory.0, desc, size, said)
     }
 
     #[getter]

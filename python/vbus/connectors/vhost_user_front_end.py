@@ -647,7 +647,7 @@ class FrontEnd(Attachment):
         ring = features.of_ring(self.features or 0)
         if ring["in_order"] or not ring["indirect"] or not self.slot.device.in_order:
             return said
-        found = _core.DeviceQueue.find_place(self.memory, vring.size, desc, said)
+        found = _core.DeviceQueue.recover_place(self.memory, vring.size, desc, said)
         if found != said:
             log.info("%s: queue %d goes on at %#x, not at %#x", self.label, vring.queue.index, found, said)
         return found

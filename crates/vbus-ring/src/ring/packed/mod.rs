@@ -13,7 +13,7 @@ mod place;
 pub use device::DeviceRing;
 pub use driver::DriverRing;
 pub use inflight::inflight_bytes;
-pub use place::find_place;
+pub use place::recover_place;
 
 use super::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
 
