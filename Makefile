@@ -67,7 +67,7 @@ build: $(STAMPS)/build
 
 $(STAMPS)/build: $(RUST_SOURCES) $(STAMPS)/python
 	@echo "build: the native core (release)"
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
+	PIP_QUIET=1 VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
 	@touch $@
 
 lint: build
