@@ -26,7 +26,7 @@ from vbus.bus.limits import MEMBER_LIMITS, Account, parse_limit
 from vbus.bus.members import Credentials, Members
 from vbus.bus.pool import Actor, shared_pool
 from vbus.bus.runner import BusLoop
-from vbus.bus.slot import LATE_SECONDS, Slot
+from vbus.bus.slot import LATE_SECONDS, Attachment, Slot
 from vbus.bus.sources import Sources
 from vbus.bus.workers import Workers
 from vbus.errors import NoSuchNameError, UsageError
@@ -96,6 +96,8 @@ class Bus:
         self._left: set[int] = set()
         """Numbers whose device is gone, and whose sources are not given back."""
         self._leaving: dict[Slot, Actor] = {}
+        self._ending: set[Slot] = set()
+        """Slots that are taken off the bus, until nothing of them is under way."""
         """What is off the bus, and has something under way that does not end."""
         self._lock = threading.RLock()
         self._running = False
@@ -193,6 +195,8 @@ class Bus:
             if connector.carries(slot):
                 connector.unplugged(slot)
         ended = slot.remove(timeout)
+        with self._lock:
+            self._ending.discard(slot)
         slot.device._slot = None
         return ended
 
@@ -217,11 +221,17 @@ class Bus:
             self._slots.pop(slot.name, None)
             self._numbers.pop(slot.number, None)
             self._left.add(slot.number)
+            self._ending.add(slot)
 
     def slots(self) -> list[Slot]:
         """The places that hold a device, by address."""
         with self._lock:
             return sorted(self._slots.values(), key=lambda slot: slot.number)
+
+    def has_devices(self, attachment: Attachment) -> bool:
+        """Whether a driver's side has devices: those count that left the bus and are still in the middle of something."""
+        with self._lock:
+            return any(slot.owner is attachment for slot in [*self._slots.values(), *self._ending])
 
     def slot(self, name: str) -> Slot:
         """The place of this name. NoSuchNameError."""

@@ -1,14 +1,17 @@
 """The `ivshmem` connector: a guest of an unmodified QEMU sees the whole bus through one PCI function.
 
 Link and Signal: the shared area, in the function's BAR2. Memory: the *window* behind the area, into which the guest's
-modules copy what devices shall see. Doorbells towards the bus are eventfds that QEMU rings for the guest; those
-towards the guest are eventfds that QEMU, or the kernel, turns into MSI-X interrupts: one a priority.
+modules copy what devices shall see; or, where the guest's own memory is *shared*, that memory (`guest_ram`). Doorbells
+towards the bus are eventfds that QEMU rings for the guest; those towards the guest are eventfds that QEMU, or the
+kernel, turns into MSI-X interrupts: one a priority.
 
 ```text
  QEMU connects ──> Machine: the memory and its doorbells, for as long as QEMU lives
                       session vector rings: the guest's modules begin (at boot, loaded again, after a fault)
                       ──> what was there before is parted from, the area is made anew
                       ──> IvshmemPeer: the session, a driver's side like any other
+                            HELLO, and where memory shall be shared the guest's proofs: window, or shared
+                      the session ends ──> its guest hears of it; with shared memory, when no device uses that any more
 ```
 
 QEMU cannot connect again, and goes on with the memory and the doorbells that it has. So a keeper (`vbus.shmem.keeper`)
@@ -19,6 +22,7 @@ session then.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -27,11 +31,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from vbus import _core, msg, rundir
 from vbus.bus import Account, Actor, Bus, peer_credentials, reserve_all
 from vbus.connectors.area_peer import AreaPeer
+from vbus.connectors.guest_ram import ASK_SECONDS, MAX_GUEST_RAM, Finder, GuestRam, RamError
 from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError
 from vbus.shmem import handshake, ivshmem
@@ -46,6 +51,8 @@ DEFAULT_BAR = 64 << 20
 MAX_MACHINES = 16
 LOOK_AGAIN = 0.01
 """Seconds between two looks at devices that are still being reset."""
+MAX_QUESTIONS = 8
+"""Questions for ranges of memory that wait until QEMU has answered."""
 SESSION_PAUSE = 0.05
 """Seconds, at least, between the beginnings of two sessions: making an area anew takes time."""
 
@@ -55,9 +62,11 @@ class Ivshmem(PeerHost):
 
     `socket` is where QEMU connects (`vbus qemu-args` says with which options); by default a path that is printed.
     `memory` is how large the function's memory is, in bytes or as "64 MiB": a power of two, 32 MiB or more; what the
-    bus's own area leaves of it is the window for buffers. With `keep`, guests outlive this process: the one that serves
-    the same socket next goes on with them. UsageError for a `signal` other than `tunnelled` or `direct`, or a `memory`
-    that cannot be.
+    bus's own area leaves of it is the window for buffers. With `ram`, the file that QEMU has its guest's memory in, and
+    `qmp`, a socket of QEMU's where nobody else stays connected, devices reach buffers where they are, and the window is
+    for guests of which that cannot be. With `keep`, guests outlive this process: the one that serves the same socket
+    next goes on with them. UsageError for a `signal` other than `tunnelled` or `direct`, a `memory` that cannot be, or
+    one of `ram` and `qmp` without the other.
     """
 
     type_name: ClassVar[str] = "ivshmem"
@@ -69,6 +78,8 @@ class Ivshmem(PeerHost):
         devices: Iterable[str] | None = None,
         signal: Literal["tunnelled", "direct"] = "tunnelled",
         memory: int | str = DEFAULT_BAR,
+        ram: Path | str | None = None,
+        qmp: Path | str | None = None,
         keep: bool = True,
     ) -> None:
         super().__init__(devices=devices)
@@ -78,8 +89,12 @@ class Ivshmem(PeerHost):
         if size & (size - 1) or not ivshmem.LEAST_BAR <= size <= ivshmem.MOST_BAR:
             least, most = format_size(ivshmem.LEAST_BAR), format_size(ivshmem.MOST_BAR)
             raise UsageError(f"memory {memory}: a power of two from {least} to {most}")
+        if (ram is None) != (qmp is None):
+            raise UsageError("ram and qmp go together: where the guest's memory is in the file, QEMU is asked")
         self.signal = signal
         self.memory = size
+        self.ram = Path(ram) if ram is not None else None
+        self.qmp = Path(qmp) if qmp is not None else None
         self.socket = Path(socket) if socket is not None else None
         self.keep = keep
         self.keeper: Keeper | None = None
@@ -174,6 +189,11 @@ class Ivshmem(PeerHost):
     def refuse(self, sock: socket.socket, reason: str) -> None:
         """There are no words for it: the connection is closed, and the reason is in the log."""
 
+    def describe(self) -> dict[str, Any]:
+        """The connector's row in a listing."""
+        places = {"ram": self.ram, "qmp": self.qmp}
+        return super().describe() | {key: None if path is None else str(path) for key, path in places.items()}
+
     def stop(self) -> None:
         """Part from all guests, and from their machines."""
         super().stop()
@@ -259,6 +279,7 @@ class Machine:
         self.gone = False
         self._parts = parts
         self._sock = parts.sock
+        self.finder = Finder(host.ram, host.qmp) if host.ram is not None and host.qmp is not None else None
         self._peer: IvshmemPeer | None = None
         self._began = 0.0
         refusing = reserve_all(accounts, "memory", host.memory)
@@ -281,6 +302,7 @@ class Machine:
         self.inward, self.outward = bells[: ivshmem.VECTORS], bells[ivshmem.VECTORS :]
         self._sock.setblocking(False)
         self._session_key = self.actor.key(self._session_turn, 0)
+        self._over_key = self.actor.key(self._over_turn, 0)
         self._end_key = self.actor.key(self._end_turn, 0)
         # Of memory that another process served, the guest hears that its session is over, and asks for one.
         self.area.end_session()
@@ -306,10 +328,12 @@ class Machine:
         self.inward[ivshmem.SESSION_VECTOR].drain()
         wanted = self.area.session_request
         peer = self._peer
-        if self.gone or not wanted or (peer is not None and peer.session == wanted):
+        if self.gone or (peer is not None and peer.session == wanted):
             return False
         if peer is not None:
-            peer.part("its guest begins anew")
+            peer.part("its guest begins anew" if wanted else "its guest ended the session")
+        if not wanted:
+            return False
         early = SESSION_PAUSE - (time.monotonic() - self._began)
         if early > 0 or (peer is not None and not peer.is_over):
             self.actor.mark_later(self._session_key, max(early, LOOK_AGAIN))
@@ -321,11 +345,21 @@ class Machine:
         self.outward[ivshmem.LINK_VECTOR].ring()
         return False
 
-    def ended(self, peer: IvshmemPeer) -> None:
+    def ended(self) -> None:
         """A session is over: its guest shall hear of it, unless it began another."""
-        if self._peer is peer and not self.gone:
-            self.area.end_session()
-            self.outward[ivshmem.LINK_VECTOR].ring()
+        self.actor.mark(self._over_key)
+
+    def _over_turn(self) -> bool:
+        peer = self._peer
+        if peer is None or not peer.parted or self.gone:
+            return False
+        if peer.shares and not peer.is_over:
+            # What the guest hears means that its buffers are its own again.
+            self.actor.mark_later(self._over_key, LOOK_AGAIN)
+            return False
+        self.area.end_session()
+        self.outward[ivshmem.LINK_VECTOR].ring()
+        return False
 
     # The end.
 
@@ -373,6 +407,17 @@ class IvshmemPeer(AreaPeer):
         self.signal_kind = msg.SignalKind.DIRECT if direct else msg.SignalKind.TUNNELLED
         self.machine = machine
         self.session = session
+        self.shares = False
+        """Whether devices reach the guest's own memory, and no window."""
+        self.why_window: str | None = None
+        """Why they do not, though they should."""
+        self._settled = False
+        self._ram: GuestRam | None = None
+        self._asked = False
+        self._questions: list[msg.Frame] = []
+        self._reserved = 0
+        if machine.finder is not None:
+            self.memory = _core.Memory(max_bytes=MAX_GUEST_RAM)
         self.memory.add(machine.window_at, machine.window, writable=True)
         first = ivshmem.FIRST_EVENT_VECTOR
         self.connect(
@@ -385,9 +430,143 @@ class IvshmemPeer(AreaPeer):
     @property
     def is_over(self) -> bool:
         """Whether it has parted, and no device writes to its memory any more."""
-        return self.actor.closed and not any(slot.owner is self for slot in self.bus.slots())
+        return self.actor.closed and not self.bus.has_devices(self)
+
+    # The guest's own memory.
+
+    def memory_kind_for(self, flags: int) -> int:
+        """Shared, for a guest that can prove its memory, where the connector has been told of it."""
+        if self.machine.finder is None:
+            return msg.MemoryKind.WINDOW
+        if flags & msg.HelloFlags.RAM:
+            return msg.MemoryKind.SHARED
+        self._stay_with_window("its guest's modules cannot share memory")
+        return msg.MemoryKind.WINDOW
+
+    def bodied(self, frame: msg.Frame) -> bool:
+        """Where the guest's memory is, and which kind is used."""
+        match frame.body:
+            case msg.RamRange():
+                self._tell_range(frame)
+            case msg.RamProof(index=index, address=address):
+                self._prove(frame, index, address)
+            case msg.UseMemory(memory_kind=kind):
+                self._use(frame, kind)
+            case _:
+                return False
+        return True
+
+    def _tell_range(self, frame: msg.Frame) -> None:
+        finder = self.machine.finder
+        if self._ram is not None:
+            self._answer_range(frame, self._ram)
+        elif finder is None or self.why_window is not None:
+            self.refuse(frame, errno.EOPNOTSUPP, self.why_window or "this connector has no ram")
+        elif len(self._questions) == MAX_QUESTIONS:
+            raise Violation("too-many-questions", f"{MAX_QUESTIONS} for ranges of memory wait already")
+        else:
+            self._questions.append(frame)
+            if not self._asked:
+                self._asked = True
+                finder.ask(lambda found: self.actor.post(lambda: self._found(found)))
+                # Whatever keeps whoever asks: a guest that waits for an answer does nothing else.
+                late = RamError(f"QEMU was not asked within {2 * ASK_SECONDS:g} s")
+                self.actor.mark_later(self.actor.key(lambda: self._found(late), 0), 2 * ASK_SECONDS)
+
+    def _found(self, found: GuestRam | RamError) -> bool:
+        if self._ram is not None or self.why_window is not None or self.parted:
+            if isinstance(found, GuestRam):
+                found.close()
+        elif isinstance(found, GuestRam):
+            self._ram = found
+        else:
+            self._stay_with_window(str(found))
+        questions, self._questions = self._questions, []
+        for frame in questions:
+            self._tell_range(frame)
+        return False
+
+    def _answer_range(self, frame: msg.Frame, ram: GuestRam) -> None:
+        assert isinstance(frame.body, msg.RamRange)
+        index = frame.body.index
+        if index >= len(ram.ranges):
+            self.refuse(frame, errno.EINVAL, f"there is no range {index} of guest memory")
+            return
+        found = ram.ranges[index]
+        answer = msg.RamRangeResponse(index, len(ram.ranges), found.address, found.size, ram.nonces[index])
+        self.send(answer, token=frame.token)
+
+    def _prove(self, frame: msg.Frame, index: int, address: int) -> None:
+        if self._ram is None or self._settled:
+            self.refuse(frame, errno.EINVAL, "nobody asked where guest memory is")
+            return
+        try:
+            if self._ram.prove(index, address):
+                self.send(msg.RamProofResponse(), token=frame.token)
+                return
+            raise RamError(self._ram.failed)
+        except RamError as error:
+            self._stay_with_window(str(error))
+            self.refuse(frame, errno.EINVAL, str(error))
+
+    def _use(self, frame: msg.Frame, kind: int) -> None:
+        if kind not in (msg.MemoryKind.SHARED, msg.MemoryKind.WINDOW):
+            raise Violation("memory-kind", f"memory of kind {kind}")
+        if self._settled or self.bus.has_devices(self):
+            self.refuse(frame, errno.EINVAL, "how memory is reached does not change any more")
+            return
+        if kind == msg.MemoryKind.SHARED:
+            number, text = self._share()
+            if number:
+                self._stay_with_window(text)
+                self.refuse(frame, number, text)
+                return
+        elif self.why_window is None and self.machine.finder is not None:
+            self._stay_with_window("its guest wants the window: the kernel's log there says why")
+        self._settled = True
+        self.send(msg.UseMemoryResponse(), token=frame.token)
+
+    def _share(self) -> tuple[int, str]:
+        """Have the guest's proven memory mapped, and no window. An error's number and text; 0 when it came to be."""
+        try:
+            if self._ram is None:
+                raise RamError("nobody asked where guest memory is")
+            proven = self._ram.proven
+        except RamError as error:
+            return errno.EINVAL, str(error)
+        total = sum(found.size for found in proven)
+        refusing = reserve_all(self.accounts, "memory", total)
+        if refusing is not None:
+            limit = format_size(refusing.limits["memory"])
+            return errno.ENOMEM, f"{refusing.name} may have {limit} of memory mapped here, guest memory takes more"
+        self._reserved = total
+        self.memory.clear()
+        for found in proven:
+            self.memory.add(found.address, found.mapping, found.before, found.size, writable=True)
+        self.shares = True
+        ranges = "one range" if len(proven) == 1 else f"{len(proven)} ranges"
+        log.info("%s/%s: shares its memory: %s in %s", self.bus.name, self.label, format_size(total), ranges)
+        return 0, ""
+
+    def _stay_with_window(self, why: str) -> None:
+        if self.why_window is None:
+            self.why_window = why
+            log.warning("%s/%s: its memory is not shared, a window is used: %s", self.bus.name, self.label, why)
+
+    def describe(self) -> dict[str, Any]:
+        """The peer's row in a listing."""
+        row = super().describe()
+        return row | {"memory": "shared" if self.shares else "window", "why_window": self.why_window}
+
+    # The end.
 
     def close(self) -> None:
         """Listen no more, and let the guest know."""
         super().close()
-        self.machine.ended(self)
+        if self._ram is not None:
+            self._ram.close()
+            self._ram = None
+        for account in self.accounts:
+            account.give_back("memory", self._reserved)
+        self._reserved = 0
+        self.machine.ended()

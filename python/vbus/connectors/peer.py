@@ -97,6 +97,10 @@ class MessagePeer(Attachment):
     def close(self) -> None:
         """Give back what the link holds; called once, in the peer's turn, with its slots detached."""
 
+    def memory_kind_for(self, flags: int) -> int:  # noqa: ARG002 - most kinds of link have one kind of memory
+        """How buffers may be reached of a driver's side that said HELLO with these flags."""
+        return self.memory_kind
+
     def introduced(self) -> None:
         """The driver's side said HELLO: it listens."""
 
@@ -173,8 +177,8 @@ class MessagePeer(Attachment):
     def _dispatch(self, frame: msg.Frame) -> None:
         token = frame.token
         match frame.body:
-            case msg.Hello(max_msg_size=limit):
-                self._hello(limit, token)
+            case msg.Hello(max_msg_size=limit, flags=flags):
+                self._hello(limit, flags, token)
             case msg.Ping(data=data):
                 self.send(msg.PingResponse(data), token=token)
             case _ if not self.greeted:
@@ -286,7 +290,7 @@ class MessagePeer(Attachment):
         """The driver says where a ring is."""
         slot.set_queue(self, index, ring, done)
 
-    def _hello(self, limit: int, token: int) -> None:
+    def _hello(self, limit: int, flags: int, token: int) -> None:
         if limit < LEAST_MESSAGE:
             raise Violation(
                 "message-limit", f"the driver takes messages of {limit} bytes; {LEAST_MESSAGE} are the least"
@@ -299,7 +303,7 @@ class MessagePeer(Attachment):
             msg.HelloResponse(
                 revision=REVISION,
                 max_msg_size=self.limit,
-                memory_kind=self.memory_kind,
+                memory_kind=self.memory_kind_for(flags),
                 signal_kind=self.signal_kind,
                 priorities=8,
                 shards=1,

@@ -71,6 +71,10 @@ from vbus.msg.messages import (
     NextChannelResponse,
     Ping,
     PingResponse,
+    RamProof,
+    RamProofResponse,
+    RamRange,
+    RamRangeResponse,
     Release,
     ReleaseResponse,
     Request,
@@ -86,8 +90,19 @@ from vbus.msg.messages import (
     SetVqueueResponse,
     Sources,
     SourcesResponse,
+    UseMemory,
+    UseMemoryResponse,
 )
-from vbus.msg.values import ChannelFlags, DeviceState, Direction, MemoryKind, Protection, ReservedId, SignalKind
+from vbus.msg.values import (
+    ChannelFlags,
+    DeviceState,
+    Direction,
+    HelloFlags,
+    MemoryKind,
+    Protection,
+    ReservedId,
+    SignalKind,
+)
 
 R = TypeVar("R")
 """The response that a caller expects."""
@@ -135,6 +150,7 @@ __all__ = [
     "GetVqueue",
     "GetVqueueResponse",
     "Hello",
+    "HelloFlags",
     "HelloResponse",
     "Malformed",
     "MemoryAdd",
@@ -150,6 +166,10 @@ __all__ = [
     "PingResponse",
     "Protection",
     "R",
+    "RamProof",
+    "RamProofResponse",
+    "RamRange",
+    "RamRangeResponse",
     "Release",
     "ReleaseResponse",
     "Request",
@@ -168,6 +188,8 @@ __all__ = [
     "Sources",
     "SourcesResponse",
     "Splitter",
+    "UseMemory",
+    "UseMemoryResponse",
     "decode",
     "encode",
     "is_event",

@@ -311,7 +311,10 @@ class EventDevice(Body):
 
 @dataclass(frozen=True, slots=True)
 class Hello(Body):
-    """The driver's side introduces itself: the first message of a link. `max_msg_size` is the most that it takes."""
+    """The driver's side introduces itself: the first message of a link.
+
+    `max_msg_size` is the most that it takes; `flags` are `HelloFlags`.
+    """
 
     revision: int
     max_msg_size: int
@@ -459,6 +462,49 @@ class NextChannelResponse(Body):
     priority: int
     memory: int
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class RamRange(Body):
+    """Where may the guest's memory be? The range of this index."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class RamRangeResponse(Body):
+    """One of `count` ranges, by guest address, and what is to be written there to prove it."""
+
+    index: int
+    count: int
+    address: int
+    size: int
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class RamProof(Body):
+    """The nonce of this range lies at this guest address."""
+
+    index: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class RamProofResponse(Body):
+    """It was found there."""
+
+
+@dataclass(frozen=True, slots=True)
+class UseMemory(Body):
+    """Addresses are of this `MemoryKind` from now on: the guest's own memory, or the window."""
+
+    memory_kind: int
+
+
+@dataclass(frozen=True, slots=True)
+class UseMemoryResponse(Body):
+    """So they are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ class MemoryKind(IntEnum):
     """How the bus reaches the driver's buffers (HELLO)."""
 
     SHARED = 0
-    """Regions of files that MEMORY_ADD names."""
+    """Regions of files that MEMORY_ADD names; or a guest's own memory, whose ranges RAM_PROOF proves."""
     WINDOW = 1
     """One region that both sides see; buffers are in it."""
     COPIED = 2
@@ -25,6 +25,13 @@ class SignalKind(IntEnum):
     """Event rings in the shared area (SOURCES)."""
     IN_BAND = 2
     """Messages on the link."""
+
+
+class HelloFlags(IntFlag):
+    """What the driver's side can do (HELLO)."""
+
+    RAM = 1
+    """It is a guest that can prove where its memory is (RAM_RANGE)."""
 
 
 class DeviceState(IntEnum):
