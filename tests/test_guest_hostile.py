@@ -23,7 +23,7 @@ from conftest import wait_until
 from guests import BACKPORTS, bus_modules, function_args
 from vbus.bus import Bus
 from vbus.connectors import Ivshmem
-from vbus.connectors.ivshmem import IvshmemPeer
+from vbus.connectors.ivshmem_peer import IvshmemPeer
 from vbus.devices import Blk, Console, Rng
 from vbus.shmem import ivshmem
 from vbus.shmem.area import MAGIC, SESSION, SESSION_REQUEST, sealed_memfd

@@ -96,9 +96,9 @@ class Bus:
         self._left: set[int] = set()
         """Numbers whose device is gone, and whose sources are not given back."""
         self._leaving: dict[Slot, Actor] = {}
-        self._ending: set[Slot] = set()
-        """Slots that are taken off the bus, until nothing of them is under way."""
         """What is off the bus, and has something under way that does not end."""
+        self._ending: set[Slot] = set()
+        """What is off the bus, until its driver has lost it."""
         self._lock = threading.RLock()
         self._running = False
         self._stop_wanted = threading.Event()
@@ -162,6 +162,7 @@ class Bus:
         except BaseException:
             self._forget(slot)
             slot.remove(STOP_SECONDS)
+            self._ending.discard(slot)
             device._slot = None
             raise
         for connector in list(self.connectors.values()):
@@ -229,7 +230,7 @@ class Bus:
             return sorted(self._slots.values(), key=lambda slot: slot.number)
 
     def has_devices(self, attachment: Attachment) -> bool:
-        """Whether a driver's side has devices: those count that left the bus and are still in the middle of something."""
+        """Whether a driver's side has devices. Those count that left, and are still in the middle of something."""
         with self._lock:
             return any(slot.owner is attachment for slot in [*self._slots.values(), *self._ending])
 

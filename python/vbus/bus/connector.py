@@ -63,4 +63,5 @@ class Connector(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The connector's row in a listing, less bus, name and type."""
-        return {"address": self.address, "devices": self.device_names, "peers": [], "departed": [], "connects": False}
+        row = {"address": self.address, "devices": self.device_names, "peers": [], "departed": [], "connects": False}
+        return row | {"ram": None, "qmp": None}

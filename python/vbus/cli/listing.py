@@ -66,13 +66,23 @@ def _print_connectors(rows: list[Row]) -> None:
     if peers:
         click.echo("\ndrivers that are here")
         output.print_table(
-            ("BUS", "SINCE", "DRIVER", "DEVICES", "CHANNELS"),
+            ("BUS", "SINCE", "DRIVER", "MEMORY", "DEVICES", "CHANNELS"),
             (
-                [row["bus"], output.when(peer["since"]), peer["peer"], peer["devices"], peer["channels"]]
+                [
+                    row["bus"],
+                    output.when(peer["since"]),
+                    peer["peer"],
+                    peer["memory"],
+                    peer["devices"],
+                    peer["channels"],
+                ]
                 for row, peer in peers
             ),
             indent="  ",
         )
+        for _, peer in peers:
+            if peer["not_shared"] is not None:
+                click.echo(f"  {peer['peer']} does not share its memory: {peer['not_shared']}")
     departed = [(row, peer) for row in rows for peer in row["departed"]]
     if departed:
         click.echo("\ndrivers that went")

@@ -37,6 +37,10 @@ class Found:
     devices: list[VhostUserDevice] = field(default_factory=list)
     functions: dict[str, Path] = field(default_factory=dict)
     """Connectors that show the whole bus as one function, and their sockets."""
+    ram: Path | None = None
+    """The file that the guest's memory shall be in, where a function shares it."""
+    qmp: list[Path] = field(default_factory=list)
+    """Where such functions ask QEMU how it lies there."""
     notes: list[str] = field(default_factory=list)
     """What is left out, and why."""
 
@@ -45,6 +49,21 @@ class Found:
         if any(other.name == device.name for other in self.devices):
             raise UsageError(f"{self.source}: {device.name} has two connectors of type vhost-user, and one front-end")
         self.devices.append(device)
+
+    def add_function(self, name: str, socket: Path, ram: str | Path | None, qmp: str | Path | None) -> None:
+        """Take a function, which may share its guest's memory. UsageError when another shares that of another guest."""
+        self.functions[name] = socket.absolute()
+        if ram is None or qmp is None:
+            return
+        place, monitor = Path(ram).absolute(), Path(qmp).absolute()
+        if self.ram not in (None, place):
+            raise UsageError(
+                f"{self.source}: connector {name} has its guest's memory in '{place}', another in '{self.ram}': "
+                "these are two guests, write a file for each"
+            )
+        self.ram = place
+        if monitor not in self.qmp:
+            self.qmp.append(monitor)
 
 
 def find(what: str | None) -> Found:
@@ -74,7 +93,7 @@ def of_file(path: Path) -> Found:
         options = connector.options
         socket = Path(options["socket"]) if "socket" in options else rundir.socket_place(spec.name, connector.name)
         if connector.cls is Ivshmem:
-            found.functions[connector.name] = socket.absolute()
+            found.add_function(connector.name, socket, options.get("ram"), options.get("qmp"))
             continue
         found.add(_described(spec, devices[options["device"]], socket.absolute(), options.get("connect", False)))
     return found
@@ -112,7 +131,7 @@ def of_bus(bus: BusClient) -> Found:
     found = Found(f"bus {bus.name}")
     for row in bus.connectors():
         if row["type"] == "ivshmem":
-            found.functions[row["name"]] = Path(row["address"].removeprefix("ivshmem:")).absolute()
+            found.add_function(row["name"], Path(row["address"].removeprefix("ivshmem:")), row["ram"], row["qmp"])
             continue
         if row["type"] != "vhost-user":
             found.notes.append(f"connector {row['name']} of type {row['type']} has no options")
@@ -215,9 +234,13 @@ def qemu_args_command(
     size = None if memory == "none" else parse_size(memory, "--memory")
     found = find(what)
     from vbus.shmem.ivshmem import VECTORS
-    from vbus.vm.options import device_options, function_options, machine_options
+    from vbus.vm.options import device_options, function_options, machine_options, monitor_options
 
-    words = machine_options(machine, size, root_ports)
+    words = machine_options(machine, size, root_ports, found.ram)
+    for monitor in found.qmp:
+        words += monitor_options(monitor)
+    if found.ram is not None and size is None:
+        found.notes.append(f"your memory-backend-file with share=on must have mem-path={found.ram}")
     words += _each(found, lambda device: device_options(device, machine, reconnect))
     for name, socket in found.functions.items():
         words += function_options(name, socket, VECTORS, machine)

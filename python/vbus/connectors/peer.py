@@ -97,7 +97,7 @@ class MessagePeer(Attachment):
     def close(self) -> None:
         """Give back what the link holds; called once, in the peer's turn, with its slots detached."""
 
-    def memory_kind_for(self, flags: int) -> int:  # noqa: ARG002 - most kinds of link have one kind of memory
+    def memory_kind_for(self, flags: int) -> int:
         """How buffers may be reached of a driver's side that said HELLO with these flags."""
         return self.memory_kind
 
@@ -410,4 +410,11 @@ class MessagePeer(Attachment):
     def describe(self) -> dict[str, Any]:
         """The peer's row in a listing."""
         slots = [slot.name for slot in self.bus.slots() if slot.owner is self]
-        return {"peer": self.label, "since": self.since, "devices": slots, "channels": self.channels.describe()}
+        return {
+            "peer": self.label,
+            "since": self.since,
+            "devices": slots,
+            "channels": self.channels.describe(),
+            "memory": msg.MemoryKind(self.memory_kind).name.lower(),
+            "not_shared": None,
+        }

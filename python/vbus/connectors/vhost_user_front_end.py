@@ -778,7 +778,8 @@ class FrontEnd(Attachment):
     def describe(self) -> dict[str, Any]:
         """The front-end's row in a listing."""
         names = [self.slot.name] if self.slot.owner is self else []
-        return {"peer": self.label, "since": self.since, "devices": names, "channels": []}
+        row = {"peer": self.label, "since": self.since, "devices": names, "channels": []}
+        return row | {"memory": "shared", "not_shared": None}
 
 
 class _Descriptors:

@@ -122,6 +122,8 @@ class PeerRow(Model):
     since: float = Field(description="Seconds since 1970.")
     devices: list[str] = Field(description="The devices that it has.")
     channels: list[str] = Field(description="The event channels that it has open.")
+    memory: str = Field(description="How its buffers are reached: shared, window or copied.")
+    not_shared: str | None = Field(description="Why a guest's memory is not shared that should be.")
 
 
 class ChannelDriver(Model):
@@ -210,6 +212,8 @@ class ConnectorRow(Model):
     peers: list[PeerRow]
     departed: list[DepartedRow] = Field(description="The latest that went, oldest first.")
     connects: bool = Field(description="Whether the other side listens at the address, and the bus goes there.")
+    ram: str | None = Field(description="The file with the memory of a guest that shares it.")
+    qmp: str | None = Field(description="Where QEMU is asked how that memory lies in the file.")
 
 
 class Connect(Model):

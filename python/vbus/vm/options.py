@@ -210,21 +210,32 @@ def device_options(device: VhostUserDevice, machine: str = "q35", reconnect: Rec
     return front_end(device, machine, reconnect).words
 
 
-def machine_options(machine: str = "q35", memory: int | None = 1 << 30, ports: int = 0) -> list[str]:
+def machine_options(
+    machine: str = "q35", memory: int | None = 1 << 30, ports: int = 0, ram: Path | None = None
+) -> list[str]:
     """The words of a command line for a machine with such devices. UsageError for a machine that is not known.
 
     `memory` is in bytes, and shared with whoever serves the devices; None when QEMU is told of its memory elsewhere.
-    `ports` are root ports, each for a device that is added later, where a machine needs such ports.
+    `ports` are root ports, each for a device that is added later, where a machine needs such ports. `ram` is the file
+    that the memory shall be in, where others open it by its path.
     """
     kind = machine_kind(machine)
     words: list[str] = []
     if memory is not None:
-        words += ["-object", f"memory-backend-memfd,id={MEMORY},size={memory},share=on"]
+        backend: dict[str, Any] = {"id": MEMORY, "size": memory, "share": True}
+        if ram is not None:
+            backend["mem-path"] = str(ram)
+        words += ["-object", _option("memory-backend-file" if ram is not None else "memory-backend-memfd", backend)]
         words += ["-machine", f"{kind.option},memory-backend={MEMORY}"]
     words += kind.needs
     for number in range(1, ports + 1 if kind.ports else 1):
         words += ["-device", f"pcie-root-port,id={PORT}{number},chassis={_FIRST_CHASSIS + number}"]
     return words
+
+
+def monitor_options(socket: Path) -> list[str]:
+    """The words of a command line for a QMP socket, where whoever connects is served, and then the next."""
+    return ["-qmp", _option(f"unix:{str(socket).replace(',', ',,')}", {"server": True, "wait": False})]
 
 
 def function_options(name: str, socket: Path, vectors: int, machine: str = "q35") -> list[str]:
