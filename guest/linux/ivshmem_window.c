@@ -26,7 +26,6 @@
 #include <linux/slab.h>
 
 #include "ivshmem.h"
-#include "vbus.h"
 
 /* Pages of the window, which are the same everywhere. */
 #define WINDOW_SHIFT	12
@@ -430,15 +429,39 @@ void window_setup_dma(struct vbus_device *device)
 	set_dma_ops(&device->dev, &window_ops);
 }
 
-unsigned long window_bytes(struct window *window)
-{
-	return window->pages << WINDOW_SHIFT;
-}
+/* What sysfs shows of the window: bytes, and how often a buffer found no place. */
 
-unsigned long window_bytes_used(struct window *window)
+static ssize_t size_show(struct device *dev, struct device_attribute *attr, char *buf)
 {
-	return READ_ONCE(window->in_use) << WINDOW_SHIFT;
+	return sysfs_emit(buf, "%lu\n", window_of_function(dev)->pages << WINDOW_SHIFT);
 }
+static DEVICE_ATTR_RO(size);
+
+static ssize_t used_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	struct window *window = window_of_function(dev);
+
+	return sysfs_emit(buf, "%lu\n", READ_ONCE(window->in_use) << WINDOW_SHIFT);
+}
+static DEVICE_ATTR_RO(used);
+
+static ssize_t full_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%lu\n", READ_ONCE(window_of_function(dev)->full));
+}
+static DEVICE_ATTR_RO(full);
+
+static struct attribute *window_attrs[] = {
+	&dev_attr_size.attr,
+	&dev_attr_used.attr,
+	&dev_attr_full.attr,
+	NULL,
+};
+
+const struct attribute_group window_group = {
+	.name = "window",
+	.attrs = window_attrs,
+};
 
 /* The beginning and the end. */
 

@@ -196,6 +196,13 @@ int vbus_device_ask(struct vbus_device *device, struct vbus_request *request)
 }
 EXPORT_SYMBOL_GPL(vbus_device_ask);
 
+/* For connectors, about the bus itself. */
+int vbus_proxy_ask(struct vbus_proxy *proxy, struct vbus_request *request)
+{
+	return vbus_ask(proxy, request);
+}
+EXPORT_SYMBOL_GPL(vbus_proxy_ask);
+
 /* Hearing. */
 
 static struct call *call_of(struct vbus_link *link, u16 token)

@@ -329,9 +329,23 @@ void vbus_device_gone(struct vbus_device *device)
 		vbus_link_forget(device->proxy, device->number);
 		if (device->events)
 			device->events->gone(device->data);
+		wake_up_var(&device->gone);
 	}
 	mutex_unlock(&device->lock);
 }
+
+/**
+ * vbus_device_wait_gone() - wait until the device is gone
+ * @device: the device, which was not reset though it should have been
+ *
+ * It may still write into memory that it was given, until the bus says that it is removed, or the
+ * session is over.
+ */
+void vbus_device_wait_gone(struct vbus_device *device)
+{
+	wait_var_event(&device->gone, READ_ONCE(device->gone));
+}
+EXPORT_SYMBOL_GPL(vbus_device_wait_gone);
 
 /**
  * vbus_device_broken() - the bus does something with this device that it must not
@@ -375,6 +389,7 @@ static int introduce(struct vbus_proxy *proxy)
 	struct vbus_hello hello = {
 		.revision = cpu_to_le32(VBUS_REVISION),
 		.max_msg_size = cpu_to_le32(VBUS_MAX_MSG),
+		.flags = cpu_to_le32(proxy->connector->hello_flags),
 	};
 	struct vbus_hello_answer answer;
 	struct vbus_request request = {
@@ -387,7 +402,7 @@ static int introduce(struct vbus_proxy *proxy)
 		.room = sizeof(answer),
 	};
 	char name[VBUS_NAME_MAX + 1];
-	int size, err;
+	int size, kind;
 
 	size = vbus_ask(proxy, &request);
 	if (size < 0)
@@ -397,14 +412,14 @@ static int introduce(struct vbus_proxy *proxy)
 	    le32_to_cpu(answer.max_sources) != proxy->events.max_sources ||
 	    le32_to_cpu(answer.max_msg_size) < 128)
 		return -EPROTO;
-	err = proxy->connector->ops->use_memory(proxy->connector, answer.memory_kind);
-	if (err)
-		return err;
 	if (answer.signal_kind != VBUS_SIGNAL_DIRECT && answer.signal_kind != VBUS_SIGNAL_TUNNELLED)
 		return -EPROTO;
-	proxy->memory_kind = answer.memory_kind;
 	proxy->events.direct = answer.signal_kind == VBUS_SIGNAL_DIRECT;
 	WRITE_ONCE(proxy->max_msg, min_t(u32, le32_to_cpu(answer.max_msg_size), VBUS_MAX_MSG));
+	kind = proxy->connector->ops->use_memory(proxy->connector, proxy, answer.memory_kind);
+	if (kind < 0)
+		return kind;
+	proxy->memory_kind = kind;
 	vbus_name_copy(name, answer.name, answer.name_length);
 	dev_info(proxy->connector->parent, "vbus%d is bus %s\n", proxy->id, name);
 	return 0;

@@ -33,12 +33,14 @@ struct vbus_proxy;
  * @parent: the device that the bus's devices shall be children of
  * @area: the shared area, mapped
  * @size: bytes that may be looked at from @area on
+ * @hello_flags: VBUS_HELLO_*
  */
 struct vbus_connector {
 	const struct vbus_connector_ops *ops;
 	struct device *parent;
 	void *area;
 	size_t size;
+	u32 hello_flags;
 };
 
 /**
@@ -48,7 +50,8 @@ struct vbus_connector {
  * @open_events: from now on vbus_proxy_events_interrupt() is called when events of a priority have
  *   come; may sleep
  * @close_events: not any more, and no such call is under way; may sleep
- * @use_memory: whether a kind of memory (VBUS_MEMORY_*) can be used; an error if not
+ * @use_memory: the bus said HELLO, and how it would reach buffers (VBUS_MEMORY_*); the kind that is
+ *   used, or an error if it cannot be; may sleep, and ask the bus
  * @setup_dma: give a device the operations that make buffers visible to the device's side
  * @broken: the device's side does not keep to the protocol, or does not answer: the session shall
  *   end; in any context
@@ -59,7 +62,7 @@ struct vbus_connector_ops {
 	int (*open_events)(struct vbus_connector *connector, struct vbus_proxy *proxy,
 			   unsigned int priority);
 	void (*close_events)(struct vbus_connector *connector, unsigned int priority);
-	int (*use_memory)(struct vbus_connector *connector, u8 kind);
+	int (*use_memory)(struct vbus_connector *connector, struct vbus_proxy *proxy, u8 kind);
 	void (*setup_dma)(struct vbus_connector *connector, struct vbus_device *device);
 	void (*broken)(struct vbus_connector *connector);
 };
@@ -76,7 +79,8 @@ int vbus_area_check(const void *area, size_t size, u32 *version, size_t *total);
  *
  *	create		checks the area; from now on the proxy may be told of interrupts
  *	start		says HELLO and discovers; may fail
- *	lost		the device's side is gone; optional, from any process context
+ *	lost		the device's side is gone, and touches no buffers any more; optional, from
+ *			any process context
  *	stop		unregisters the devices: orderly while the device's side answers
  *			(interrupts have to be told until here, and not any more from here on)
  *	destroy
@@ -209,6 +213,8 @@ void vbus_device_listen(struct vbus_device *device, const struct vbus_device_eve
 void vbus_device_ignore(struct vbus_device *device);
 void vbus_device_broken(struct vbus_device *device, const char *why);
 
+void vbus_device_wait_gone(struct vbus_device *device);
+
 struct vbus_connector *vbus_device_connector(struct vbus_device *device);
 u8 vbus_device_memory(struct vbus_device *device);
 
@@ -239,6 +245,7 @@ struct vbus_request {
 };
 
 int vbus_device_ask(struct vbus_device *device, struct vbus_request *request);
+int vbus_proxy_ask(struct vbus_proxy *proxy, struct vbus_request *request);
 
 int vbus_device_sources(struct vbus_device *device);
 int vbus_queue_open(struct vbus_queue *queue);

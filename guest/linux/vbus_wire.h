@@ -131,6 +131,9 @@ struct vbus_msg {
 #define VBUS_NAME		0x83
 #define VBUS_SOURCES		0x84
 #define VBUS_RELEASE		0x85
+#define VBUS_RAM_RANGE		0x8c
+#define VBUS_RAM_PROOF		0x8d
+#define VBUS_USE_MEMORY		0x8e
 #define VBUS_ERROR		0xc5
 
 struct vbus_device_info {
@@ -206,6 +209,9 @@ struct vbus_hello {
 	__le32 flags;
 };
 
+/* A flag of HELLO: this side can prove where its memory is. */
+#define VBUS_HELLO_RAM		BIT(0)
+
 #define VBUS_MEMORY_SHARED	0
 #define VBUS_MEMORY_WINDOW	1
 
@@ -237,6 +243,24 @@ struct vbus_name_answer {
 struct vbus_sources {
 	__le32 first_source;
 	__le32 generation;
+};
+
+struct vbus_ram_range {
+	__le32 index;
+	__le32 count;
+	__le64 address;
+	__le64 size;
+	__le64 nonce;
+};
+
+struct vbus_ram_proof {
+	__le32 index;
+	__le32 zero;
+	__le64 address;
+};
+
+struct vbus_use_memory {
+	__le32 memory_kind;
 };
 
 struct vbus_error {

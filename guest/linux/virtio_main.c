@@ -195,6 +195,9 @@ static void reset_device(struct virtio_vbus_device *vv)
 	}
 	if (err && err != -ENODEV)
 		vbus_device_broken(vv->device, "a device was not reset");
+	/* In a window it does no harm. */
+	if (err && vbus_device_memory(vv->device) == VBUS_MEMORY_SHARED)
+		vbus_device_wait_gone(vv->device);
 	/* Of what is gone as well. */
 	WRITE_ONCE(vv->status, 0);
 }

@@ -120,9 +120,9 @@ class Guest:
     ...     guest.run("head -c 4 /dev/hwrng | xxd -p")
 
     `modules` are kernel modules beside the machine's own, loaded in their order: names of the kernel's, or files that
-    were built for it; `packages` are names of Debian packages; `files` are texts or bytes by path; `memory` is in MiB.
-    `backports`: with the newer kernel of Debian's backports. Raises GuestError when it does not start within
-    `BOOT_SECONDS`.
+    were built for it; `packages` are names of Debian packages; `files` are texts or bytes by path; `memory` is in MiB,
+    in `memory_file` where others shall find it by its path. `backports`: with the newer kernel of Debian's backports.
+    Raises GuestError when it does not start within `BOOT_SECONDS`.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class Guest:
         packages: Sequence[str] = (),
         files: Mapping[str, bytes | str] | None = None,
         memory: int = 256,
+        memory_file: Path | None = None,
         cpus: int = 1,
         append: str = "",
         accelerator: str | None = None,
@@ -147,7 +148,9 @@ class Guest:
         self._number = 0
         self._stack = contextlib.ExitStack()
         try:
-            self._start(machine, args, modules, packages, files, memory, cpus, append, accelerator, backports, wait)
+            place = "memory-backend-memfd" if memory_file is None else f"memory-backend-file,mem-path={memory_file}"
+            backend = f"{place},id=mem,size={memory}M,share=on", "-m", f"{memory}M"
+            self._start(machine, args, modules, packages, files, backend, cpus, append, accelerator, backports, wait)
         except BaseException:
             self.close()
             raise
@@ -159,7 +162,7 @@ class Guest:
         modules: Sequence[str | Path],
         packages: Sequence[str],
         files: Mapping[str, bytes | str] | None,
-        memory: int,
+        memory: Sequence[str],
         cpus: int,
         append: str,
         accelerator: str | None,
@@ -192,7 +195,7 @@ class Guest:
         emulated = machine.emulated if accelerator.startswith("tcg") else ""
         command = [
             *(machine.qemu, *machine.options, "-accel", accelerator),
-            *("-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on", "-m", f"{memory}M", "-smp", str(cpus)),
+            *("-object", *memory, "-smp", str(cpus)),
             *("-nodefaults", "-no-reboot", "-display", "none", "-no-user-config"),
             *("-chardev", f"socket,id=console,path={console}", "-device", f"{machine.console},chardev=console"),
             *("-qmp", f"unix:{self.qmp_socket},server=on,wait=off"),

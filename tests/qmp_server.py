@@ -1,0 +1,91 @@
+"""A QMP socket without QEMU: it answers what it is told to, or does not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}, "capabilities": []}}
+
+
+def backend(size: int, **more: Any) -> dict[str, Any]:
+    """A row of `query-memdev`: shared memory `mem`."""
+    return {"id": "mem", "size": size, "share": True, "host-nodes": [], "merge": True, "policy": "default", **more}
+
+
+def tree(*ranges: tuple[int, int, int]) -> str:
+    """What `info mtree -f -o` says of `mem` at (address, size, offset)."""
+    lines = [
+        f"  {address:016x}-{address + size - 1:016x} (prio 0, ram): mem{f' @{offset:016x}' if offset else ''} "
+        "owner:{obj path=/objects/mem}"
+        for address, size, offset in ranges
+    ]
+    head = ["FlatView #0", ' AS "memory", root: system', " Root memory region: system"]
+    return "".join(f"{line}\n" for line in [*head, *lines, ""])
+
+
+class QmpServer:
+    """Serves one client after the other, for a `with` block.
+
+    `answers` by command; by `COMMAND PROPERTY` for `qom-get`. What has no answer is an error; None is never answered.
+    """
+
+    def __init__(self, path: Path, answers: Mapping[str, Any]) -> None:
+        self.answers = dict(answers)
+        self.asked: list[str] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(8)
+        self._client: socket.socket | None = None
+        self._thread = threading.Thread(target=self._serve, name="is no QEMU", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sock in (self._listener, self._client):
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                self._client, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._client, contextlib.suppress(OSError, ValueError):
+                self._talk(self._client)
+
+    def _talk(self, client: socket.socket) -> None:
+        with client.makefile("rwb") as file:
+
+            def say(message: object) -> None:
+                file.write(json.dumps(message).encode() + b"\n")
+                file.flush()
+
+            say(self.answers.get("greeting", GREETING))
+            for line in file:
+                asked = json.loads(line)
+                command = asked["execute"]
+                arguments = asked.get("arguments", {})
+                self.asked.append(command)
+                key = f"{command} {arguments['property']}" if command == "qom-get" else command
+                token = {"id": asked["id"]} if "id" in asked else {}
+                if command == "qmp_capabilities":
+                    say({"return": {}, **token})
+                elif key not in self.answers:
+                    say({"error": {"class": "GenericError", "desc": f"no {key}"}, **token})
+                elif self.answers[key] is not None:
+                    say({"return": self.answers[key], **token})

@@ -1,0 +1,292 @@
+"""A guest whose own memory is shared with the bus behind its function: nothing is copied. It is booted once.
+
+It has three functions of one bus, which another process serves: one that shares the guest's memory, one that cannot ask
+QEMU where that is, and one that is told of a file in which it is not. The last two have a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command import vbus
+from conftest import wait_until
+from guests import BACKPORTS, Served, bus_modules, file_served, namespace
+from qmp_server import QmpServer, backend, tree
+from vbus.shmem import ivshmem
+from vbus.virtio.features import ACCESS_PLATFORM, RING_PACKED
+from vbus.vm import Guest
+from vbus.vm.options import function_options, monitor_options
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(os.geteuid() != 0, reason="making a tap takes CAP_NET_ADMIN: run as root"),
+]
+
+TAP = f"vb{os.getpid() % 100000}m"
+HERE, THERE = "10.254.93.1", "10.254.93.2"
+MIB = 1 << 20
+MEMORY, BELOW = 512, 192
+"""MiB of memory, and how many of them lie below 4 GiB."""
+BUS = """
+[bus]
+name = "open"
+[device.disk0]
+type = "blk"
+path = "disk.img"
+queues = 2
+[device.tree0]
+type = "blk"
+path = "tree.img"
+read_only = true
+[device.net0]
+type = "net"
+backend = "tap:{tap}"
+priority = 2
+[device.rng0]
+type = "rng"
+[device.mute0]
+type = "blk"
+memory = "8 MiB"
+[device.other0]
+type = "blk"
+memory = "8 MiB"
+[connector.shared]
+type = "ivshmem"
+socket = "shared.sock"
+devices = ["disk0", "tree0", "net0", "rng0"]
+ram = "ram"
+qmp = "qmp"
+[connector.mute]
+type = "ivshmem"
+socket = "mute.sock"
+devices = ["mute0"]
+memory = "32 MiB"
+ram = "ram"
+qmp = "nobody"
+[connector.other]
+type = "ivshmem"
+socket = "other.sock"
+devices = ["other0"]
+memory = "32 MiB"
+ram = "other"
+qmp = "other.qmp"
+"""
+CONCERNS = re.compile(r"BUG|WARNING|Oops|Call Trace|general protection|hung task|soft lockup")
+
+
+@dataclass
+class Running:
+    """The guest of these tests, and what it runs on."""
+
+    vm: Guest
+    served: Served
+    folder: Path
+    tree: dict[str, str]
+    inside: tuple[str, ...]
+    environment: dict[str, str]
+
+    def path(self, name: str) -> str:
+        """The directory in sysfs of a device, by its name on the bus, once it has a driver."""
+        return self.vm.wait_for(
+            f"d=$(dirname $(grep -lx {name} /sys/bus/vbus/devices/*/name)) && test -e $d/virtio*/driver && realpath $d"
+        ).strip()
+
+    def block(self, name: str) -> str:
+        """The kernel's name of a disk."""
+        return self.vm.run(f"ls {self.path(name)}/virtio*/block").strip()
+
+    def memory(self, name: str) -> str:
+        """How a device's buffers are reached, as the guest has it."""
+        return self.vm.run(f"cat $(dirname {self.path(name)})/memory").strip()
+
+    def connectors(self) -> dict[str, Any]:
+        """The bus's own rows."""
+        done = vbus("ls", "open", "--connectors", "--json", cwd=self.folder, env=self.environment)
+        assert done.returncode == 0, done.stderr
+        return {row["name"]: row for row in json.loads(done.stdout)}
+
+    def peer(self, connector: str) -> dict[str, Any]:
+        """What the bus says of the one session of a connector."""
+        [peer] = self.connectors()[connector]["peers"]
+        assert isinstance(peer, dict)
+        return peer
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("shared")
+    files = folder / "tree"
+    (files / "deep").mkdir(parents=True)
+    for number in range(40):
+        (files / f"file{number}").write_bytes(os.urandom(number * 1777))
+    (files / "deep" / "large").write_bytes(os.urandom(5 * MIB + 33))
+    sums = {
+        str(path.relative_to(files)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files.rglob("*")
+        if path.is_file()
+    }
+    for name, size in (("disk.img", 64), ("tree.img", 24), ("other", MEMORY)):
+        with (folder / name).open("wb") as file:
+            file.truncate(size * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-d", str(files), str(folder / "tree.img")], check=True)
+    (folder / "bus.toml").write_text(BUS.format(tap=TAP))
+    layout = tree((MIB, (BELOW - 1) * MIB, MIB), (4 << 30, (MEMORY - BELOW) * MIB, BELOW * MIB))
+    lies = {"query-memdev": [backend(MEMORY * MIB)], "human-monitor-command": layout}
+    environment = {"VBUS_RUNTIME_DIR": str(tmp_path_factory.mktemp("run"))}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        namespace(f"{TAP}s") as inside,
+        QmpServer(folder / "other.qmp", lies),
+    ):
+        patch.setenv("VBUS_RUNTIME_DIR", environment["VBUS_RUNTIME_DIR"])
+        subprocess.run([*inside, "ip", "tuntap", "add", TAP, "mode", "tap"], check=True)
+        subprocess.run([*inside, "ip", "address", "add", f"{HERE}/24", "dev", TAP], check=True)
+        subprocess.run([*inside, "ip", "link", "set", TAP, "up"], check=True)
+        with Served(folder / "bus.toml", "open", inside) as served:
+            args = [*monitor_options(folder / "qmp"), "-M", f"max-ram-below-4g={BELOW}M"]
+            for name in ("shared", "mute", "other"):
+                args += function_options(name, folder / f"{name}.sock", ivshmem.VECTORS)
+            with Guest(
+                args=args,
+                modules=["virtio_rng", "virtio_blk", "virtio_net", "crc32c_generic", "ext4", *bus_modules()],
+                packages=["e2fsprogs"],
+                memory=MEMORY,
+                memory_file=folder / "ram",
+                cpus=2,
+                append="slub_debug=FZPU",
+                backports=BACKPORTS,
+            ) as vm:
+                yield Running(vm, served, folder, sums, inside, environment)
+
+
+def test_memory_is_shared_where_the_bus_finds_it(here: Running) -> None:
+    assert [here.memory(name) for name in ("disk0", "net0", "rng0")] == ["shared"] * 3
+    row = here.connectors()["shared"]
+    assert (row["ram"], row["qmp"]) == (str(here.folder / "ram"), str(here.folder / "qmp"))
+    assert (here.peer("shared")["memory"], here.peer("shared")["not_shared"]) == ("shared", None)
+    assert f"memory is shared with the bus: {MEMORY - 1} MiB" in here.vm.run("dmesg")
+
+
+def test_what_cannot_be_shared_is_a_window_and_says_why(here: Running) -> None:
+    for name, why in (
+        ("mute", f"QMP at '{here.folder}/nobody': No such file"),
+        ("other", "the nonce of the guest mem"),
+    ):
+        assert here.memory(f"{name}0") == "window"
+        here.vm.run(f"dd if=/dev/urandom of=/tmp/x bs=64k count=16; dd if=/tmp/x of=/dev/{here.block(f'{name}0')}")
+        here.vm.run(f"sync; dd if=/dev/{here.block(f'{name}0')} bs=64k count=16 iflag=direct | cmp - /tmp/x")
+        assert here.peer(name)["memory"] == "window"
+        assert why in here.peer(name)["not_shared"]
+        [line] = [line for line in here.served.said().splitlines() if f"/{name}: " in line and "not shared" in line]
+        assert why in line
+    assert here.vm.run("dmesg").count("memory is not shared, a window is used: ") == 2
+
+
+def test_packed_rings_are_taken(here: Running) -> None:
+    for name, packed in (("disk0", "1"), ("net0", "1"), ("mute0", "0")):
+        features = here.vm.run(f"cat {here.path(name)}/virtio*/features").strip()
+        assert (features[RING_PACKED], features[ACCESS_PLATFORM]) == (packed, "1"), name
+
+
+def test_a_tree_is_copied_and_found_whole(here: Running) -> None:
+    vm, disk, source = here.vm, here.block("disk0"), here.block("tree0")
+    vm.run(f"mkfs.ext4 -q /dev/{disk} && mkdir -p /disks/a /disks/b")
+    vm.run(f"mount /dev/{disk} /disks/a && mount -o ro /dev/{source} /disks/b")
+    vm.run("cp -a /disks/b/. /disks/a && sync && echo 3 >/proc/sys/vm/drop_caches")
+    listed = vm.run("cd /disks/a && find . -type f | xargs sha256sum", seconds=120)
+    found = {line.split("  ./")[1]: line.split("  ")[0] for line in listed.splitlines()}
+    assert found == here.tree
+    vm.run(f"umount /disks/a /disks/b && e2fsck -fn /dev/{disk}")
+    subprocess.run(["e2fsck", "-fn", str(here.folder / "disk.img")], check=True, capture_output=True)
+    # Nothing of it went through the window.
+    assert vm.run(f"cat $(dirname {here.path('disk0')})/window/used") == "0\n"
+
+
+def test_a_network_each_way(here: Running) -> None:
+    vm = here.vm
+    vm.run(f"ip addr add {THERE}/24 dev eth0 && ip link set eth0 up")
+    with file_served(here.folder, 8 * MIB, HERE, here.inside) as digest:
+        vm.wait_for(f"wget -q -O /tmp/file http://{HERE}:8000/file", seconds=60)
+        assert vm.run("sha256sum /tmp/file").split()[0] == digest
+    vm.run("httpd -p 8000 -h /tmp")
+    program = "import sys, urllib.request as r; sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read())"
+    fetched = subprocess.run(
+        [*here.inside, sys.executable, "-c", program, f"http://{THERE}:8000/file"], capture_output=True, check=True
+    )
+    assert hashlib.sha256(fetched.stdout).hexdigest() == digest
+    vm.run("killall httpd; rm /tmp/file")
+
+
+def reads_without_an_end(here: Running, name: str) -> None:
+    here.vm.run(f"(while dd if=/dev/{here.block(name)} of=/dev/null bs=64k iflag=direct; do :; done) >/dev/null 2>&1 &")
+
+
+def nobody_waits(here: Running) -> None:
+    here.vm.wait_for("! ps | grep -q '[d]d if'", seconds=60)
+
+
+def test_the_process_is_killed_and_memory_is_shared_again(here: Running) -> None:
+    for round_ in range(2):
+        here.vm.run(
+            f"dd if=/dev/urandom of=/tmp/new bs=64k count=16 && dd if=/tmp/new of=/dev/{here.block('disk0')} bs=64k "
+            f"seek={32 + 16 * round_} conv=fsync"
+        )
+        reads_without_an_end(here, "disk0")
+        here.served.end()
+        here.served.start()
+        # Nobody waits for the disk that was.
+        nobody_waits(here)
+        assert here.memory("disk0") == "shared"
+        here.vm.run(
+            f"dd if=/dev/{here.block('disk0')} bs=64k skip={32 + 16 * round_} count=16 iflag=direct | cmp - /tmp/new"
+        )
+        assert here.peer("shared")["memory"] == "shared"
+
+
+def test_modules_are_unloaded_and_loaded_under_load(here: Running) -> None:
+    reads_without_an_end(here, "disk0")
+    here.vm.run("rmmod vbus_ivshmem", seconds=60)
+    nobody_waits(here)
+    assert here.vm.run("ls /sys/bus/virtio/devices") == ""
+    here.vm.run("insmod /modules/vbus_ivshmem.ko")
+    assert here.memory("disk0") == "shared"
+    here.vm.run(f"dd if=/dev/{here.block('disk0')} of=/dev/null bs=64k count=16")
+
+
+def test_nothing_was_wrong_in_the_kernel(here: Running) -> None:
+    assert [line for line in here.vm.run("dmesg").splitlines() if CONCERNS.search(line)] == []
+
+
+def test_a_guest_that_starts_anew_shares_its_memory_again(here: Running) -> None:
+    departed = len(here.connectors()["shared"]["departed"])
+    here.vm.reset()
+    assert here.memory("disk0") == "shared"
+    here.vm.run(f"dd if=/dev/{here.block('disk0')} of=/dev/null bs=64k count=16")
+    assert len(here.connectors()["shared"]["departed"]) == departed + 1
+
+
+@pytest.mark.parametrize("way", ["reboot -f", "echo c >/proc/sysrq-trigger"], ids=["restarts", "panics"])
+def test_a_kernel_that_ends_takes_its_memory_back(here: Running, way: str) -> None:
+    """Before the next one starts in that memory, its own says so to the bus."""
+    here.vm.qmp("set-action", reboot="reset")
+    assert here.memory("disk0") == "shared"
+    sessions = len(here.connectors()["shared"]["departed"])
+    said = len(here.vm.console)
+    here.vm.run(f"(sleep 1; {way}) >/dev/null 2>&1 &")
+    assert wait_until(lambda: "@ready" in here.vm.console[said:], 120), here.vm.console[said:]
+    assert here.memory("disk0") == "shared"
+    here.vm.run(f"dd if=/dev/{here.block('disk0')} of=/dev/null bs=64k count=16")
+    [reason] = [row["reason"] for row in here.connectors()["shared"]["departed"][sessions:]]
+    assert reason == "its guest ended the session"
+    assert here.vm.errors == ""
