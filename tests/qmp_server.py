@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -69,23 +69,32 @@ class QmpServer:
                 self._talk(self._client)
 
     def _talk(self, client: socket.socket) -> None:
-        with client.makefile("rwb") as file:
+        def say(message: dict[str, Any], asked: Mapping[str, Any]) -> None:
+            token = {"id": asked["id"]} if "id" in asked else {}
+            client.sendall(json.dumps(message | token).encode() + b"\n")
 
-            def say(message: object) -> None:
-                file.write(json.dumps(message).encode() + b"\n")
-                file.flush()
+        say(self.answers.get("greeting", GREETING), {})
+        for asked in _messages(client):
+            command, arguments = asked["execute"], asked.get("arguments", {})
+            self.asked.append(command)
+            key = f"{command} {arguments['property']}" if command == "qom-get" else command
+            if command == "qmp_capabilities":
+                say({"return": {}}, asked)
+            elif key not in self.answers:
+                say({"error": {"class": "GenericError", "desc": f"no {key}"}}, asked)
+            elif self.answers[key] is not None:
+                say({"return": self.answers[key]}, asked)
 
-            say(self.answers.get("greeting", GREETING))
-            for line in file:
-                asked = json.loads(line)
-                command = asked["execute"]
-                arguments = asked.get("arguments", {})
-                self.asked.append(command)
-                key = f"{command} {arguments['property']}" if command == "qom-get" else command
-                token = {"id": asked["id"]} if "id" in asked else {}
-                if command == "qmp_capabilities":
-                    say({"return": {}, **token})
-                elif key not in self.answers:
-                    say({"error": {"class": "GenericError", "desc": f"no {key}"}, **token})
-                elif self.answers[key] is not None:
-                    say({"return": self.answers[key], **token})
+
+def _messages(client: socket.socket) -> Iterator[dict[str, Any]]:
+    """What a client says, until it is gone: JSON, with or without an end of the line behind it."""
+    said, decoder = "", json.JSONDecoder()
+    while data := client.recv(1 << 16):
+        said = (said + data.decode()).lstrip()
+        while said:
+            try:
+                message, end = decoder.raw_decode(said)
+            except json.JSONDecodeError:
+                break
+            said = said[end:].lstrip()
+            yield message

@@ -112,7 +112,7 @@ class Running:
 
     def connectors(self) -> dict[str, Any]:
         """The bus's own rows."""
-        done = vbus("ls", "open", "--connectors", "--json", cwd=self.folder, env=self.environment)
+        done = vbus("ls", "open", "--connectors", "--json", cwd=self.folder)
         assert done.returncode == 0, done.stderr
         return {row["name"]: row for row in json.loads(done.stdout)}
 
@@ -168,6 +168,13 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
                 backports=BACKPORTS,
             ) as vm:
                 yield Running(vm, served, folder, sums, inside, environment)
+
+
+@pytest.fixture(autouse=True)
+def same_place(here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that serves is started anew where it was, and asked there."""
+    for name, value in here.environment.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_memory_is_shared_where_the_bus_finds_it(here: Running) -> None:

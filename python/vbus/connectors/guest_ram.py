@@ -108,9 +108,10 @@ class GuestRam:
         block = os.fstatvfs(self._fd).f_bsize
         step = block if block and not block % _PAGE else _PAGE
         before = wanted.offset % step
-        size = -(-(before + wanted.size) // step) * step
+        least = before + wanted.size
         end = os.fstat(self._fd).st_size - (wanted.offset - before)
-        mapping = _core.Mapping(self._fd, min(size, end), wanted.offset - before, guarded=True)
+        size = max(least, min(-(-least // step) * step, end))
+        mapping = _core.Mapping(self._fd, size, wanted.offset - before, guarded=True)
         return Proven(wanted.address, wanted.size, mapping, before)
 
     def close(self) -> None:

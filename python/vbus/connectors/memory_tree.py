@@ -36,7 +36,7 @@ _EMPTY = "  No rendered FlatView"
 _OWNER = r"(?: (?:owner|parent):\{(?:dev|obj) (?:id|path|type)=[^{}]+\}){1,2}| orphan"
 _RANGE = re.compile(
     r"  (?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<kind>(?:nv-)?(?:ram|rom|ramd|romd|i/o))\): "
-    rf"(?P<name>[^{{}}]*?)(?: @(?P<offset>[0-9a-f]{{16}}))?(?P<owner>{_OWNER})(?: [A-Za-z]{{1,16}})?"
+    rf"(?P<name>(?:(?! @)[^{{}}])+?)(?: @(?P<offset>[0-9a-f]{{16}}))?(?P<owner>{_OWNER})(?: [A-Za-z]{{1,16}})?"
 )
 
 
