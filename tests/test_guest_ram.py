@@ -151,6 +151,17 @@ def test_one_question_at_a_time_and_the_last_one_counts(
     assert isinstance(heard[-1][1], GuestRam)
 
 
+def asked(ram: Path, socket: Path) -> GuestRam:
+    """What is found once QEMU has started, which takes a while on a busy machine."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return find(ram, socket)
+        except RamError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 @pytest.mark.skipif(QEMU is None, reason="no qemu-system-x86_64: apt-get install qemu-system-x86")
 def test_qemu_itself_is_understood(tmp_path: Path) -> None:
     assert QEMU is not None
@@ -160,9 +171,7 @@ def test_qemu_itself_is_understood(tmp_path: Path) -> None:
         [QEMU, *words, "-m", "64M", "-accel", "tcg", "-nodefaults", "-display", "none", "-S"], stdout=subprocess.DEVNULL
     )
     try:
-        assert wait_until(socket.exists, 30)
-        # It may listen and not be ready.
-        found = find(ram, socket)
+        found = asked(ram, socket)
         assert found.ranges[-2:] == [Range(MIB, 31 * MIB, MIB), Range(4 * GIB, 32 * MIB, 32 * MIB)]
         (tmp_path / "other").write_bytes(b"")
         with pytest.raises(RamError, match="0 shared memory backends"):
@@ -276,7 +285,8 @@ def begin(served: tuple[Bus, Ivshmem], ram: Path, monkeypatch: pytest.MonkeyPatc
 
     yield start
     for made in begun:
-        made.close()
+        if "_function" in vars(made):
+            made.close()
         made.loop.close()
 
 

@@ -14,7 +14,17 @@ from uuid import UUID
 import pytest
 
 from vbus import channel, msg
-from vbus.connectors import area_peer, peer, peer_channels, peer_host, process, stream
+from vbus.connectors import (
+    area_peer,
+    guest_ram,
+    ivshmem_peer,
+    memory_tree,
+    peer,
+    peer_channels,
+    peer_host,
+    process,
+    stream,
+)
 from vbus.msg import messages, wire
 from vbus.msg.codec import TABLE
 from vbus.msg.generation import EVENT_BIT, FRAME_HEADER_SIZE, TYPE_RESPONSE
@@ -188,6 +198,9 @@ def test_the_limits_are_those_of_the_code() -> None:
         "bytes of regions of one driver's channels, each rounded up to a power of two": area.REGIONS_SIZE,
         "bytes of a channel's event": channel.MAX_EVENT,
         "window of a channel": channel.WINDOW,
+        "ranges of a guest's memory": memory_tree.MAX_RANGES,
+        "bytes of a guest's memory that are mapped": guest_ram.MAX_GUEST_RAM,
+        "questions for ranges that wait for QEMU's answer": ivshmem_peer.MAX_QUESTIONS,
     }
 
 

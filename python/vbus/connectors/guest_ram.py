@@ -9,7 +9,7 @@
 ```
 
 Nobody is trusted: what QEMU says is text for people, what the guest says is a guest's. A range counts when the guest
-has written into it what only this session was told, and it is seen here through the mapping that devices will use. So a
+has written into it what nobody else was told, and it is seen here through the mapping that devices will use. So a
 guest reaches pages of a file in which it can write anyway. The file may be truncated at any time: mappings are guarded.
 """
 
