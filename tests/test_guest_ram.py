@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -404,9 +405,9 @@ def test_a_guest_that_asks_too_much_is_parted_from(
     _, connector = served
     monkeypatch.setattr(Finder, "ask", lambda *_: None)
     session = begin()
-    questions = [session.connector.ask(msg.RamRange(n), msg.RamRangeResponse) for n in range(20)]
-    with pytest.raises(DriverError):
-        session.connector.answer_to(questions[-1], 10)
+    with contextlib.suppress(DriverError):
+        for number in range(20):
+            session.connector.ask(msg.RamRange(number), msg.RamRangeResponse)
     assert wait_until(lambda: not connector.peers)
     assert connector.describe()["departed"][-1]["reason"].startswith("too-many-questions")
 

@@ -380,3 +380,59 @@ def test_the_shell_completes_them(file: Path) -> None:
 
 def test_help_names_them(tmp_path: Path) -> None:
     assert {"qemu-args", "libvirt-xml"} <= set(out("--help", cwd=tmp_path).split())
+
+
+SHARING = """
+[bus]
+name = "sharing"
+[device.rng0]
+type = "rng"
+[connector.one]
+type = "ivshmem"
+socket = "one.sock"
+ram = "guest.ram"
+qmp = "guest.qmp"
+[connector.two]
+type = "ivshmem"
+socket = "two.sock"
+ram = "guest.ram"
+qmp = "guest.qmp"
+[connector.three]
+type = "ivshmem"
+socket = "three.sock"
+"""
+
+
+def test_a_guest_that_shares_its_memory_has_it_in_a_file(tmp_path: Path, runtime_dir: Path) -> None:
+    (tmp_path / "sharing.toml").write_text(SHARING)
+    values = groups(json.loads(out("qemu-args", "sharing.toml", "--json", "--memory", "2 GiB", cwd=tmp_path)))
+    assert values["-object"] == [f"memory-backend-file,id=mem,size={2 << 30},share=on,mem-path={tmp_path}/guest.ram"]
+    assert values["-machine"] == ["q35,memory-backend=mem"]
+    assert values["-qmp"] == [f"unix:{tmp_path}/guest.qmp,server=on,wait=off"]
+    assert sum(value.startswith("ivshmem-doorbell,") for value in values["-device"]) == 3
+    done = vbus("qemu-args", "sharing.toml", "--json", "--memory", "none", cwd=tmp_path)
+    assert done.stderr.decode() == (
+        f"# your memory-backend-file with share=on must have mem-path={tmp_path}/guest.ram\n"
+    )
+    assert "-object" not in json.loads(done.stdout)
+    said = fails("qemu-args", "sharing.toml", "--machine", "microvm", cwd=tmp_path)
+    assert said == ["vbus: one: QEMU has ivshmem on PCI alone: take another machine than microvm"]
+    other = SHARING.replace('two.sock"\nram = "guest.ram"', 'two.sock"\nram = "other.ram"')
+    (tmp_path / "two.toml").write_text(other)
+    assert "these are two guests, write a file for each" in fails("qemu-args", "two.toml", cwd=tmp_path)[0]
+    (tmp_path / "half.toml").write_text(SHARING.replace('qmp = "guest.qmp"\n', "", 1))
+    assert "ram and qmp go together" in fails("run", "half.toml", cwd=tmp_path)[0]
+
+
+def test_the_options_of_a_running_bus_whose_guest_shares_its_memory(
+    tmp_path: Path, make_bus: Callable[..., Bus], runtime_dir: Path
+) -> None:
+    (tmp_path / "sharing.toml").write_text(SHARING)
+    served = subprocess.Popen([*VBUS, "run", "sharing.toml"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: vbus("ls", "sharing", cwd=tmp_path).returncode == 0)
+        words = out("qemu-args", "sharing", cwd=tmp_path)
+        assert words == out("qemu-args", "sharing.toml", cwd=tmp_path)
+    finally:
+        served.terminate()
+        assert served.wait(20) == 0

@@ -194,11 +194,13 @@ static void iv_shutdown(struct pci_dev *pdev)
 	struct ivshmem *iv = pci_get_drvdata(pdev);
 	unsigned long end = jiffies + ivshmem_session_seconds * HZ;
 
-	WRITE_ONCE(iv->closing, true);
+	/* Before the look at @shares; see iv_use_memory(). */
+	smp_store_mb(iv->closing, true);
+	if (!READ_ONCE(iv->shares))
+		return;
 	do {
 		ivshmem_end_session(iv);
-		if (!READ_ONCE(iv->shares) ||
-		    wait_event_idle_timeout(iv->changed, !ivshmem_host_session(iv), HZ / 20))
+		if (wait_event_idle_timeout(iv->changed, !ivshmem_host_session(iv), HZ / 20))
 			return;
 	} while (time_before(jiffies, end));
 	dev_warn(&pdev->dev, "the bus does not let go of this guest's memory\n");

@@ -169,8 +169,9 @@ static int iv_use_memory(struct vbus_connector *connector, struct vbus_proxy *pr
 
 	if (kind == VBUS_MEMORY_SHARED)
 		used = ram_share(&iv->ram, proxy, &iv->pdev->dev);
-	WRITE_ONCE(iv->shares, used == VBUS_MEMORY_SHARED);
-	return used;
+	/* A kernel that ends looks the other way round: one of the two sees the other. */
+	smp_store_mb(iv->shares, used == VBUS_MEMORY_SHARED);
+	return READ_ONCE(iv->closing) ? -ESHUTDOWN : used;
 }
 
 static void iv_setup_dma(struct vbus_connector *connector, struct vbus_device *device)
