@@ -12,7 +12,7 @@ import pytest
 
 import vbus
 from guests import SOURCES, bus_modules
-from vbus.vm.build import BuildError, build
+from vbus.vm.build import BuildError, build, headers
 from vbus.vm.debian import alone, cache, unpacked
 
 pytestmark = [
@@ -94,6 +94,32 @@ def test_dkms_builds_what_there_is() -> None:
     (version,) = re.findall(r'PACKAGE_VERSION="(.+)"', said)
     assert version == vbus.__version__
     assert f"vbus-{version}" in (SOURCES / "README.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("dkms") is None, reason="no dkms on this machine")
+def test_dkms_builds_them(tmp_path: Path) -> None:
+    """As it would for a kernel that is installed; with trees of its own, so that nothing of this machine changes."""
+    place, source = headers("amd64"), tmp_path / "src" / f"vbus-{vbus.__version__}"
+    release = (place / "include" / "config" / "kernel.release").read_text().strip()
+    shutil.copytree(SOURCES, source)
+    made = tmp_path / "made"
+    made.mkdir()
+    words = [
+        "dkms",
+        "build",
+        f"vbus/{vbus.__version__}",
+        "-k",
+        release,
+        "-a",
+        "x86_64",
+        "--kernelsourcedir",
+        str(place),
+    ]
+    trees = ["--dkmstree", str(made), "--sourcetree", str(source.parent)]
+    done = subprocess.run([*words, *trees], capture_output=True, text=True, check=False)
+    logs = "".join(path.read_text() for path in made.rglob("make.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert {path.stem for path in made.rglob("*.ko")} == MODULES
 
 
 def test_every_file_says_its_licence() -> None:
