@@ -30,6 +30,13 @@ def test_they_build_without_a_word(backports: bool) -> None:
     assert built.said == ""
 
 
+@pytest.mark.skipif(shutil.which("powerpc64le-linux-gnu-gcc") is None, reason="no cross compiler for ppc64el")
+def test_they_build_for_another_architecture() -> None:
+    built = build(SOURCES, "ppc64el")
+    assert set(built.modules) == MODULES
+    assert built.said == ""
+
+
 def test_what_the_compiler_says_is_shown(tmp_path: Path) -> None:
     (tmp_path / "Kbuild").write_text("obj-m := odd.o\n")
     (tmp_path / "odd.c").write_text("#include <linux/module.h>\nint odd(void);\nint odd(void) { return 1 / 0; }\n")

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from command import vbus
+from command import out, vbus
 from conftest import wait_until
 from guests import BACKPORTS, Served, bus_modules, file_served, namespace
 from qmp_server import QmpServer, backend, tree
@@ -36,7 +36,7 @@ pytestmark = [
 TAP = f"vb{os.getpid() % 100000}m"
 HERE, THERE = "10.254.93.1", "10.254.93.2"
 MIB = 1 << 20
-MEMORY, BELOW = 512, 192
+MEMORY, BELOW = 512, 256
 """MiB of memory, and how many of them lie below 4 GiB."""
 BUS = """
 [bus]
@@ -269,6 +269,19 @@ def test_modules_are_unloaded_and_loaded_under_load(here: Running) -> None:
     here.vm.run("insmod /modules/vbus_ivshmem.ko")
     assert here.memory("disk0") == "shared"
     here.vm.run(f"dd if=/dev/{here.block('disk0')} of=/dev/null bs=64k count=16")
+
+
+def test_a_disk_goes_by_surprise_while_it_works(here: Running) -> None:
+    # A node of our own: /dev loses its one, and dd would make a file there.
+    here.vm.run(f"mknod /tmp/hot b $(tr : ' ' </sys/block/{here.block('tree0')}/dev)")
+    here.vm.run(
+        "for i in 1 2; do (while :; do dd if=/tmp/hot of=/dev/null bs=256k iflag=direct || break; done; "
+        "touch /tmp/ended$i) >/dev/null 2>&1 & done"
+    )
+    out("unplug", "open/tree0", "--surprise", cwd=here.folder)
+    # Nobody waits for it, and nobody takes what it did not write for what it read.
+    here.vm.wait_for("test -e /tmp/ended1 && test -e /tmp/ended2", seconds=30)
+    here.vm.wait_for("! grep -qx tree0 /sys/bus/vbus/devices/*/name", seconds=30)
 
 
 def test_nothing_was_wrong_in_the_kernel(here: Running) -> None:

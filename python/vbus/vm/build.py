@@ -1,7 +1,8 @@
 """Modules built for a guest's kernel: with the kernel's own headers, fetched as its packages are, in the same cache.
 
 Nothing is installed, and nothing is built a second time: what was built is known by its sources, the kernel and the
-compiler.
+compiler. For another architecture a cross compiler is needed; the programs that the headers' own package has for the
+build are that architecture's, so that they are taken from the same package of this machine's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,21 @@ from pathlib import Path
 
 from vbus.vm.debian import FetchError, alone, cache, depends, unpacked
 from vbus.vm.kernel import newest
+
+HERE = "amd64"
+"""What the programs of a build run on."""
+
+
+@dataclass(frozen=True)
+class Cross:
+    """What the kernel calls an architecture, and what the programs that build for it begin with."""
+
+    name: str
+    prefix: str
+
+
+CROSS = {"ppc64el": Cross("powerpc", "powerpc64le-linux-gnu-")}
+"""By Debian's name of the architecture."""
 
 
 class BuildError(Exception):
@@ -42,21 +58,31 @@ def headers(architecture: str, *, backports: bool = False) -> Path:
         if name.startswith(("linux-headers-", "linux-kbuild-"))
     ]
     files = unpacked(architecture, [package, *needed], alone_without=True, backports=backports)
+    tools = files
+    if architecture != HERE:
+        programs = [name for name in needed if name.startswith("linux-kbuild-")]
+        tools = unpacked(HERE, programs, alone_without=True, backports=backports)
     place = cache() / architecture / f"build-{package.removeprefix('linux-headers-')}-{files.name[-12:]}"
     with alone(architecture):
         if not place.exists():
-            _relocate(files, package, place)
+            _relocate(files, tools, package, place)
     return place
 
 
-def _relocate(files: Path, package: str, place: Path) -> None:
-    """Debian's directory finds its other half by an absolute path: here is one that finds it where it is."""
+def _relocate(files: Path, tools: Path, package: str, place: Path) -> None:
+    """Debian's directory finds its other half by an absolute path: here is one that finds it where it is.
+
+    `tools` is where the programs for the build were unpacked.
+    """
     source = files / "usr/src" / package
     with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
         for entry in source.iterdir():
             (made / entry.name).symlink_to(entry)
+        for (theirs,) in (tools.glob(f"usr/lib/linux-kbuild-*/{name}") for name in ("scripts", "tools")):
+            (made / theirs.name).unlink()
+            (made / theirs.name).symlink_to(theirs)
         (made / "Makefile").unlink()
         text = (source / "Makefile").read_text()
         (made / "Makefile").write_text(text.replace("include /usr/src/", f"include {files}/usr/src/"))
@@ -67,11 +93,15 @@ def build(
     sources: Path, architecture: str = "amd64", *, backports: bool = False, options: Sequence[str] = ("W=1",)
 ) -> Built:
     """Build the modules of a directory. `options` are make's. Raises FetchError, BuildError."""
-    if shutil.which("make") is None or shutil.which("gcc") is None:
-        raise BuildError("modules are built with make and gcc: install them")
+    cross = CROSS.get(architecture)
+    compiler_name = f"{cross.prefix if cross is not None else ''}gcc"
+    if shutil.which("make") is None or shutil.which(compiler_name) is None:
+        raise BuildError(f"modules are built with make and {compiler_name}: install them")
+    if cross is not None:
+        options = [*options, f"ARCH={cross.name}", f"CROSS_COMPILE={cross.prefix}"]
     place = headers(architecture, backports=backports)
     files = sorted(path for path in sources.iterdir() if path.suffix in (".c", ".h") or path.name == "Kbuild")
-    compiler = subprocess.run(["gcc", "--version"], capture_output=True, check=True).stdout
+    compiler = subprocess.run([compiler_name, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(b"\0".join([place.name.encode(), compiler, *(word.encode() for word in options)]))
     for path in files:
         digest.update(b"\0".join([path.name.encode(), path.read_bytes(), b""]))
