@@ -18,6 +18,11 @@ from pathlib import Path
 from vbus.vm.debian import FetchError, alone, cache, depends, unpacked
 from vbus.vm.kernel import newest
 
+SOURCES = Path(__file__).parents[3] / "guest" / "linux"
+"""Where a checkout has the modules with which a guest sees a whole bus. An installation has none."""
+MODULES = ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")
+"""What they are called, each behind what it needs."""
+
 
 class BuildError(Exception):
     """Modules could not be built; with what the build said."""
@@ -61,6 +66,16 @@ def _relocate(files: Path, package: str, place: Path) -> None:
         text = (source / "Makefile").read_text()
         (made / "Makefile").write_text(text.replace("include /usr/src/", f"include {files}/usr/src/"))
         made.rename(place)
+
+
+def bus_modules(*, backports: bool = False) -> list[Path]:
+    """Those modules, built, in the order in which they are loaded. Raises FetchError, BuildError."""
+    if not (SOURCES / "Kbuild").exists():
+        raise BuildError(
+            "the sources of the guest's modules are not here: they are in guest/linux of a checkout of vbus"
+        )
+    built = build(SOURCES, backports=backports).modules
+    return [built[name] for name in MODULES]
 
 
 def build(
@@ -109,4 +124,4 @@ def _make(files: Sequence[Path], place: Path, kept: Path, options: Sequence[str]
         made.rename(kept)
 
 
-__all__ = ["BuildError", "Built", "FetchError", "build", "headers"]
+__all__ = ["MODULES", "SOURCES", "BuildError", "Built", "FetchError", "build", "bus_modules", "headers"]
