@@ -24,22 +24,18 @@ from vbus.control.server import Control
 from vbus.devices import Blk, Net
 from vbus.rundir import BusDirectory
 from vbus.shmem import ivshmem
-from vbus.vm import Guest
-from vbus.vm.build import build
+from vbus.vm import Guest, build
 from vbus.vm.options import VhostUserDevice, device_options, function_options
 
 MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], "Input": ["virtio_input", "evdev"]}
 """The guest's modules, by the class of the device."""
 BACKPORTS = os.environ.get("VBUS_GUEST_BACKPORTS") == "1"
 """Whether guests with these modules have the newer kernel of Debian's backports."""
-SOURCES = Path(__file__).parent.parent / "guest" / "linux"
-"""Of the modules with which a guest sees a whole bus."""
 
 
 def bus_modules() -> list[Path]:
     """Those modules, for the kernel that guests have, each after what it needs."""
-    built = build(SOURCES, backports=BACKPORTS).modules
-    return [built[name] for name in ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")]
+    return build.bus_modules(backports=BACKPORTS)
 
 
 def function_args(connector: Ivshmem) -> list[str]:

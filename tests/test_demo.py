@@ -37,6 +37,7 @@ HOST_TOOLS = ("mkfs.ext4", "e2fsck", "ip")
 GUEST_TOOLS = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
 TOOLS = {name: shutil.which(name, path=PATH) for name in HOST_TOOLS + GUEST_TOOLS}
 GUEST_STEPS = ["disks", "bus", "guest", "entropy", "files", "grow", "offloads", "http", "link", "keys", "end"]
+FUNCTION_STEPS = [*GUEST_STEPS[:3], "arrival", *GUEST_STEPS[3:-1], "hotplug", "signals", "end"]
 LOOPBACK = "a loopback stands in for two kernels' networks"
 NO_IP = f"replaced: ip is missing (package iproute2): {LOOPBACK}"
 NO_RIGHT = f"replaced: no right to make network namespaces (run as root): {LOOPBACK}"
@@ -50,10 +51,10 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def demo(folder: Path, *tools: str, options: Sequence[str] = ()) -> list[str]:
-    """The lines of a demo that succeeds, with these tools alone on its PATH; it left nothing behind."""
+def demo(folder: Path, *tools: str, options: Sequence[str] = (), path: str = "") -> list[str]:
+    """The lines of a demo that succeeds, with these tools alone on its PATH, or with a whole one; it left nothing."""
     with_tools(folder, *tools)
-    env = {"PATH": str(folder / "bin"), "TMPDIR": str(folder / "tmp")}
+    env = {"PATH": path or str(folder / "bin"), "TMPDIR": str(folder / "tmp")}
     done = vbus("demo", *options, cwd=folder, env=env, timeout=280)
     # What a guest is made of is fetched the first time.
     errors = [line for line in done.stderr.decode().splitlines() if not line.startswith("vbus: fetching ")]
@@ -147,9 +148,9 @@ def test_a_step_that_fails_is_named(folder: Path) -> None:
     assert list((folder / "tmp").iterdir()) == []
 
 
-def guest_table(lines: list[str]) -> dict[str, tuple[str, str]]:
+def guest_table(lines: list[str], steps: Sequence[str] = GUEST_STEPS) -> dict[str, tuple[str, str]]:
     """What the guest saw and what the bus counted, by device; every step is above."""
-    assert [re.split(r" \.\.", line)[0] for line in lines[: len(GUEST_STEPS)]] == GUEST_STEPS
+    assert [re.split(r" \.\.", line)[0] for line in lines[: len(steps)]] == steps
     start = lines.index("") + 1
     assert re.fullmatch(r"device +the guest saw +the bus counted", lines[start])
     rows = [re.split(r" {2,}", line) for line in lines[start + 1 : start + 6]]
@@ -174,6 +175,36 @@ def test_the_whole_of_it_in_a_guest(folder: Path) -> None:
     assert "off: carrier 0, on: carrier 1" in lines[GUEST_STEPS.index("link")]
     assert namespaces() == []
     assert not [name for name in os.listdir("/sys/class/net") if re.fullmatch(r"vb\d+", name)]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(os.geteuid() != 0 or None in TOOLS.values(), reason="needs root, QEMU, e2fsprogs and iproute2")
+def test_the_whole_bus_in_a_guest(folder: Path) -> None:
+    # What builds modules is more than can be listed.
+    lines = demo(folder, options=["--kvm"], path=PATH)
+    table = guest_table(lines, FUNCTION_STEPS)
+    assert lines[-1] == "demo: ok"
+    assert table["rng0"][0] == f"{1 << 20} bytes of /dev/hwrng"
+    assert table["keys0"] == ("16 events, 'vbus'", "16 events given")
+    arrived = lines[FUNCTION_STEPS.index("arrival")]
+    assert re.findall(r"vbus0-\d+ is (\w+) \((\w+)\)", arrived) == [
+        ("rng0", "virtio_rng"),
+        ("disk0", "virtio_blk"),
+        ("disk1", "virtio_blk"),
+        ("net0", "virtio_net"),
+        ("keys0", "virtio_input"),
+    ]
+    assert re.search(r"disk2 came as /dev/vdc, .* and went; (\d+) PCI", lines[FUNCTION_STEPS.index("hotplug")])
+    counted = re.search(r"(\d+) requests; .* (\d+) interrupts", lines[FUNCTION_STEPS.index("signals")])
+    assert counted is not None
+    assert int(counted[2]) > 0
+    assert "off: carrier 0, on: carrier 1" in lines[FUNCTION_STEPS.index("link")]
+    assert namespaces() == []
+
+
+def test_without_what_builds_modules_there_is_the_other_demo(folder: Path) -> None:
+    lines = demo(folder, options=["--kvm"])
+    assert f"replaced: {NO_QEMU}: drivers in this process stand in for a guest" in lines
 
 
 @pytest.mark.timeout(300)

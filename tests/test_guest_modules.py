@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import vbus
-from guests import SOURCES, bus_modules
-from vbus.vm.build import BuildError, build, headers
+from guests import bus_modules
+from vbus.vm.build import SOURCES, BuildError, build, headers
 from vbus.vm.debian import alone, cache, unpacked
 
 pytestmark = [

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from guests import SOURCES, function_args
+from guests import function_args
 from vbus.bus import Bus
 from vbus.connectors import Ivshmem
 from vbus.devices import Blk, Rng
 from vbus.vm import Guest
-from vbus.vm.build import build
+from vbus.vm.build import MODULES, SOURCES, build
 from vbus.vm.options import monitor_options
 
 pytestmark = [
@@ -41,7 +41,7 @@ def test_devices_are_driven_in_a_window_and_in_memory(make_bus: Callable[..., Bu
     with Guest(
         "pseries",
         args=[*monitor_options(qmp), *function_args(copying), *function_args(sharing)],
-        modules=["virtio_blk", "virtio_rng", *(built[name] for name in ("vbus_proxy", "virtio_vbus", "vbus_ivshmem"))],
+        modules=["virtio_blk", "virtio_rng", *(built[name] for name in MODULES)],
         memory=512,
         memory_file=ram,
     ) as vm:

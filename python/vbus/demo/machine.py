@@ -4,6 +4,8 @@
 
 Each step lets the guest do something with a device, and checks what came of it on both sides. At the end stands what
 the guest's kernel counted beside what the bus did. The host's end of the network is in a namespace of its own.
+
+How the guest reaches the bus is one part of it, which another way of reaching it replaces (`vbus.demo.function`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vbus import config
@@ -24,7 +26,7 @@ from vbus.bus import Bus
 from vbus.connectors import VhostUser
 from vbus.demo import story
 from vbus.demo.network import FETCH, Namespace, why_not
-from vbus.demo.steps import StepFailed, run_steps
+from vbus.demo.steps import Step, StepFailed, run_steps
 from vbus.devices import Blk, Input
 from vbus.virtio.input import KEYS, EventType
 from vbus.vm import Guest, kernel
@@ -50,7 +52,7 @@ EVENT = struct.Struct("<QQHHi")
 
 FILE = """\
 [bus]
-name = "demo-vm"
+name = "{name}"
 
 [device.rng0]
 type = "rng"
@@ -90,6 +92,9 @@ def why_no_guest() -> str:
 
 class Machine:
     """One run, in a folder of its own."""
+
+    name = "demo-vm"
+    """The bus's."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.folder = folder
@@ -142,8 +147,8 @@ class Machine:
             ip("tuntap", "add", tap, "mode", "tap")
             self._stack.callback(lambda: subprocess.run(["ip", "link", "del", tap], capture_output=True, check=False))
         path = self.folder / "demo.toml"
-        text = FILE.format(backend="loopback" if reason else f"tap:{tap}")
-        path.write_text(text + "".join(CONNECTOR.format(name=name) for name in NAMES))
+        text = FILE.format(name=self.name, backend="loopback" if reason else f"tap:{tap}")
+        path.write_text(text + self.connectors())
         self._bus = config.make(config.load(path))
         self._stack.callback(self._bus.stop)
         self._bus.start()
@@ -152,6 +157,10 @@ class Machine:
             self._host.ip("address", "add", f"{HOST}/24", "dev", tap)
             self._host.ip("link", "set", tap, "up")
         return f"serves {', '.join(NAMES)}; " + ("no tap here" if reason else f"the host's end is {tap}, {HOST}")
+
+    def connectors(self) -> str:
+        """The part of the bus's file about how the guest reaches it."""
+        return "".join(CONNECTOR.format(name=name) for name in NAMES)
 
     def boot(self) -> str:
         """A guest with all of them."""
@@ -170,12 +179,21 @@ class Machine:
             )
             options += device_options(device, "q35", "no")
             modules += modules_for(device.device_id)
+        return self._boot(options, modules)
+
+    def _boot(self, options: list[str], modules: Sequence[str | Path]) -> str:
         guest = Guest(args=options, modules=[*modules, *MODULES], packages=PACKAGES, memory=512, cpus=2)
         self._guest = self._stack.enter_context(guest)
-        for name in NAMES:
-            if not self._bus.show(name)["queues"][0]["running"]:
-                raise StepFailed(f"the guest does not drive {name}")
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while idle := [name for name in NAMES if not self._bus.show(name)["queues"][0]["running"]]:
+            if time.monotonic() > deadline:
+                raise StepFailed(f"the guest does not drive {', '.join(idle)}")
+            time.sleep(0.05)
         return f"Linux {guest.run('uname -r').strip()} drives all of them"
+
+    def block(self, device: str) -> str:
+        """The guest's name of a disk."""
+        return {"disk0": "vda", "disk1": "vdb"}[device]
 
     def entropy(self) -> str:
         """Random bytes, which do not get smaller."""
@@ -188,36 +206,36 @@ class Machine:
 
     def files(self) -> str:
         """mkfs, mount, a tree copied and found whole, unmount, check."""
-        run = self._guest.run
-        run("mkfs.ext4 -q /dev/vda && mkdir -p /disks/a /disks/b && mount /dev/vda /disks/a")
+        run, disk, tree = self._guest.run, f"/dev/{self.block('disk0')}", f"/dev/{self.block('disk1')}"
+        run(f"mkfs.ext4 -q {disk} && mkdir -p /disks/a /disks/b && mount {disk} /disks/a")
         if self._has_ext4:
-            run("mount -o ro /dev/vdb /disks/b && cp -a /disks/b/. /disks/a", seconds=120)
+            run(f"mount -o ro {tree} /disks/b && cp -a /disks/b/. /disks/a", seconds=120)
         else:
-            run("tar -xf /dev/vdb -C /disks/a", seconds=120)
+            run(f"tar -xf {tree} -C /disks/a", seconds=120)
         run("sync && echo 3 >/proc/sys/vm/drop_caches")
         listed = run("cd /disks/a && find . -type f -print0 | xargs -0 sha256sum", seconds=120)
         found = {line.split("  ./")[1]: line.split("  ")[0] for line in listed.splitlines()}
         if found != self._sums:
             wrong = sorted(name for name in {*found, *self._sums} if found.get(name) != self._sums.get(name))
             raise StepFailed(f"{len(wrong)} files of the copy differ, {wrong[0]} is the first")
-        if self._guest.ask("echo x | dd of=/dev/vdb bs=2 count=1").status == 0:
+        if self._guest.ask(f"echo x | dd of={tree} bs=2 count=1").status == 0:
             raise StepFailed("a disk that is read-only could be written to")
-        run("umount /disks/a; umount /disks/b 2>/dev/null; e2fsck -fn /dev/vda", seconds=120)
+        run(f"umount /disks/a; umount /disks/b 2>/dev/null; e2fsck -fn {disk}", seconds=120)
         return f"mkfs.ext4, {len(found)} files copied from disk1, checksums agree, e2fsck -fn finds it clean"
 
     def grow(self) -> str:
         """A disk grows while it is mounted."""
-        run = self._guest.run
-        run("mount /dev/vda /disks/a")
+        run, disk = self._guest.run, self.block("disk0")
+        run(f"mount /dev/{disk} /disks/a")
         before = self._free()
         sectors = 2 * self._bus.get("disk0", Blk).capacity
         self._bus.set("disk0", "capacity", str(sectors))
-        self._guest.wait_for(f"test $(cat /sys/block/vda/size) = {sectors}", seconds=20)
-        run("resize2fs /dev/vda", seconds=120)
+        self._guest.wait_for(f"test $(cat /sys/block/{disk}/size) = {sectors}", seconds=20)
+        run(f"resize2fs /dev/{disk}", seconds=120)
         after = self._free()
         if after < 1.8 * before:
             raise StepFailed(f"the file system has {after} KiB, {before} before")
-        run("umount /disks/a && e2fsck -fn /dev/vda", seconds=120)
+        run(f"umount /disks/a && e2fsck -fn /dev/{disk}", seconds=120)
         return f"mounted, from {DISK // MIB} to {sectors * 512 // MIB} MiB; resize2fs uses all of it, e2fsck is content"
 
     def _free(self) -> int:
@@ -267,11 +285,15 @@ class Machine:
         return "what the guest asks the network comes back to it"
 
     def link(self) -> str:
-        """The hypervisor pulls the plug and puts it back, and the guest notices both."""
+        """Somebody pulls the plug and puts it back, and the guest notices both."""
         for up in (False, True):
-            self._guest.qmp("set_link", name="net0", up=up)
+            self.set_link(up)
             self._guest.wait_for(f"test $(cat /sys/class/net/eth0/carrier) = {int(up)}", seconds=20)
         return "off: carrier 0, on: carrier 1"
+
+    def set_link(self, up: bool) -> None:
+        """Whether the cable is in: of a device that the hypervisor makes up, the hypervisor says so."""
+        self._guest.qmp("set_link", name="net0", up=up)
 
     def keys(self) -> str:
         """Somebody types, here, and the guest's programs read it."""
@@ -328,8 +350,8 @@ class Machine:
         self.rows.append((device, guest, bus))
 
     def _count_disks(self) -> None:
-        for device, name in (("disk0", "vda"), ("disk1", "vdb")):
-            words = self._guest.run(f"cat /sys/block/{name}/stat").split()
+        for device in ("disk0", "disk1"):
+            words = self._guest.run(f"cat /sys/block/{self.block(device)}/stat").split()
             reads, size = int(words[0]), 512 * int(words[2])
             served = self._bus.get(device, Blk).reads
             # Each request has a status of one byte.
@@ -352,24 +374,25 @@ class Machine:
                 break
         self._row("net0", f"{rx} frames received, {tx} sent", agree, f"{given} given, {taken} taken")
 
-    def run(self) -> None:
+    def steps(self) -> list[Step]:
         """Every step, in order."""
-        run_steps(
-            [
-                ("disks", self.make_disks),
-                ("bus", self.start_bus),
-                ("guest", self.boot),
-                ("entropy", self.entropy),
-                ("files", self.files),
-                ("grow", self.grow),
-                ("offloads", self.offloads),
-                ("http", self.http),
-                ("link", self.link),
-                ("keys", self.keys),
-                ("end", self.end),
-            ],
-            self.say,
-        )
+        return [
+            ("disks", self.make_disks),
+            ("bus", self.start_bus),
+            ("guest", self.boot),
+            ("entropy", self.entropy),
+            ("files", self.files),
+            ("grow", self.grow),
+            ("offloads", self.offloads),
+            ("http", self.http),
+            ("link", self.link),
+            ("keys", self.keys),
+            ("end", self.end),
+        ]
+
+    def run(self) -> None:
+        """Take every step. StepFailed."""
+        run_steps(self.steps(), self.say)
 
     def table(self) -> str:
         """What the guest saw, and beside it what the bus counted."""
@@ -389,11 +412,11 @@ def ip(*words: str) -> None:
         raise StepFailed(f"ip {' '.join(words)}: {done.stderr.strip()}")
 
 
-def main() -> int:
+def main(kind: type[Machine] = Machine, why_not: Callable[[], str] = why_no_guest) -> int:
     """Run the demo; its exit status. Where there can be no guest, the one without stands in."""
-    reason = why_no_guest()
+    reason = why_not()
     if reason:
         return story.main([f"{reason}: drivers in this process stand in for a guest"])
     with tempfile.TemporaryDirectory(prefix="vbus-demo-") as folder:
-        machine = Machine(Path(folder), lambda line: print(line, flush=True))
+        machine = kind(Path(folder), lambda line: print(line, flush=True))
         return story.tell(machine.run, machine.close, machine.table, machine.replaced)

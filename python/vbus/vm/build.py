@@ -19,6 +19,11 @@ from pathlib import Path
 from vbus.vm.debian import FetchError, alone, cache, depends, unpacked
 from vbus.vm.kernel import newest
 
+SOURCES = Path(__file__).parents[3] / "guest" / "linux"
+"""Where a checkout has the modules with which a guest sees a whole bus. An installation has none."""
+MODULES = ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")
+"""What they are called, each behind what it needs."""
+
 HERE = "amd64"
 """What the programs of a build run on."""
 
@@ -89,6 +94,16 @@ def _relocate(files: Path, tools: Path, package: str, place: Path) -> None:
         made.rename(place)
 
 
+def bus_modules(*, backports: bool = False) -> list[Path]:
+    """Those modules, built, in the order in which they are loaded. Raises FetchError, BuildError."""
+    if not (SOURCES / "Kbuild").exists():
+        raise BuildError(
+            "the sources of the guest's modules are not here: they are in guest/linux of a checkout of vbus"
+        )
+    built = build(SOURCES, backports=backports).modules
+    return [built[name] for name in MODULES]
+
+
 def build(
     sources: Path, architecture: str = "amd64", *, backports: bool = False, options: Sequence[str] = ("W=1",)
 ) -> Built:
@@ -139,4 +154,4 @@ def _make(files: Sequence[Path], place: Path, kept: Path, options: Sequence[str]
         made.rename(kept)
 
 
-__all__ = ["BuildError", "Built", "FetchError", "build", "headers"]
+__all__ = ["MODULES", "SOURCES", "BuildError", "Built", "FetchError", "build", "bus_modules", "headers"]
