@@ -135,10 +135,12 @@ def test_a_function_of_a_bus_that_runs(folder: Path) -> None:
     # What is behind a function needs no other connector.
     (folder / "one.toml").write_text(
         SOME.partition("[device.lamp0]")[0].replace('"some"', '"one"')
-        + '[connector.guests]\ntype = "ivshmem"\nsocket = "guests.sock"\n'
+        + '[connector.guests]\ntype = "ivshmem"\nsocket = "guests.sock"\nram = "one.ram"\nqmp = "one.qmp"\n'
     )
-    done = vbus("guest", "one.toml", "--", "cat /sys/bus/vbus/devices/*/name", cwd=folder, timeout=200)
-    assert (done.returncode, steps(done.stderr), done.stdout.split()) == (0, [], [b"rng0", b"disk0"])
+    shown = "cat /sys/bus/vbus/devices/*/name /sys/bus/pci/drivers/vbus_ivshmem/*/memory"
+    done = vbus("guest", "one.toml", "--", shown, cwd=folder, timeout=200)
+    assert (done.returncode, steps(done.stderr)) == (0, [])
+    assert done.stdout.split() == [b"rng0", b"disk0", b"shared"]
     with serving("one.toml", cwd=folder, lines=1):
         done = vbus("guest", "--", "dd if=/dev/vda bs=64k count=1 | wc -c", cwd=folder, timeout=200)
         assert (done.returncode, done.stdout) == (0, b"65536\n"), done.stderr

@@ -148,6 +148,10 @@ class _Function:
     """Their names."""
     classes: tuple[int, ...]
     """The ids of their classes."""
+    ram: Path | None = None
+    """The file that the guest's memory shall be in, where it is shared."""
+    qmp: Path | None = None
+    """Where QEMU is asked how it lies there."""
 
 
 @dataclass
@@ -272,7 +276,8 @@ def _behind(connectors: list[Row], names: list[str], show: Callable[[str], Row],
             devices = tuple(name for name in names if connector["devices"] is None or name in connector["devices"])
             classes = tuple(show(name)["device_id"] for name in devices)
             socket = Path(connector["address"].removeprefix("ivshmem:")).absolute()
-            found.functions.append(_Function(connector["name"], socket, devices, classes))
+            places = (Path(place) if place is not None else None for place in (connector["ram"], connector["qmp"]))
+            found.functions.append(_Function(connector["name"], socket, devices, classes, *places))
             continue
         if connector["type"] != "vhost-user":
             continue
@@ -310,7 +315,7 @@ def _boot(wanted: _Wanted, reached: _Reached, reconnect: Reconnect, command: Seq
     from vbus.vm import Guest, GuestError
     from vbus.vm.build import BuildError, FetchError, bus_modules
     from vbus.vm.modules import modules_for
-    from vbus.vm.options import device_options, function_options
+    from vbus.vm.options import device_options, function_options, monitor_options
 
     options = [word for device in reached.devices for word in device_options(device, wanted.machine, reconnect)]
     classes = [device.device_id for device in reached.devices]
@@ -318,6 +323,11 @@ def _boot(wanted: _Wanted, reached: _Reached, reconnect: Reconnect, command: Seq
     for function in reached.functions:
         options += function_options(function.name, function.socket, VECTORS, wanted.machine)
         classes += function.classes
+    for monitor in {function.qmp for function in reached.functions if function.qmp is not None}:
+        options += monitor_options(monitor)
+    memory_files = {function.ram for function in reached.functions if function.ram is not None}
+    if len(memory_files) > 1:
+        raise UsageError("these functions share the memory of several guests (ram): take their buses apart")
     modules: list[str | Path] = [module for number in classes for module in modules_for(number)]
     if reached.functions:
         try:
@@ -335,6 +345,7 @@ def _boot(wanted: _Wanted, reached: _Reached, reconnect: Reconnect, command: Seq
                         modules=[*dict.fromkeys([*modules, *wanted.modules]), *own],
                         packages=wanted.packages,
                         memory=wanted.memory // MIB,
+                        memory_file=next(iter(memory_files), None),
                         cpus=wanted.cpus,
                     )
                 )
