@@ -21,6 +21,7 @@ import pytest
 
 from conftest import wait_until
 from guests import BACKPORTS, bus_modules, function_args
+from vbus import msg
 from vbus.bus import Bus
 from vbus.connectors import Ivshmem
 from vbus.connectors.ivshmem_peer import IvshmemPeer
@@ -28,7 +29,7 @@ from vbus.devices import Blk, Console, Rng
 from vbus.shmem import ivshmem
 from vbus.shmem.area import MAGIC, SESSION, SESSION_REQUEST, sealed_memfd
 from vbus.vm import Guest
-from vbus.vm.options import function_options
+from vbus.vm.options import function_options, monitor_options
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -273,3 +274,59 @@ def test_a_hostile_bus_harms_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
                 assert [line for line in said.splitlines() if CONCERNS.search(line)] == []
                 assert "the bus broke the protocol" in said
                 vm.run("rmmod vbus_ivshmem virtio_vbus vbus_proxy", seconds=60)
+
+
+def lies(chance: random.Random) -> tuple[int, ...]:
+    """What a bus may say of a range: index, count, address, size, nonce."""
+    words = (0, 1, 2, 64, 65, 0xFFFFFFFF)
+    places = (0, 1, 0x1000, 0xA0000, 1 << 20, 0xFEE00000, 1 << 32, 1 << 52, (1 << 63) + 1, (1 << 64) - 1)
+    return (
+        chance.choice(words),
+        chance.choice(words),
+        chance.choice((*places, chance.getrandbits(40) & ~0xFFF)),
+        chance.choice((*places, chance.getrandbits(32))),
+        chance.getrandbits(64),
+    )
+
+
+def test_a_bus_that_lies_of_memory_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = int(os.environ.get("VBUS_HOSTILE_SEED", "0")) or random.getrandbits(32)
+    print(f"VBUS_HOSTILE_SEED={seed}")
+    chance = random.Random(seed)
+    lying, told = True, 0
+    honest = IvshmemPeer.transmit
+
+    def transmit(peer: IvshmemPeer, message: bytes, priority: int) -> None:
+        nonlocal told
+        frame = msg.decode(message)
+        if lying and isinstance(frame, msg.Frame) and isinstance(frame.body, msg.RamRangeResponse):
+            told += 1
+            said = list(lies(chance))
+            if chance.random() < 0.7:
+                # So that the guest goes on to the range itself.
+                said[:2] = frame.body.index, frame.body.count
+            message = msg.encode(msg.Frame(msg.RamRangeResponse(*said), frame.dev_num, frame.token))
+        honest(peer, message, priority)
+
+    monkeypatch.setattr(IvshmemPeer, "transmit", transmit)
+    with Bus("liar") as bus:
+        bus.plug(Rng(), "rng0")
+        connector = bus.connect(Ivshmem(tmp_path / "bus.sock", ram=tmp_path / "ram", qmp=tmp_path / "qmp"), "function")
+        with Guest(
+            args=[*monitor_options(tmp_path / "qmp"), *function_args(connector)],
+            modules=["virtio_rng", *bus_modules()],
+            memory_file=tmp_path / "ram",
+            append="slub_debug=FZPU page_poison=1",
+            backports=BACKPORTS,
+        ) as vm:
+            for _ in range(12):
+                before = told
+                vm.run("rmmod vbus_ivshmem; insmod /modules/vbus_ivshmem.ko", seconds=60)
+                assert wait_until(lambda: told > before, 30)  # noqa: B023
+                assert not any(peer.describe()["memory"] == "shared" for peer in list(connector.peers))
+            lying = False
+            vm.run("rmmod vbus_ivshmem; insmod /modules/vbus_ivshmem.ko", seconds=60)
+            vm.wait_for("head -c 64 /dev/hwrng >/dev/null", seconds=60)
+            assert vm.run("cat /sys/bus/pci/drivers/vbus_ivshmem/0*/memory") == "shared\n"
+            said = vm.run("dmesg")
+            assert [line for line in said.splitlines() if CONCERNS.search(line)] == []

@@ -36,7 +36,7 @@ from vbus.errors import Error
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
-ASK_SECONDS = 5.0
+ASK_SECONDS = 10.0
 """How long QEMU may take, all in all."""
 MAX_GUEST_RAM = 1 << 46
 """Bytes of a guest's memory that may be mapped: address space, no memory of ours."""
