@@ -49,6 +49,8 @@ DEFAULT_BAR = 64 << 20
 MAX_MACHINES = 16
 LOOK_AGAIN = 0.01
 """Seconds between two looks at devices that are still being reset."""
+STOP_SECONDS = 2.0
+"""How long guests may take to hear that the bus stops, whose devices hang."""
 SESSION_PAUSE = 0.05
 """Seconds, at least, between the beginnings of two sessions: making an area anew takes time."""
 
@@ -195,6 +197,10 @@ class Ivshmem(PeerHost):
         super().stop()
         for machine in self._machines:
             machine.part("the bus stopped", kept=True)
+        # Their guests shall hear of it while there are threads to say it.
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(not machine.actor.closed for machine in self._machines) and time.monotonic() < deadline:
+            time.sleep(0.002)
         for kept in self._take_kept():
             handshake.close_all(kept.fds)
         if self.keeper is not None:
@@ -341,21 +347,27 @@ class Machine:
         self.outward[ivshmem.LINK_VECTOR].ring()
         return False
 
-    def ended(self) -> None:
+    def ended(self, peer: IvshmemPeer) -> None:
         """A session is over: its guest shall hear of it, unless it began another."""
-        self.actor.mark(self._over_key)
+        if peer.shares:
+            self.actor.mark(self._over_key)
+        elif self._peer is peer and not self.gone:
+            self._tell_end()
 
     def _over_turn(self) -> bool:
+        """With shared memory, what the guest hears means that its buffers are its own again."""
         peer = self._peer
         if peer is None or not peer.parted or self.gone:
             return False
-        if peer.shares and not peer.is_over:
-            # What the guest hears means that its buffers are its own again.
+        if peer.is_over:
+            self._tell_end()
+        else:
             self.actor.mark_later(self._over_key, LOOK_AGAIN)
-            return False
+        return False
+
+    def _tell_end(self) -> None:
         self.area.end_session()
         self.outward[ivshmem.LINK_VECTOR].ring()
-        return False
 
     # The end.
 
@@ -374,8 +386,7 @@ class Machine:
         if self._peer is not None and not self._peer.is_over:
             self.actor.mark_later(self._end_key, LOOK_AGAIN)
             return False
-        self.area.end_session()
-        self.outward[ivshmem.LINK_VECTOR].ring()
+        self._tell_end()
         self.bus.pool.scheduler.remove_fd(self.inward[ivshmem.SESSION_VECTOR].fileno())
         self.actor.unwatch(self._sock.fileno())
         self._parts.close()

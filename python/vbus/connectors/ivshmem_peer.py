@@ -204,4 +204,4 @@ class IvshmemPeer(AreaPeer):
         for account in self.accounts:
             account.give_back("memory", self._reserved)
         self._reserved = 0
-        self.machine.ended()
+        self.machine.ended(self)
