@@ -69,20 +69,27 @@ def namespace(name: str) -> Iterator[tuple[str, ...]]:
 @contextlib.contextmanager
 def file_served(folder: Path, size: int, address: str, inside: Sequence[str]) -> Iterator[str]:
     """Random bytes at `http://ADDRESS:8000/file`, served inside: their SHA-256."""
-    served = folder / "served"
-    served.mkdir()
+    place = folder / "served"
+    place.mkdir()
     data = os.urandom(size)
-    (served / "file").write_bytes(data)
+    (place / "file").write_bytes(data)
+    with served(place, address, inside):
+        yield hashlib.sha256(data).hexdigest()
+
+
+@contextlib.contextmanager
+def served(folder: Path, address: str, inside: Sequence[str]) -> Iterator[None]:
+    """The files of a folder at `http://ADDRESS:8000/`, served inside."""
     server = subprocess.Popen(
         [
             *(*inside, sys.executable, "-m", "http.server"),
-            *("--bind", address, "--directory", str(served), "8000"),
+            *("--bind", address, "--directory", str(folder), "8000"),
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        yield hashlib.sha256(data).hexdigest()
+        yield
     finally:
         server.terminate()
         server.wait(20)

@@ -204,6 +204,21 @@ def test_a_range_is_proven_by_its_nonce_alone(ram: Path) -> None:
         _ = found.proven
 
 
+def test_a_file_of_large_pages_is_mapped_in_such_pages(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a range begins in the middle of one."""
+
+    class Large:
+        f_bsize = 2 * MIB
+
+    monkeypatch.setattr(os, "fstatvfs", lambda _: Large)
+    found = GuestRam(os.open(ram, os.O_RDWR), LAYOUT)
+    write_nonce(ram, 5 * MIB, found.nonces[1])
+    assert found.prove(1, 5 * MIB)
+    [proven] = found.proven
+    assert (proven.before, proven.size, proven.mapping.size) == (MIB, 7 * MIB, 8 * MIB)
+    assert memoryview(proven.mapping)[5 * MIB : 5 * MIB + 8] == found.nonces[1].to_bytes(8, "little")
+
+
 def test_a_file_that_is_truncated_proves_nothing(ram: Path) -> None:
     found = GuestRam(os.open(ram, os.O_RDWR), LAYOUT)
     write_nonce(ram, MIB, found.nonces[1])

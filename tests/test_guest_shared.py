@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,11 +22,11 @@ import pytest
 
 from command import out, vbus
 from conftest import wait_until
-from guests import BACKPORTS, Served, bus_modules, file_served, namespace
+from guests import BACKPORTS, Served, bus_modules, file_served, namespace, served
 from qmp_server import QmpServer, backend, tree
 from vbus.shmem import ivshmem
 from vbus.virtio.features import ACCESS_PLATFORM, RING_PACKED
-from vbus.vm import Guest
+from vbus.vm import Guest, kernel
 from vbus.vm.options import function_options, monitor_options
 
 pytestmark = [
@@ -160,7 +161,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             with Guest(
                 args=args,
                 modules=["virtio_rng", "virtio_blk", "virtio_net", "crc32c_generic", "ext4", *bus_modules()],
-                packages=["e2fsprogs"],
+                packages=["e2fsprogs", "kexec-tools"],
                 memory=MEMORY,
                 memory_file=folder / "ram",
                 cpus=2,
@@ -310,3 +311,26 @@ def test_a_kernel_that_ends_takes_its_memory_back(here: Running, way: str) -> No
     [reason] = [row["reason"] for row in here.connectors()["shared"]["departed"][sessions:]]
     assert reason == "its guest ended the session"
     assert here.vm.errors == ""
+
+
+def test_a_kernel_that_starts_another_takes_its_memory_back(here: Running) -> None:
+    """As the one before, without a reset of the machine: the next kernel finds memory as it was left."""
+    vm = here.vm
+    name = vm.run("ls -d /sys/class/net/eth*").split()[0].rpartition("/")[2]
+    vm.run(f"ip addr add {THERE}/24 dev {name} && ip link set {name} up")
+    place = here.folder / "kernel"
+    place.mkdir()
+    shutil.copy(kernel.stock("amd64", backports=BACKPORTS).image, place / "image")
+    shutil.copy(vm.directory / "initramfs", place / "initramfs")
+    with served(place, HERE, here.inside):
+        for file in ("image", "initramfs"):
+            vm.wait_for(f"wget -q -O /tmp/{file} http://{HERE}:8000/{file}", seconds=120)
+    vm.run('kexec -l /tmp/image --initrd=/tmp/initramfs --command-line="$(cat /proc/cmdline)"')
+    sessions = len(here.connectors()["shared"]["departed"])
+    said = len(vm.console)
+    vm.run("(sleep 1; kexec -e) >/dev/null 2>&1 &")
+    assert wait_until(lambda: "@ready" in vm.console[said:], 120), vm.console[said:]
+    assert here.memory("disk0") == "shared"
+    vm.run(f"dd if=/dev/{here.block('disk0')} of=/dev/null bs=64k count=16")
+    [reason] = [row["reason"] for row in here.connectors()["shared"]["departed"][sessions:]]
+    assert reason == "its guest ended the session"
