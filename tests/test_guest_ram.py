@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import vbus
 from conftest import wait_until
 from models import Echo, EchoDriver
 from qmp_server import QmpServer, backend, tree
@@ -24,6 +26,7 @@ from vbus import msg
 from vbus.bus import Bus
 from vbus.connectors import Ivshmem, guest_ram, ivshmem_peer
 from vbus.connectors.guest_ram import Finder, GuestRam, RamError, find
+from vbus.connectors.ivshmem import LOOK_AGAIN
 from vbus.connectors.memory_tree import Range
 from vbus.errors import DriverError, UsageError
 from vbus.proxy import Remote
@@ -531,30 +534,40 @@ def test_a_file_that_is_truncated_is_one_drivers_loss(
         file.write(data)
 
 
+class Stuck(Echo):
+    """Its requests are under way for as long as the test likes."""
+
+    def __init__(self) -> None:
+        self.began = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def handle(self, queue: vbus.Queue, request: vbus.Request) -> None:
+        """Answer, much later."""
+        self.began.set()
+        assert self.may_go_on.wait(30)
+        super().handle(queue, request)
+
+
 def test_a_session_is_over_when_nothing_uses_the_guests_memory(
-    served: tuple[Bus, Ivshmem], begin: Begin, qmp: QmpServer, monkeypatch: pytest.MonkeyPatch
+    served: tuple[Bus, Ivshmem], begin: Begin, qmp: QmpServer
 ) -> None:
     bus, connector = served
-    busy = True
-
-    def has_devices(attachment: object) -> bool:
-        return busy
-
+    stuck = bus.plug(Stuck(), "stuck")
     session = begin()
     session.prove(2)
     session.use()
-    session.drive()
+    session.drive().driver("stuck", EchoDriver).queue(0).submit([b"x"], 1)
+    assert stuck.began.wait(10)
     view = memoryview(session.connector._function.memory)
     _, number = Area.sessions(view)
-    monkeypatch.setattr(bus, "has_devices", has_devices)
     [peer] = connector.peers
     Area.request_session(view, 0)
     session.connector._function.outward[ivshmem.SESSION_VECTOR].ring()
     assert wait_until(lambda: peer.actor.closed)
     assert connector.describe()["departed"][-1]["reason"] == "its guest ended the session"
-    time.sleep(0.1)
+    time.sleep(5 * LOOK_AGAIN)
     assert Area.sessions(view) == (0, number)
-    busy = False
+    stuck.may_go_on.set()
     assert wait_until(lambda: Area.sessions(view) == (0, 0))
     assert wait_until(lambda: session.connector.lost is not None)
 
