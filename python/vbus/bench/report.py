@@ -26,15 +26,19 @@ This page is generated (`vbus bench report`) from the JSON beside it.
 
 
 def page(folder: Path) -> str:
-    """The page of all results in a folder, which has the pictures too, as Markdown. UsageError: there are none."""
+    """The page of all results in a folder, which has the pictures too, as Markdown. UsageError: there are none.
+
+    What was measured in a guest has a page of its own, when it is alone in its folder.
+    """
     results = [
         (harness.load(name), json.loads(path.read_text())[0])
-        for name in harness.NAMES
+        for name in (*harness.NAMES, *harness.IN_GUESTS)
         if (path := folder / f"{name}.json").is_file()
     ]
     if not results:
         raise UsageError(f"{folder}: no results: write them there with vbus bench all --output {folder}")
-    parts = [HEAD]
+    alone = results[0][0].page_head if len(results) == 1 else ""
+    parts = [alone or HEAD]
     bars = _bars([result for _, result in results])
     if bars.rows:
         parts.append(f"## The bars\n\n{bars.markdown()}\n")

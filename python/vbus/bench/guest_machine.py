@@ -1,0 +1,177 @@
+"""A guest that has the same devices in three ways, and what is asked of it: some load, and what that took of everybody.
+
+    load.c ── gcc ──> a program of the guest, and of the host as the other end of TCP
+    guest_side ─────> the bus, in a process of its own
+    Guest ──────────> Debian's kernel with vbus's modules: `run` has the program put load on devices of one kind
+
+Which device of the guest is which of the bus is learned once. Counters of the guest are read by the program itself,
+just before and just after the load; those of the bus around it, when nothing else is under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vbus.bench import children
+from vbus.bench.guest_side import KINDS, disk_name, mac_of, subnet_of
+from vbus.bench.work import threads_of
+from vbus.errors import UsageError
+from vbus.vm import Guest, GuestError, build
+from vbus.vm.machine import fastest
+
+SOURCE = Path(__file__).parent / "guest" / "load.c"
+MEMORY = 512
+"""MiB of the guest."""
+CPUS = 2
+BLOCKS = 4096
+"""Of 4 KiB, of each disk."""
+SETTLE_SECONDS = 5.0
+LOOK_SECONDS = 0.02
+RUN_SECONDS = 60.0
+BUS_KINDS = KINDS[1:]
+COUNTERS = [f"{counter}_{way}" for way in ("to_device", "to_driver") for counter in ("signalled", "sent", "rung")]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of devices: `count` requests of each (or of each connection), `depth` at once, of so many devices.
+
+    `work` is "read" (4 KiB at random places of disks), "ask" (64 bytes there and back by TCP) or "stream" (64 KiB each
+    by TCP). `service`: seconds that a disk takes for a request.
+    """
+
+    work: str
+    devices: int
+    depth: int
+    count: int
+    service: float = 0.0
+
+
+def build_load(folder: Path) -> Path:
+    """The program, for this machine and for any guest of its kind. UsageError."""
+    program = folder / "load"
+    command = ["gcc", "-O2", "-static", "-pthread", "-o", str(program), str(SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        lines = done.stderr.splitlines() or ["no reason given"]
+        raise UsageError(f"the load for the guest cannot be built by gcc (libc6-dev is needed, too): {lines[-1]}")
+    return program
+
+
+def namespace() -> list[str]:
+    """The words that run a command in a network of its own; none where that is not permitted."""
+    for words in (["unshare", "--net"], ["unshare", "--map-root-user", "--net"]):
+        with contextlib.suppress(OSError):
+            made = [*words, "ip", "tuntap", "add", "vbtry", "mode", "tap"]
+            if subprocess.run(made, capture_output=True, check=False, stdin=subprocess.DEVNULL).returncode == 0:
+                return words
+    return []
+
+
+class GuestMachine:
+    """The guest and its bus, for a `with` block."""
+
+    def __init__(self, folder: Path, disks: int, nets: int) -> None:
+        """Make a bus with so many disks and networks of each kind, and start a guest of it. UsageError."""
+        self._closing = contextlib.ExitStack()
+        self._disks: dict[str, list[str]] = {}
+        self._buses: dict[str, str] = {}
+        try:
+            self._start(folder, disks, nets)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, folder: Path, disks: int, nets: int) -> None:
+        program = build_load(folder)
+        within = namespace() if nets else []
+        self._side = self._closing.enter_context(children.Child("vbus.bench.guest_side", within=within))
+        args = self._side.ask("serve", folder=str(folder), disks=disks, nets=nets, blocks=BLOCKS)
+        if nets:
+            self._side.ask("answer", program=str(program))
+        try:
+            modules: list[str | Path] = ["virtio_blk", "virtio_net", *build.bus_modules()]
+        except (build.BuildError, build.FetchError) as error:
+            raise UsageError(f"the guest's modules: {error}") from None
+        self.accelerator = fastest().partition(",")[0]
+        files = {"load": program.read_bytes()}
+        try:
+            self._vm = self._closing.enter_context(
+                Guest(args=args, modules=modules, files=files, memory=MEMORY, cpus=CPUS)
+            )
+            self._find(disks, nets)
+        except GuestError as error:
+            raise children.SideError(f"the guest: {error}") from None
+
+    def _find(self, disks: int, nets: int) -> None:
+        """Which device of the guest is which; networks get their addresses."""
+        self._vm.wait_for(f"test $(ls /sys/block | grep -c ^vd) = {len(KINDS) * disks}")
+        self.kernel = self._vm.run("uname -r").strip()
+        # One read, one request: neighbours that are under way together would become one.
+        self._vm.run("for b in /sys/block/vd*; do echo 2 >$b/queue/nomerges; done")
+        # The bus's names of disks that come through it; the others are in the order of their places.
+        said = self._vm.run(
+            "for b in /sys/block/vd*; do p=$(readlink -f $b); case $p in "
+            "*/vbus*) cat ${p%/virtio*}/name; basename ${p%/virtio*} ;; *) echo pci; echo $p ;; esac; basename $b; done"
+        ).split()
+        found = {(name, where): disk for name, where, disk in zip(said[::3], said[1::3], said[2::3], strict=True)}
+        self._disks["virtio-pci"] = [f"/dev/{found[key]}" for key in sorted(key for key in found if key[0] == "pci")]
+        places = {name: (where, disk) for (name, where), disk in found.items()}
+        for kind in BUS_KINDS:
+            self._disks[kind] = [f"/dev/{places[disk_name(kind, number)][1]}" for number in range(disks)]
+            self._buses[kind] = places[disk_name(kind, 0)][0].partition("-")[0]
+        for kind in KINDS:
+            for number in range(nets):
+                self._vm.run(
+                    f"n=$(basename $(dirname $(grep -l {mac_of(kind, number)} /sys/class/net/*/address))) && "
+                    f"ip address add {subnet_of(kind, number)}.2/24 dev $n && ip link set $n up"
+                )
+
+    def run(self, kind: str, load: Load, seed: int = 1) -> dict[str, Any]:
+        """Put load on devices of a kind; what the program says, and what the bus and both sides count. SideError."""
+        self._side.ask("set_service", seconds=load.service)
+        where = (
+            self._disks[kind][: load.devices]
+            if load.work == "read"
+            else [f"{subnet_of(kind, number)}.1" for number in range(load.devices)]
+        )
+        counted = [
+            f"-c '{name}=/sys/bus/vbus/devices/{self._buses[kind]}-*/{way}/{counter}'"
+            for name in COUNTERS
+            if kind in self._buses
+            for counter, _, way in [name.partition("_")]
+        ]
+        words = ["/load", *counted, load.work, str(load.count), str(load.depth)]
+        words += [str(seed), *where] if load.work == "read" else where
+        before, used = self._settled(), threads_of(self._vm.pid)
+        try:
+            told: dict[str, Any] = json.loads(self._vm.run(" ".join(words), seconds=RUN_SECONDS))
+        except (GuestError, ValueError) as error:
+            raise children.SideError(f"load in the guest: {error}") from None
+        after = self._settled()
+        told["qemu_seconds"] = (threads_of(self._vm.pid)["ran"] - used["ran"]) / 1e9
+        told["bus_seconds"] = after["cpu_seconds"] - before["cpu_seconds"]
+        told["bus"] = {key: after["kinds"][kind][key] - before["kinds"][kind][key] for key in after["kinds"][kind]}
+        return told
+
+    def _settled(self) -> dict[str, Any]:
+        """The bus's counters once they stand still."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        last: dict[str, Any] = self._side.ask("counters")
+        while time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+            again: dict[str, Any] = self._side.ask("counters")
+            if again["kinds"] == last["kinds"]:
+                return again
+            last = again
+        raise children.SideError(f"the bus is not idle {SETTLE_SECONDS:g} seconds after its last request")
+
+    def close(self) -> None:
+        """End the guest and the bus."""
+        self._closing.close()

@@ -1,0 +1,155 @@
+"""The side of a guest's measurements that serves: one bus, whose devices one guest has in three ways at once.
+
+Run as a process of its own, in a network namespace of its own: `python -m vbus.bench.guest_side`, told what to do by
+`children`. Disks and networks of all kinds are alike, and served by the same threads: what differs is how the guest
+and the bus tell each other that there is something to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, Literal
+
+from vbus.bench import children
+from vbus.bench.paced_disk import Clock, PacedDisk
+from vbus.bus import Bus
+from vbus.connectors import Ivshmem, VhostUser
+from vbus.devices import Net
+from vbus.shmem import ivshmem
+from vbus.vm.options import VhostUserDevice, device_options, function_options
+
+KINDS = ("virtio-pci", "direct", "tunnelled")
+SIGNALS: dict[str, Literal["direct", "tunnelled"]] = {"direct": "direct", "tunnelled": "tunnelled"}
+"""Of the function, where the devices are behind one."""
+FUNCTIONS = 8
+"""Of a slot of PCI."""
+FIRST_SLOT = 0x10
+
+
+def disk_name(kind: str, number: int) -> str:
+    """On the bus."""
+    return f"{kind}-disk{number}"
+
+
+def net_name(kind: str, number: int) -> str:
+    """On the bus."""
+    return f"{kind}-net{number}"
+
+
+def mac_of(kind: str, number: int) -> str:
+    """Of a network in the guest."""
+    return f"52:54:00:00:{KINDS.index(kind):02x}:{number:02x}"
+
+
+def subnet_of(kind: str, number: int) -> str:
+    """The first three numbers of a network's addresses; the host is 1 there, the guest 2."""
+    return f"10.{90 + KINDS.index(kind)}.{number}"
+
+
+class GuestSide:
+    """What the measurement can ask of this side."""
+
+    def __init__(self) -> None:
+        self._closing = contextlib.ExitStack()
+        self._bus: Bus | None = None
+        self._clock = Clock()
+        self._closing.callback(self._clock.close)
+
+    def serve(self, folder: str, disks: int, nets: int, blocks: int) -> list[str]:
+        """Serve so many disks and networks of each kind; QEMU's options for all of them."""
+        bus = Bus("bench", polling="notified")
+        self._closing.callback(bus.stop)
+        self._bus = bus
+        words: list[str] = []
+        for kind in KINDS:
+            names = [disk_name(kind, number) for number in range(disks)]
+            for name in names:
+                bus.plug(PacedDisk(self._clock, blocks), name)
+            for number in range(nets):
+                name = net_name(kind, number)
+                names.append(name)
+                bus.plug(Net(f"tap:{_tap(kind, number)}", mac=mac_of(kind, number)), name)
+            if kind == "virtio-pci":
+                for number, name in enumerate(names):
+                    words += self._device(bus, name, Path(folder), number)
+            else:
+                socket = Path(folder) / f"{kind}.sock"
+                bus.connect(Ivshmem(socket, devices=names, signal=SIGNALS[kind], keep=False), kind)
+                words += function_options(kind, socket, ivshmem.VECTORS)
+        bus.start()
+        for kind in KINDS:
+            for number in range(nets):
+                tap = _tap(kind, number)
+                subprocess.run(["ip", "address", "add", f"{subnet_of(kind, number)}.1/24", "dev", tap], check=True)
+                subprocess.run(["ip", "link", "set", tap, "up"], check=True)
+        return words
+
+    def _device(self, bus: Bus, name: str, folder: Path, number: int) -> list[str]:
+        """A function of a slot that several share: a root bus has fewer slots than there are devices."""
+        socket = folder / f"{name}.sock"
+        bus.connect(VhostUser(name, socket))
+        device = bus.slot(name).device
+        mac = device.mac if isinstance(device, Net) else None
+        served = VhostUserDevice(name, int(device.device_id), socket, queues=len(device._queues), mac=mac)
+        words = device_options(served, reconnect="no")
+        words[-1] += f",addr={FIRST_SLOT + number // FUNCTIONS:#x}.{number % FUNCTIONS},multifunction=on"
+        return words
+
+    def answer(self, program: str) -> None:
+        """Start the other end of TCP."""
+        served = subprocess.Popen([program, "serve"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        self._closing.callback(_end, served)
+        assert served.stdout is not None
+        if served.stdout.readline() != b"ready\n":
+            raise children.SideError("the other end of TCP did not start")
+
+    def set_service(self, seconds: float) -> None:
+        """How long each disk takes for a request from now on."""
+        self._clock.seconds = seconds
+
+    def counters(self) -> dict[str, Any]:
+        """Of every kind: requests and signals of all its devices together; and the CPU time of this process."""
+        assert self._bus is not None
+        found: dict[str, Any] = {}
+        for row in self._bus.stat():
+            kind = next(kind for kind in KINDS if row["device"].startswith(kind))
+            sums = found.setdefault(kind, {})
+            for key, value in row.items():
+                if isinstance(value, dict):
+                    for counter, count in value.items():
+                        sums[f"{counter}_{key}"] = sums.get(f"{counter}_{key}", 0) + count
+            sums["requests"] = sums.get("requests", 0) + row["requests"]
+        used = os.times()
+        return {"kinds": found, "cpu_seconds": used.user + used.system}
+
+    def close(self) -> None:
+        """Stop everything."""
+        self._closing.close()
+
+
+def _tap(kind: str, number: int) -> str:
+    return f"vb{KINDS.index(kind)}n{number}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    side = GuestSide()
+    try:
+        names = ("serve", "answer", "set_service", "counters")
+        children.serve({name: getattr(side, name) for name in names})
+    finally:
+        side.close()
+
+
+if __name__ == "__main__":
+    main()
