@@ -70,11 +70,13 @@ def result_of(quick: Quick, name: str) -> dict[str, Any]:
 
 
 def test_all_that_can_be_measured_is(quick: Quick) -> None:
-    assert list(harness.NAMES) == list(cli_bench.ABOUT)
+    assert [*harness.NAMES, *harness.IN_GUESTS] == list(cli_bench.ABOUT)
+    assert [name for name, about in cli_bench.ABOUT.items() if about.in_guest] == list(harness.IN_GUESTS)
     assert list(quick.results) == [name for name in harness.NAMES if is_there(name)]
     modules = {path.stem for path in Path(measurements.__file__).parent.glob("*.py")}
     assert {name for name in modules if hasattr(importlib.import_module(f"{MODULES}.{name}"), "MEASUREMENT")} == {
-        *harness.NAMES
+        *harness.NAMES,
+        *harness.IN_GUESTS,
     }
 
 

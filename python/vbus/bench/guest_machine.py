@@ -1,4 +1,4 @@
-"""A guest that has the same devices in three ways, and what is asked of it: some load, and what that took of everybody.
+"""A guest that has the same devices in several ways, and what is asked of it: some load, and what that took of everybody.
 
     load.c ── gcc ──> a program of the guest, and of the host as the other end of TCP
     guest_side ─────> the bus, in a process of its own
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vbus.bench import children
-from vbus.bench.guest_side import KINDS, disk_name, mac_of, subnet_of
+from vbus.bench.guest_side import COPIED, GUEST_OPTIONS, KINDS, PCI, SIGNALS, disk_name, mac_of, subnet_of
 from vbus.bench.work import threads_of
 from vbus.errors import UsageError
 from vbus.vm import Guest, GuestError, build
@@ -34,7 +34,6 @@ BLOCKS = 4096
 SETTLE_SECONDS = 5.0
 LOOK_SECONDS = 0.02
 RUN_SECONDS = 60.0
-BUS_KINDS = KINDS[1:]
 COUNTERS = [f"{counter}_{way}" for way in ("to_device", "to_driver") for counter in ("signalled", "sent", "rung")]
 
 
@@ -103,7 +102,7 @@ class GuestMachine:
         files = {"load": program.read_bytes()}
         try:
             self._vm = self._closing.enter_context(
-                Guest(args=args, modules=modules, files=files, memory=MEMORY, cpus=CPUS)
+                Guest(args=args, modules=modules, files=files, memory=MEMORY, cpus=CPUS, append=GUEST_OPTIONS)
             )
             self._find(disks, nets)
         except GuestError as error:
@@ -121,9 +120,10 @@ class GuestMachine:
             "*/vbus*) cat ${p%/virtio*}/name; basename ${p%/virtio*} ;; *) echo pci; echo $p ;; esac; basename $b; done"
         ).split()
         found = {(name, where): disk for name, where, disk in zip(said[::3], said[1::3], said[2::3], strict=True)}
-        self._disks["virtio-pci"] = [f"/dev/{found[key]}" for key in sorted(key for key in found if key[0] == "pci")]
+        in_order = [f"/dev/{found[key]}" for key in sorted(key for key in found if key[0] == "pci")]
+        self._disks[PCI], self._disks[COPIED] = in_order[:disks], in_order[disks:]
         places = {name: (where, disk) for (name, where), disk in found.items()}
-        for kind in BUS_KINDS:
+        for kind in SIGNALS:
             self._disks[kind] = [f"/dev/{places[disk_name(kind, number)][1]}" for number in range(disks)]
             self._buses[kind] = places[disk_name(kind, 0)][0].partition("-")[0]
         for kind in KINDS:

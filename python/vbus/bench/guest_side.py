@@ -1,4 +1,4 @@
-"""The side of a guest's measurements that serves: one bus, whose devices one guest has in three ways at once.
+"""The side of a guest's measurements that serves: one bus, whose devices one guest has in several ways at once.
 
 Run as a process of its own, in a network namespace of its own: `python -m vbus.bench.guest_side`, told what to do by
 `children`. Disks and networks of all kinds are alike, and served by the same threads: what differs is how the guest
@@ -19,14 +19,20 @@ from vbus.bus import Bus
 from vbus.connectors import Ivshmem, VhostUser
 from vbus.devices import Net
 from vbus.shmem import ivshmem
+from vbus.virtio import features
 from vbus.vm.options import VhostUserDevice, device_options, function_options
 
-KINDS = ("virtio-pci", "direct", "tunnelled")
-SIGNALS: dict[str, Literal["direct", "tunnelled"]] = {"direct": "direct", "tunnelled": "tunnelled"}
+PCI, COPIED, DIRECT, TUNNELLED = KINDS = ("virtio-pci", "copied", "direct", "tunnelled")
+"""How the guest has a device: as a function of virtio-pci, whose buffers are where the guest has them, or copied as those
+behind ivshmem are; behind a function of ivshmem, with direct or with tunnelled signals.
+"""
+SIGNALS: dict[str, Literal["direct", "tunnelled"]] = {DIRECT: "direct", TUNNELLED: "tunnelled"}
 """Of the function, where the devices are behind one."""
 FUNCTIONS = 8
 """Of a slot of PCI."""
 FIRST_SLOT = 0x10
+GUEST_OPTIONS = "swiotlb=force"
+"""Of the guest's kernel: buffers of devices that say that they do not see all memory are copied."""
 
 
 def disk_name(kind: str, number: int) -> str:
@@ -55,6 +61,7 @@ class GuestSide:
     def __init__(self) -> None:
         self._closing = contextlib.ExitStack()
         self._bus: Bus | None = None
+        self._functions = 0
         self._clock = Clock()
         self._closing.callback(self._clock.close)
 
@@ -72,9 +79,9 @@ class GuestSide:
                 name = net_name(kind, number)
                 names.append(name)
                 bus.plug(Net(f"tap:{_tap(kind, number)}", mac=mac_of(kind, number)), name)
-            if kind == "virtio-pci":
-                for number, name in enumerate(names):
-                    words += self._device(bus, name, Path(folder), number)
+            if kind not in SIGNALS:
+                for name in names:
+                    words += self._device(bus, name, Path(folder), copied=kind == COPIED)
             else:
                 socket = Path(folder) / f"{kind}.sock"
                 bus.connect(Ivshmem(socket, devices=names, signal=SIGNALS[kind], keep=False), kind)
@@ -87,15 +94,21 @@ class GuestSide:
                 subprocess.run(["ip", "link", "set", tap, "up"], check=True)
         return words
 
-    def _device(self, bus: Bus, name: str, folder: Path, number: int) -> list[str]:
+    def _device(self, bus: Bus, name: str, folder: Path, *, copied: bool) -> list[str]:
         """A function of a slot that several share: a root bus has fewer slots than there are devices."""
         socket = folder / f"{name}.sock"
+        slot = bus.slot(name)
+        device, number = slot.device, self._functions
+        self._functions += 1
+        if copied:
+            # The guest's kernel then uses what it has for devices that do not see its memory: it is told to copy.
+            slot.available |= 1 << features.ACCESS_PLATFORM
         bus.connect(VhostUser(name, socket))
-        device = bus.slot(name).device
         mac = device.mac if isinstance(device, Net) else None
         served = VhostUserDevice(name, int(device.device_id), socket, queues=len(device._queues), mac=mac)
         words = device_options(served, reconnect="no")
-        words[-1] += f",addr={FIRST_SLOT + number // FUNCTIONS:#x}.{number % FUNCTIONS},multifunction=on"
+        place = f"{FIRST_SLOT + number // FUNCTIONS:#x}.{number % FUNCTIONS}"
+        words[-1] += f",addr={place},multifunction=on,disable-legacy=on{',iommu_platform=on' if copied else ''}"
         return words
 
     def answer(self, program: str) -> None:

@@ -1,9 +1,12 @@
 """Doorbells and interrupts of a guest for the same work: virtio-pci, `ivshmem` direct, and `ivshmem` tunnelled.
 
-A guest has the same disks and networks three times, in one boot: as functions of virtio-pci behind vhost-user, each
+A guest has the same disks and networks several times, in one boot: as functions of virtio-pci behind vhost-user, each
 queue with an eventfd and a vector; behind a function of ivshmem with direct signals; and behind one with tunnelled
-signals. One process serves all of them with the same threads and the same models, so that one thing differs: how the
-two sides tell each other that there is something to do. Ways take turns, within a round.
+signals. One process serves all of them with the same threads and the same models. Ways take turns, within a round.
+
+Behind ivshmem the guest copies what devices shall see into the function's memory, which takes time of the guest's. So
+there is virtio-pci once more, told to copy as well (the kernel's bounce buffers): beside that one thing differs, how
+the two sides tell each other that there is something to do.
 
 A *case* is some load: reads of so many disks, requests and answers or streams over so many networks. The count of
 requests is found once, on virtio-pci, and is the same for all. A disk's service time is set: how often somebody sleeps
@@ -16,20 +19,19 @@ the sum of its eventfd, for event rings what the guest's modules counted there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vbus.bench import guest_machine
 from vbus.bench.guest_machine import GuestMachine, Load
-from vbus.bench.guest_side import KINDS
+from vbus.bench.guest_side import COPIED, DIRECT, KINDS, PCI, SIGNALS, TUNNELLED
 from vbus.bench.measure import check_same_work
 from vbus.bench.measurement import Bar, Comparison, Factors, Figure, Measurement, Plan, Row, Sample
-from vbus.bench.measurements import exits_words
+from vbus.bench.measurements import exits_picture, exits_words
 from vbus.bench.peers import Peer
 
-PCI, DIRECT, TUNNELLED = KINDS
 LEAST_THROUGHPUT = 0.95
 MOST_P99 = 1.1
 MOST_CPU = 1.1
@@ -134,18 +136,20 @@ class Exits(Measurement[ExitsPlan, Case, Variant]):
         ]
 
     def variants(self, plan: ExitsPlan, case: Case) -> list[Variant]:
-        """All three."""
+        """All of them."""
         return [Variant(kind) for kind in KINDS]
 
     def comparisons(self, plan: ExitsPlan, case: Case) -> list[Comparison[Variant]]:
         """Both ways of the bus against virtio-pci, and tunnelled against direct; bars are for tunnelled signals."""
         limit = OF_MANY if case.work == "read" and case.devices == MANY and case.offered == FULL else OF_OTHERS
         bars = (Bar("interrupts", "interrupts", limit), Bar("doorbells", "doorbells", limit))
-        pci, direct, tunnelled = (Variant(kind) for kind in KINDS)
+        pci, copied, direct, tunnelled = map(Variant, (PCI, COPIED, DIRECT, TUNNELLED))
         return [
             Comparison(tunnelled, pci, bars, GUARDS),
-            Comparison(direct, pci, guards=GUARDS),
+            Comparison(tunnelled, copied, bars, GUARDS),
             Comparison(tunnelled, direct, guards=GUARDS),
+            Comparison(direct, copied, guards=GUARDS),
+            Comparison(copied, pci),
         ]
 
     def prepare(self, plan: ExitsPlan, folder: Path) -> None:
@@ -182,6 +186,10 @@ class Exits(Measurement[ExitsPlan, Case, Variant]):
         load = self.load_of(plan, case)
         return sample_of(case, variant.signal, load, self._machine.run(variant.signal, load), self._about)
 
+    def draw(self, result: Row) -> str:
+        """The picture."""
+        return exits_picture.draw(result)
+
     def notes(self, result: Row) -> list[str]:
         """The accelerator, since counts depend on how fast the guest is; and what is missing."""
         row = result["rows"][0]["work"]
@@ -206,7 +214,6 @@ def sample_of(case: Case, kind: str, load: Load, told: Row, about: Mapping[str, 
     if case.work == "read":
         works.append(("the bus", {**work, "requests": told["bus"]["requests"]}))
     check_same_work(f"{case}, {kind}", works)
-    ours = kind != PCI
     vectors = {name: count for name, count in told["interrupts"].items() if name.startswith(("virtio", "vbus"))}
     others = {name: told["interrupts"].get(name, 0) for name in ("RES", "CAL")}
     values = {
@@ -222,7 +229,7 @@ def sample_of(case: Case, kind: str, load: Load, told: Row, about: Mapping[str, 
         "between_processors": sum(others.values()) / requests,
         **{f"bus_{name}": told["bus"][name] / requests for name in guest_machine.COUNTERS},
     }
-    if ours:
+    if kind in SIGNALS:
         values |= {f"guest_{name}": count / requests for name, count in told["counted"].items()}
     if load.service:
         values["service_us"] = load.service * 1e6
