@@ -1,4 +1,4 @@
-"""A guest that has the same devices in several ways, and what is asked of it: some load, and what that took of everybody.
+"""A guest that has the same devices in several ways, the load that is put on them, and what that took of everybody.
 
     load.c ── gcc ──> a program of the guest, and of the host as the other end of TCP
     guest_side ─────> the bus, in a process of its own

@@ -23,16 +23,16 @@ from vbus.virtio import features
 from vbus.vm.options import VhostUserDevice, device_options, function_options
 
 PCI, COPIED, DIRECT, TUNNELLED = KINDS = ("virtio-pci", "copied", "direct", "tunnelled")
-"""How the guest has a device: as a function of virtio-pci, whose buffers are where the guest has them, or copied as those
-behind ivshmem are; behind a function of ivshmem, with direct or with tunnelled signals.
+"""How the guest has a device: as a function of virtio-pci, whose buffers are where the guest has them, or are copied as
+those behind ivshmem are; behind a function of ivshmem, with direct or with tunnelled signals.
 """
 SIGNALS: dict[str, Literal["direct", "tunnelled"]] = {DIRECT: "direct", TUNNELLED: "tunnelled"}
 """Of the function, where the devices are behind one."""
 FUNCTIONS = 8
 """Of a slot of PCI."""
 FIRST_SLOT = 0x10
-GUEST_OPTIONS = "swiotlb=force"
-"""Of the guest's kernel: buffers of devices that say that they do not see all memory are copied."""
+GUEST_OPTIONS = "swiotlb=force ipv6.disable=1"
+"""Of the guest's kernel: buffers of devices that do not see all of its memory are copied; no packets of IPv6."""
 
 
 def disk_name(kind: str, number: int) -> str:
@@ -124,7 +124,7 @@ class GuestSide:
         self._clock.seconds = seconds
 
     def counters(self) -> dict[str, Any]:
-        """Of every kind: requests and signals of all its devices together; and the CPU time of this process."""
+        """Of every kind: signals of all its devices together, reads of its disks; and the CPU time of this process."""
         assert self._bus is not None
         found: dict[str, Any] = {}
         for row in self._bus.stat():
@@ -134,7 +134,8 @@ class GuestSide:
                 if isinstance(value, dict):
                     for counter, count in value.items():
                         sums[f"{counter}_{key}"] = sums.get(f"{counter}_{key}", 0) + count
-            sums["requests"] = sums.get("requests", 0) + row["requests"]
+            if row["queue"] == "requests":
+                sums["reads"] = sums.get("reads", 0) + row["requests"]
         used = os.times()
         return {"kinds": found, "cpu_seconds": used.user + used.system}
 

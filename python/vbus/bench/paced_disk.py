@@ -1,6 +1,6 @@
 """A disk in memory whose service time can be set: what a measurement needs that shows counts against offered load.
 
-Every disk serves one request at a time, in the order of its queue, and each takes as long as was set. So a disk completes
+Every disk serves one request at a time, in the order of its queue, and each takes as long as was set. So a disk serves
 at most `1 / seconds` requests a second, however many wait, and one that waits for nobody is answered after `seconds`.
 With a time of 0 a request is answered in the turn that took it, as fast as can be. All disks of one clock are completed
 by one thread, which sleeps until the next is due: nobody polls.

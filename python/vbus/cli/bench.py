@@ -103,12 +103,12 @@ ABOUT = {
     ),
     "exits": About(
         "Doorbells and interrupts of a guest: virtio-pci against ivshmem.",
-        """Measure doorbells and interrupts a request in a guest: virtio-pci over vhost-user, ivshmem direct and tunnelled.
+        """Measure doorbells and interrupts of a guest: virtio-pci over vhost-user, ivshmem direct or tunnelled.
 
-        Random reads of 1, 4 and 16 disks at several depths, and with disks that serve 10% to 100% of what the guest asks
-        for; TCP requests and streams over 1 and 4 networks. The guest is Debian's kernel in QEMU, with the modules of a
-        checkout (guest/linux), and gets all three ways in one boot. It takes about ten minutes, and needs gcc, make,
-        apt-get and QEMU; networks need a network namespace of one's own. It is no part of `all`.
+        Random reads of 1, 4 and 16 disks at several depths, and with disks that serve 10% to 100% of what the guest
+        asks for; TCP requests and streams over 1 and 4 networks. The guest is Debian's kernel in QEMU, with the modules
+        of a checkout (guest/linux), and has its devices in all ways at once. It takes about ten minutes, and needs gcc,
+        make, apt-get and QEMU; networks need a network namespace of one's own. It is no part of `all`.
         """,
         in_guest=True,
     ),
@@ -184,8 +184,7 @@ bench_command.add_command(
         "all",
         About(
             "All of them but those in guests, one after the other.",
-            "Measure everything but what starts a guest, one after the other, and but for what needs a program that is not "
-            "installed.",
+            "Measure everything, one after the other, but what starts a guest or needs a program that is not there.",
             has_peer=True,
         ),
     )

@@ -64,7 +64,7 @@ class ExitsPlan(Plan):
     connections: tuple[int, ...] = (1, 8)
     """Of each network, that ask and wait for an answer."""
     streams: int = 1
-    seconds: float = 1.5
+    seconds: float = 1.0
     """How long a run takes, about."""
 
 
@@ -212,7 +212,7 @@ def sample_of(case: Case, kind: str, load: Load, told: Row, about: Mapping[str, 
     work = {"requests": requests, "bytes": told["bytes"], "wrong": told["wrong"], **about}
     works: list[tuple[str, Mapping[str, Any]]] = [("the guest", work), ("what is right", {**work, "wrong": 0})]
     if case.work == "read":
-        works.append(("the bus", {**work, "requests": told["bus"]["requests"]}))
+        works.append(("the bus", {**work, "requests": told["bus"]["reads"]}))
     check_same_work(f"{case}, {kind}", works)
     vectors = {name: count for name, count in told["interrupts"].items() if name.startswith(("virtio", "vbus"))}
     others = {name: told["interrupts"].get(name, 0) for name in ("RES", "CAL")}
