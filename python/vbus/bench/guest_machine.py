@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,11 @@ BLOCKS = 4096
 SETTLE_SECONDS = 5.0
 LOOK_SECONDS = 0.02
 RUN_SECONDS = 60.0
+STARTS = 3
+START_SECONDS = 40.0
+"""How often a guest is started, and how long that may take: a QEMU that emulates has seldom been seen to stop in the
+middle of finding so many functions, or to end there.
+"""
 COUNTERS = [f"{counter}_{way}" for way in ("to_device", "to_driver") for counter in ("signalled", "sent", "rung")]
 
 
@@ -81,32 +88,44 @@ class GuestMachine:
         self._closing = contextlib.ExitStack()
         self._disks: dict[str, list[str]] = {}
         self._buses: dict[str, str] = {}
-        try:
-            self._start(folder, disks, nets)
-        except BaseException:
-            self.close()
-            raise
-
-    def _start(self, folder: Path, disks: int, nets: int) -> None:
         program = build_load(folder)
+        try:
+            modules = build.bus_modules()
+        except (build.BuildError, build.FetchError) as error:
+            raise UsageError(f"the guest's modules: {error}") from None
+        self.accelerator = fastest().partition(",")[0]
+        for left in reversed(range(STARTS)):
+            try:
+                with tempfile.TemporaryDirectory(dir=folder) as place:
+                    self._start(Path(place), program, modules, disks, nets)
+                return
+            except GuestError as error:
+                self.close()
+                if not left:
+                    raise children.SideError(f"the guest: {error}") from None
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self, folder: Path, program: Path, modules: Sequence[Path], disks: int, nets: int) -> None:
         within = namespace() if nets else []
         self._side = self._closing.enter_context(children.Child("vbus.bench.guest_side", within=within))
         args = self._side.ask("serve", folder=str(folder), disks=disks, nets=nets, blocks=BLOCKS)
         if nets:
             self._side.ask("answer", program=str(program))
-        try:
-            modules: list[str | Path] = ["virtio_blk", "virtio_net", *build.bus_modules()]
-        except (build.BuildError, build.FetchError) as error:
-            raise UsageError(f"the guest's modules: {error}") from None
-        self.accelerator = fastest().partition(",")[0]
-        files = {"load": program.read_bytes()}
-        try:
-            self._vm = self._closing.enter_context(
-                Guest(args=args, modules=modules, files=files, memory=MEMORY, cpus=CPUS, append=GUEST_OPTIONS)
+        self._vm = self._closing.enter_context(
+            Guest(
+                args=args,
+                modules=["virtio_blk", "virtio_net", *modules],
+                files={"load": program.read_bytes()},
+                memory=MEMORY,
+                cpus=CPUS,
+                append=GUEST_OPTIONS,
+                wait=False,
             )
-            self._find(disks, nets)
-        except GuestError as error:
-            raise children.SideError(f"the guest: {error}") from None
+        )
+        self._vm.wait(START_SECONDS)
+        self._find(disks, nets)
 
     def _find(self, disks: int, nets: int) -> None:
         """Which device of the guest is which; networks get their addresses."""
