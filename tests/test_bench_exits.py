@@ -44,12 +44,13 @@ def test_all_ways_do_the_same_work_and_are_counted_alike_on_both_sides(quick: tu
             assert row["work"]["wrong"] == 0
             assert values["doorbells"] > 0
             assert values["interrupts"] > 0
-            # What one side says that it did is what the other side has heard of.
-            if row["variant"]["signal"] in SIGNALS:
-                assert values["doorbells"] == pytest.approx(values["guest_rung_to_device"], abs=0.05)
-                assert values["bus_rung_to_driver"] == pytest.approx(values["guest_rung_to_driver"], abs=0.05)
+            # What one side says that it did is what the other side has heard of. (The guest begins to look when
+            # connections are there.)
+            if row["variant"]["signal"] in SIGNALS and case[0] == "read":
+                assert values["doorbells"] == pytest.approx(values["guest_rung_to_device"])
+                assert values["bus_rung_to_driver"] == pytest.approx(values["guest_rung_to_driver"])
             if row["variant"]["signal"] == "direct":
-                assert values["guest_rung_to_device"] == pytest.approx(values["guest_signalled_to_device"], abs=0.05)
+                assert values["guest_rung_to_device"] == pytest.approx(values["guest_signalled_to_device"])
 
 
 @pytest.mark.timeout(180)
@@ -63,14 +64,30 @@ def test_its_page_explains_each_step_and_names_the_accelerator(quick: tuple[dict
         assert word in page
 
 
+@pytest.mark.timeout(180)
+def test_an_urgent_network_is_measured_alone_and_beside_bulk_load(tmp_path: Path) -> None:
+    done = vbus("bench", "priorities", "--quick", "--json", cwd=tmp_path, timeout=170)
+    assert done.returncode == 0, done.stderr.decode()
+    [result] = json.loads(done.stdout)
+    for row in result["rows"]:
+        assert row["work"]["requests"] == result["options"]["requests"]
+        assert row["work"]["wrong"] == 0
+        assert (row["median"]["bulk_reads"] > 0) == (row["variant"]["beside"] == "bulk")
+        assert (row["median"]["bulk_mb"] > 1) == (row["variant"]["beside"] == "bulk")
+    bars = [[bar["limit"] for bar in row["bars"]] for row in result["comparisons"]]
+    assert bars == [[2.0], [2.0], []]
+
+
 def test_the_page_that_is_committed_is_what_the_figures_beside_it_give() -> None:
-    path = DOCS / "exits" / "exits.json"
-    [result] = json.loads(path.read_text())
-    assert not result["options"]["quick"]
-    assert result["options"]["rounds"] >= 5
-    assert path.with_suffix(".svg").read_text() == harness.load("exits").draw(result)
+    paths = sorted((DOCS / "exits").glob("*.json"))
+    assert "exits.json" in [path.name for path in paths]
+    for path in paths:
+        [result] = json.loads(path.read_text())
+        assert not result["options"]["quick"]
+        assert result["options"]["rounds"] >= 5
+        assert path.with_suffix(".svg").read_text() == harness.load(path.stem).draw(result)
     # make bench-page
-    assert (DOCS / "exits.md").read_text() == report.page(path.parent)
+    assert (DOCS / "exits.md").read_text() == report.page(DOCS / "exits")
 
 
 def told(**values: Any) -> dict[str, Any]:

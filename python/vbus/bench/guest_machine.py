@@ -83,8 +83,12 @@ def namespace() -> list[str]:
 class GuestMachine:
     """The guest and its bus, for a `with` block."""
 
-    def __init__(self, folder: Path, disks: int, nets: int) -> None:
-        """Make a bus with so many disks and networks of each kind, and start a guest of it. UsageError."""
+    def __init__(self, folder: Path, disks: int, nets: int, *, urgent: bool = False) -> None:
+        """Make a bus with so many disks and networks of each kind, and start a guest of it. UsageError, SideError.
+
+        `urgent`: the first network of each kind is, as `guest_side` has it.
+        """
+        self._urgent = urgent
         self._closing = contextlib.ExitStack()
         self._disks: dict[str, list[str]] = {}
         self._buses: dict[str, str] = {}
@@ -96,8 +100,8 @@ class GuestMachine:
         self.accelerator = fastest().partition(",")[0]
         for left in reversed(range(STARTS)):
             try:
-                with tempfile.TemporaryDirectory(dir=folder) as place:
-                    self._start(Path(place), program, modules, disks, nets)
+                # Each start has sockets of its own.
+                self._start(Path(tempfile.mkdtemp(dir=folder)), program, modules, disks, nets)
                 return
             except GuestError as error:
                 self.close()
@@ -110,7 +114,7 @@ class GuestMachine:
     def _start(self, folder: Path, program: Path, modules: Sequence[Path], disks: int, nets: int) -> None:
         within = namespace() if nets else []
         self._side = self._closing.enter_context(children.Child("vbus.bench.guest_side", within=within))
-        args = self._side.ask("serve", folder=str(folder), disks=disks, nets=nets, blocks=BLOCKS)
+        args = self._side.ask("serve", folder=str(folder), disks=disks, nets=nets, blocks=BLOCKS, urgent=self._urgent)
         if nets:
             self._side.ask("answer", program=str(program))
         self._vm = self._closing.enter_context(
@@ -129,6 +133,7 @@ class GuestMachine:
 
     def _find(self, disks: int, nets: int) -> None:
         """Which device of the guest is which; networks get their addresses."""
+        self._nets = nets
         self._vm.wait_for(f"test $(ls /sys/block | grep -c ^vd) = {len(KINDS) * disks}")
         self.kernel = self._vm.run("uname -r").strip()
         # One read, one request: neighbours that are under way together would become one.
@@ -152,32 +157,48 @@ class GuestMachine:
                     f"ip address add {subnet_of(kind, number)}.2/24 dev $n && ip link set $n up"
                 )
 
-    def run(self, kind: str, load: Load, seed: int = 1) -> dict[str, Any]:
-        """Put load on devices of a kind; what the program says, and what the bus and both sides count. SideError."""
+    def run(self, kind: str, load: Load, beside: Sequence[Load] = ()) -> dict[str, Any]:
+        """Put load on devices of a kind; what the program says, and what the bus and both sides count. SideError.
+
+        `beside`: what else is done meanwhile, to the last devices of the kind, and by whom is less urgent in the guest.
+        """
         self._side.ask("set_service", seconds=load.service)
-        where = (
-            self._disks[kind][: load.devices]
-            if load.work == "read"
-            else [f"{subnet_of(kind, number)}.1" for number in range(load.devices)]
-        )
         counted = [
             f"-c '{name}=/sys/bus/vbus/devices/{self._buses[kind]}-*/{way}/{counter}'"
             for name in COUNTERS
             if kind in self._buses
             for counter, _, way in [name.partition("_")]
         ]
-        words = ["/load", *counted, load.work, str(load.count), str(load.depth)]
-        words += [str(seed), *where] if load.work == "read" else where
+        # Of the guest's own scheduler nothing shall be measured.
+        command = " ".join(["/load", *(["-u"] if self._urgent else []), *counted, *self._words(kind, load)])
+        if beside:
+            others = [" ".join(["/load", *self._words(kind, other, last=True)]) for other in beside]
+            started = "".join(f'{other} >/dev/null & p="$p $!"; ' for other in others)
+            # None of them ends by itself.
+            command = f"{started} sleep 0.5; {command}; s=$?; kill $p; wait; exit $s"
         before, used = self._settled(), threads_of(self._vm.pid)
+        began = time.monotonic()
         try:
-            told: dict[str, Any] = json.loads(self._vm.run(" ".join(words), seconds=RUN_SECONDS))
+            told: dict[str, Any] = json.loads(self._vm.run(command, seconds=RUN_SECONDS).splitlines()[0])
         except (GuestError, ValueError) as error:
             raise children.SideError(f"load in the guest: {error}") from None
+        told["wall_seconds"] = time.monotonic() - began
         after = self._settled()
         told["qemu_seconds"] = (threads_of(self._vm.pid)["ran"] - used["ran"]) / 1e9
         told["bus_seconds"] = after["cpu_seconds"] - before["cpu_seconds"]
         told["bus"] = {key: after["kinds"][kind][key] - before["kinds"][kind][key] for key in after["kinds"][kind]}
         return told
+
+    def _words(self, kind: str, load: Load, *, last: bool = False) -> list[str]:
+        """The program's words for a load, of the first devices of a kind, or of the last."""
+        if load.work == "read":
+            where = self._disks[kind]
+            seed = ["1"]
+        else:
+            where = [f"{subnet_of(kind, number)}.1" for number in range(self._nets)]
+            seed = []
+        where = where[-load.devices :] if last else where[: load.devices]
+        return [load.work, str(load.count), str(load.depth), *seed, *where]
 
     def _settled(self) -> dict[str, Any]:
         """The bus's counters once they stand still."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vbus.bench import children
-from vbus.bench.paced_disk import Clock, PacedDisk
+from vbus.bench.paced_disk import Clock, NumberedDisk, PacedDisk
+from vbus.bench.work import LEAST_URGENT
 from vbus.bus import Bus
 from vbus.connectors import Ivshmem, VhostUser
 from vbus.devices import Net
@@ -28,6 +29,8 @@ those behind ivshmem are; behind a function of ivshmem, with direct or with tunn
 """
 SIGNALS: dict[str, Literal["direct", "tunnelled"]] = {DIRECT: "direct", TUNNELLED: "tunnelled"}
 """Of the function, where the devices are behind one."""
+PRIORITY = 4
+"""Where none is more urgent than another."""
 FUNCTIONS = 8
 """Of a slot of PCI."""
 FIRST_SLOT = 0x10
@@ -65,8 +68,12 @@ class GuestSide:
         self._clock = Clock()
         self._closing.callback(self._clock.close)
 
-    def serve(self, folder: str, disks: int, nets: int, blocks: int) -> list[str]:
-        """Serve so many disks and networks of each kind; QEMU's options for all of them."""
+    def serve(self, folder: str, disks: int, nets: int, blocks: int, urgent: bool = False) -> list[str]:
+        """Serve so many disks and networks of each kind; QEMU's options for all of them.
+
+        With `urgent`, the first network of a kind is the most urgent, all other devices are the least urgent, and disks
+        are served natively and take no time of their own.
+        """
         bus = Bus("bench", polling="notified")
         self._closing.callback(bus.stop)
         self._bus = bus
@@ -74,11 +81,15 @@ class GuestSide:
         for kind in KINDS:
             names = [disk_name(kind, number) for number in range(disks)]
             for name in names:
-                bus.plug(PacedDisk(self._clock, blocks), name)
+                if urgent:
+                    bus.plug(NumberedDisk(blocks), name, priority=LEAST_URGENT)
+                else:
+                    bus.plug(PacedDisk(self._clock, blocks), name)
             for number in range(nets):
                 name = net_name(kind, number)
                 names.append(name)
-                bus.plug(Net(f"tap:{_tap(kind, number)}", mac=mac_of(kind, number)), name)
+                priority = (LEAST_URGENT if number else 0) if urgent else PRIORITY
+                bus.plug(Net(f"tap:{_tap(kind, number)}", mac=mac_of(kind, number)), name, priority=priority)
             if kind not in SIGNALS:
                 for name in names:
                     words += self._device(bus, name, Path(folder), copied=kind == COPIED)
@@ -136,6 +147,8 @@ class GuestSide:
                         sums[f"{counter}_{key}"] = sums.get(f"{counter}_{key}", 0) + count
             if row["queue"] == "requests":
                 sums["reads"] = sums.get("reads", 0) + row["requests"]
+            if row["queue"] == "transmit0":
+                sums["sent_bytes"] = sums.get("sent_bytes", 0) + row["bytes_read"]
         used = os.times()
         return {"kinds": found, "cpu_seconds": used.user + used.system}
 

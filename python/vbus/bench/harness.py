@@ -22,7 +22,7 @@ from vbus.errors import UsageError
 
 NAMES = ("ring", "net", "latency", "python", "blk", "scale", "signal")
 """What can be measured: modules in `measurements`."""
-IN_GUESTS = ("exits",)
+IN_GUESTS = ("exits", "priorities")
 """What takes a guest, and a page of its own."""
 
 

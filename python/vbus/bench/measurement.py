@@ -132,7 +132,7 @@ class Measurement(ABC, Generic[P, C, V]):
     template: ClassVar[str]
     """What the figures say, in Markdown, with the names of `numbers` in braces."""
     page_head: ClassVar[str] = ""
-    """How a page begins that has nothing else, in Markdown."""
+    """How a page begins of which this is the first, in Markdown; by default as that of benchmarks."""
     needs: ClassVar[Sequence[Peer]] = ()
     """Other people's programs without which nothing can be measured."""
     peers: ClassVar[Sequence[Peer]] = ()

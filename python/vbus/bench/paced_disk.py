@@ -60,22 +60,29 @@ class Clock:
             queue.complete(request)
 
 
-class PacedDisk(Blk):
-    """A disk whose blocks of 4 KiB begin with their number, and whose requests take as long as a clock says."""
+class NumberedDisk(Blk):
+    """A disk whose blocks of 4 KiB begin with their number, so that a driver can tell whether it got the right one."""
 
-    def __init__(self, clock: Clock, blocks: int) -> None:
-        super().__init__(memory=blocks * BLOCK, engine="python")
-        # What is taken off the ring is given back when its time has come, not at the end of a turn.
-        self.declare_queues([Queue("requests", pull=True)])
-        self._clock = clock
-        self._free = 0.0
-        """When the disk has served all that it was given."""
+    def __init__(self, blocks: int, engine: str | None = None) -> None:
+        super().__init__(memory=blocks * BLOCK, engine=engine)
 
     def plugged(self) -> None:
         """Number the blocks."""
         super().plugged()
         for number in range(self.config.capacity * 512 // BLOCK):
             os.pwrite(self._fd, struct.pack("<Q", number), number * BLOCK)
+
+
+class PacedDisk(NumberedDisk):
+    """One whose requests take as long as a clock says."""
+
+    def __init__(self, clock: Clock, blocks: int) -> None:
+        super().__init__(blocks, "python")
+        # What is taken off the ring is given back when its time has come, not at the end of a turn.
+        self.declare_queues([Queue("requests", pull=True)])
+        self._clock = clock
+        self._free = 0.0
+        """When the disk has served all that it was given."""
 
     def available(self, queue: Queue) -> None:
         """Serve what there is."""

@@ -28,7 +28,7 @@ This page is generated (`vbus bench report`) from the JSON beside it.
 def page(folder: Path) -> str:
     """The page of all results in a folder, which has the pictures too, as Markdown. UsageError: there are none.
 
-    What was measured in a guest has a page of its own, when it is alone in its folder.
+    What was measured in a guest has a page of its own, when nothing else is in its folder.
     """
     results = [
         (harness.load(name), json.loads(path.read_text())[0])
@@ -37,8 +37,7 @@ def page(folder: Path) -> str:
     ]
     if not results:
         raise UsageError(f"{folder}: no results: write them there with vbus bench all --output {folder}")
-    alone = results[0][0].page_head if len(results) == 1 else ""
-    parts = [alone or HEAD]
+    parts = [results[0][0].page_head or HEAD]
     bars = _bars([result for _, result in results])
     if bars.rows:
         parts.append(f"## The bars\n\n{bars.markdown()}\n")

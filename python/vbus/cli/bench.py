@@ -112,6 +112,15 @@ ABOUT = {
         """,
         in_guest=True,
     ),
+    "priorities": About(
+        "An urgent network of a guest beside bulk load.",
+        """Measure how long a question takes over an urgent network of a guest, alone and beside bulk load.
+
+        The bulk is a disk that is read and a network that is streamed over, as fast as they can; native engines serve
+        all of them. The guest is that of `exits`, and it is no part of `all` either.
+        """,
+        in_guest=True,
+    ),
 }
 """In the order in which `all` measures them, but for those in guests."""
 QUIETLY = "The machine should do nothing else meanwhile."

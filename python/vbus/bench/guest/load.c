@@ -10,7 +10,7 @@
  *
  * A thread for each disk or connection. What was done, how long it took and how many interrupts
  * came meanwhile is said in a line of JSON; with -c, too, by how much the numbers in the files have
- * grown that match.
+ * grown that match. With -u, before all else, its threads go before those of other programs.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -20,6 +20,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -344,6 +345,14 @@ int main(int argc, char **argv)
 	struct job *jobs;
 	uint32_t *took;
 
+	if (argc > 2 && !strcmp(argv[1], "-u")) {
+		struct sched_param urgent = { .sched_priority = 50 };
+
+		if (sched_setscheduler(0, SCHED_FIFO, &urgent))
+			fail("a real-time priority");
+		argc--;
+		argv++;
+	}
 	for (; argc > 3 && !strcmp(argv[1], "-c") && countings < MAX_COUNTED; argc -= 2, argv += 2)
 		counted[countings++] = argv[2];
 	if (argc == 2 && !strcmp(argv[1], "serve")) {

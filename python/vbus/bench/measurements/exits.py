@@ -192,11 +192,7 @@ class Exits(Measurement[ExitsPlan, Case, Variant]):
 
     def notes(self, result: Row) -> list[str]:
         """The accelerator, since counts depend on how fast the guest is; and what is missing."""
-        row = result["rows"][0]["work"]
-        notes = [
-            f"The guest: Linux {row['guest_kernel']}, {guest_machine.CPUS} CPUs, accelerator {row['accelerator']}"
-            + (": emulated, so that it is slow beside the bus." if row["accelerator"] == "tcg" else ".")
-        ]
+        notes = [about_guest(result)]
         if not result["options"]["nets"]:
             notes.append("Networks are left out: a network namespace with a tap in it cannot be made here.")
         return notes
@@ -204,6 +200,13 @@ class Exits(Measurement[ExitsPlan, Case, Variant]):
     def numbers(self, result: Row) -> dict[str, Any]:
         """The words."""
         return {"words": exits_words.words(result)}
+
+
+def about_guest(result: Row) -> str:
+    """What the guest of a measurement is."""
+    row = result["rows"][0]["work"]
+    slow = ": emulated, so that it is slow beside the bus" if row["accelerator"] == "tcg" else ""
+    return f"The guest: Linux {row['guest_kernel']}, {guest_machine.CPUS} CPUs, accelerator {row['accelerator']}{slow}."
 
 
 def sample_of(case: Case, kind: str, load: Load, told: Row, about: Mapping[str, Any]) -> Sample:
