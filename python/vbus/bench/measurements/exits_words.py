@@ -75,9 +75,9 @@ def words(result: Row) -> str:
         "Interrupts are those that the guest's kernel counted in `/proc/interrupts`. Doorbells are counted where they "
         "are heard: on virtio-pci they are the sum of each queue's eventfd, behind ivshmem what the modules count in "
         "`to_device/rung`. Both are given a request: a read of 4 KiB, a question of 64 bytes and its answer, or 64 KiB "
-        "of a stream. One process serves all devices with the same models and the same threads, which do not poll: disks in "
-        "Python, since their service time is set, and networks by the engine of taps. The same count of requests is done "
-        "by each way, in turns."
+        "of a stream. One process serves all devices with the same models and the same threads, which do not poll: "
+        "disks in Python, since their service time is set, and networks by the engine of taps. The same count of "
+        "requests is done by each way, in turns."
     ]
     rows = [row for row in result["comparisons"] if row["of"]["signal"] == TUNNELLED and row["bars"]]
     for row in rows:
