@@ -54,7 +54,7 @@ def _bars(results: list[Row]) -> Table:
             named(row["against"]),
             f"{bar['what']} {limit(bar)}",
             spread(bar["ratio"], row["spread"][bar["value"]]),
-            "met" if bar["met"] else "missed",
+            "met" if bar["met"] else "missed" if row["counts"] else "does not count",
         ]
         for result in results
         for row in result["comparisons"]

@@ -91,17 +91,25 @@ def words(result: Row) -> str:
 def _losses(rows: list[Row], against: str) -> str:
     """Bars that are missed beside one of the others, and what does not count."""
     rows = [row for row in rows if row["against"]["signal"] == against]
-    lines = [
+    if not rows:
+        return ""
+    missed = [
         f"{_name(row['case'])}: "
         + ", ".join(f"{bar['what']} {bar['ratio']:.2f}x" for bar in row["bars"])
         + f", where at most {row['bars'][0]['limit']:g}x was wanted"
-        + ("" if row["counts"] else f"; it does not count: {', '.join(row['why'])}")
         for row in rows
-        if not all(bar["met"] for bar in row["bars"])
+        if row["counts"] and not all(bar["met"] for bar in row["bars"])
     ]
-    if not lines:
-        return f"No bar is missed beside {CALLED[against]}." if rows else ""
-    return f"Where we lose beside {CALLED[against]}:\n\n" + "\n".join(f"- {line}" for line in lines)
+    void = [f"{_name(row['case'])}: {', '.join(row['why'])}" for row in rows if not row["counts"]]
+    parts = [
+        f"Where we lose beside {CALLED[against]}:\n\n" + "\n".join(f"- {line}" for line in missed)
+        if missed
+        else f"Of what counts, no bar is missed beside {CALLED[against]}."
+    ]
+    if void:
+        lines = "\n".join(f"- {line}" for line in void)
+        parts.append(f"What does not count beside {CALLED[against]}, since it was paid for elsewhere:\n\n{lines}")
+    return "\n\n".join(parts)
 
 
 def _most(rows: list[Row]) -> int:

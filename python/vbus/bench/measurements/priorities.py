@@ -33,7 +33,7 @@ IDLE, BULK = "nothing", "bulk"
 class PrioritiesPlan(Plan):
     """How much is measured."""
 
-    requests: int = 3000
+    requests: int = 1000
     depth: int = 16
     """Reads of the bulk disk that are under way."""
 
