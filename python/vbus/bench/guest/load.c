@@ -335,16 +335,89 @@ static double percentile(const uint32_t *ordered, uint64_t count, double percent
 	return count ? ordered[rank ? rank - 1 : 0] / 1000.0 : 0;
 }
 
+/* What was counted before a load and after it. */
+struct counts {
+	struct line lines[MAX_LINES];
+	int lines_count;
+	uint64_t numbers[MAX_COUNTED];
+};
+
+static void count_all(struct counts *counts, char **counted, int countings)
+{
+	int i;
+
+	counts->lines_count = read_interrupts(counts->lines);
+	for (i = 0; i < countings; i++)
+		counts->numbers[i] = read_numbers(strchr(counted[i], '=') + 1);
+}
+
+static void say_counts(const struct counts *before, const struct counts *after, char **counted, int countings)
+{
+	int i, j, said = 0;
+
+	printf("\"counted\": {");
+	for (i = 0; i < countings; i++)
+		printf("%s\"%.*s\": %lu", i ? ", " : "", (int)(strchr(counted[i], '=') - counted[i]), counted[i],
+		       after->numbers[i] - before->numbers[i]);
+	printf("}, \"interrupts\": {");
+	for (i = 0; i < after->lines_count; i++) {
+		const struct line *line = &after->lines[i];
+		uint64_t was = 0;
+
+		for (j = 0; j < before->lines_count; j++)
+			if (!strcmp(before->lines[j].name, line->name))
+				was = before->lines[j].count;
+		if (line->count > was)
+			printf("%s\"%s\": %lu", said++ ? ", " : "", line->name, line->count - was);
+	}
+	printf("}");
+}
+
+/* Do a load and say what came of it. */
+static void run(void *(*what)(void *), struct job *jobs, int jobs_count, char **counted, int countings)
+{
+	static struct counts before, after;
+	uint64_t count = jobs->count * jobs_count, bytes = 0, wrong = 0, time;
+	uint32_t *took = room(count * sizeof(*took));
+	int i;
+
+	pthread_barrier_init(&all_are_there, NULL, jobs_count + 1);
+	for (i = 0; i < jobs_count; i++) {
+		jobs[i].took = took + i * jobs->count;
+		if (pthread_create(&jobs[i].thread, NULL, what, &jobs[i]))
+			fail("no thread");
+	}
+	/* They are all there soon: the making of connections shall not be counted. */
+	usleep(50000);
+	count_all(&before, counted, countings);
+	time = now();
+	pthread_barrier_wait(&all_are_there);
+	for (i = 0; i < jobs_count; i++) {
+		pthread_join(jobs[i].thread, NULL);
+		bytes += jobs[i].bytes;
+		wrong += jobs[i].wrong;
+	}
+	time = now() - time;
+	count_all(&after, counted, countings);
+	qsort(took, count, sizeof(*took), by_size);
+	printf("{\"requests\": %lu, \"bytes\": %lu, \"wrong\": %lu, \"seconds\": %.6f, ", count, bytes, wrong, time / 1e9);
+	printf("\"p50_us\": %.1f, \"p99_us\": %.1f, ", percentile(took, count, 50), percentile(took, count, 99));
+	say_counts(&before, &after, counted, countings);
+	printf("}\n");
+}
+
 int main(int argc, char **argv)
 {
-	static struct line before[MAX_LINES], after[MAX_LINES];
-	const char *counted[MAX_COUNTED];
-	uint64_t numbers[MAX_COUNTED], count, depth, seed = 0, bytes = 0, wrong = 0, seconds;
-	int i, j, each, jobs_count, lines, found, countings = 0;
 	void *(*what)(void *) = NULL;
+	char *counted[MAX_COUNTED];
+	uint64_t count, depth, seed = 0;
+	int i, each, countings = 0;
 	struct job *jobs;
-	uint32_t *took;
 
+	if (argc == 2 && !strcmp(argv[1], "serve")) {
+		serve();
+		return 1;
+	}
 	if (argc > 2 && !strcmp(argv[1], "-u")) {
 		struct sched_param urgent = { .sched_priority = 50 };
 
@@ -355,22 +428,18 @@ int main(int argc, char **argv)
 	}
 	for (; argc > 3 && !strcmp(argv[1], "-c") && countings < MAX_COUNTED; argc -= 2, argv += 2)
 		counted[countings++] = argv[2];
-	if (argc == 2 && !strcmp(argv[1], "serve")) {
-		serve();
-		return 1;
-	}
 	if (argc < 5) {
 		fprintf(stderr, "load: what, how often, how many at once, and where?\n");
 		return 2;
 	}
-	count = strtoull(argv[2], NULL, 10);
-	depth = strtoull(argv[3], NULL, 10);
 	if (!strcmp(argv[1], "read"))
 		what = read_disk;
 	else if (!strcmp(argv[1], "ask"))
 		what = ask;
 	else if (!strcmp(argv[1], "stream"))
 		what = stream;
+	count = strtoull(argv[2], NULL, 10);
+	depth = strtoull(argv[3], NULL, 10);
 	if (!what || !count || !depth || depth > MAX_DEPTH) {
 		fprintf(stderr, "load: read, ask or stream, and 1 to %d at once\n", MAX_DEPTH);
 		return 2;
@@ -381,53 +450,18 @@ int main(int argc, char **argv)
 		seed = strtoull(*argv++, NULL, 10);
 		argc--;
 	}
+	if (!argc) {
+		fprintf(stderr, "load: where?\n");
+		return 2;
+	}
 	each = what == read_disk ? 1 : depth;
-	jobs_count = argc * each;
-	jobs = room(jobs_count * sizeof(*jobs));
-	took = room(jobs_count * count * sizeof(*took));
-	pthread_barrier_init(&all_are_there, NULL, jobs_count + 1);
-	for (i = 0; i < jobs_count; i++) {
+	jobs = room(argc * each * sizeof(*jobs));
+	for (i = 0; i < argc * each; i++) {
 		jobs[i].where = argv[i / each];
 		jobs[i].count = count;
 		jobs[i].depth = depth;
 		jobs[i].seed = (seed + i + 1) * 0x9e3779b97f4a7c15ull;
-		jobs[i].took = took + i * count;
-		if (pthread_create(&jobs[i].thread, NULL, what, &jobs[i]))
-			fail("no thread");
 	}
-	/* They are all there soon: what comes to count in the meantime is the making of connections. */
-	usleep(50000);
-	lines = read_interrupts(before);
-	for (i = 0; i < countings; i++)
-		numbers[i] = read_numbers(strchr(counted[i], '=') + 1);
-	seconds = now();
-	pthread_barrier_wait(&all_are_there);
-	for (i = 0; i < jobs_count; i++) {
-		pthread_join(jobs[i].thread, NULL);
-		bytes += jobs[i].bytes;
-		wrong += jobs[i].wrong;
-	}
-	seconds = now() - seconds;
-	found = read_interrupts(after);
-	count *= jobs_count;
-	qsort(took, count, sizeof(*took), by_size);
-	printf("{\"requests\": %lu, \"bytes\": %lu, \"wrong\": %lu, \"seconds\": %.6f", count, bytes, wrong,
-	       seconds / 1e9);
-	printf(", \"p50_us\": %.1f, \"p99_us\": %.1f, \"counted\": {", percentile(took, count, 50),
-	       percentile(took, count, 99));
-	for (i = 0; i < countings; i++)
-		printf("%s\"%.*s\": %lu", i ? ", " : "", (int)(strchr(counted[i], '=') - counted[i]), counted[i],
-		       read_numbers(strchr(counted[i], '=') + 1) - numbers[i]);
-	printf("}, \"interrupts\": {");
-	for (i = 0, each = 0; i < found; i++) {
-		uint64_t was = 0;
-
-		for (j = 0; j < lines; j++)
-			if (!strcmp(before[j].name, after[i].name))
-				was = before[j].count;
-		if (after[i].count > was)
-			printf("%s\"%s\": %lu", each++ ? ", " : "", after[i].name, after[i].count - was);
-	}
-	printf("}}\n");
+	run(what, jobs, argc * each, counted, countings);
 	return 0;
 }
