@@ -65,9 +65,9 @@ has to be interrupted. Then there is nothing to be saved, and each request costs
 the counts below stand beside what the disks served, from a tenth of what the guest asks for to all of it.
 
 Doorbells remain where the bus sleeps: requests that find nobody awake ring, and a bus that is faster than its guest is
-asleep most of the time. (That one thread serves in place of two made no difference when it was tried; polling would make
-one, is paid in CPU time, and is not done here.) What is lost beside virtio-pci as it is, and not beside the one that
-copies, is the price of copying.
+asleep most of the time. (That one thread serves in place of two made no difference when it was tried; polling would
+make one, is paid in CPU time, and is not done here.) What is lost beside virtio-pci as it is, and not beside the one
+that copies, is the price of copying.
 
 In 2009, on the hardware of that time, tunnelling saved 11% of the interrupts of one network stream, and exits went from
 65,000 a second to 36,000.
