@@ -80,11 +80,11 @@ class GuestSide:
         words: list[str] = []
         for kind in KINDS:
             names = [disk_name(kind, number) for number in range(disks)]
-            for name in names:
+            for number, name in enumerate(names):
                 if urgent:
                     bus.plug(NumberedDisk(blocks), name, priority=LEAST_URGENT)
                 else:
-                    bus.plug(PacedDisk(self._clock, blocks), name)
+                    bus.plug(PacedDisk(self._clock, blocks, number), name)
             for number in range(nets):
                 name = net_name(kind, number)
                 names.append(name)

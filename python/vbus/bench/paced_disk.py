@@ -1,7 +1,8 @@
 """A disk in memory whose service time can be set: what a measurement needs that shows counts against offered load.
 
-Every disk serves one request at a time, in the order of its queue, and each takes as long as was set. So a disk serves
-at most `1 / seconds` requests a second, however many wait, and one that waits for nobody is answered after `seconds`.
+Every disk serves one request at a time, in the order of its queue, and each takes as long as was set, on average: times
+are distributed exponentially, or disks that begin together would stay in step and answer together. So a disk serves at
+most `1 / seconds` requests a second, however many wait, and one that waits for nobody is answered after `seconds`.
 With a time of 0 a request is answered in the turn that took it, as fast as can be. All disks of one clock are completed
 by one thread, which sleeps until the next is due: nobody polls.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import random
 import struct
 import threading
 import time
@@ -74,13 +76,14 @@ class NumberedDisk(Blk):
 
 
 class PacedDisk(NumberedDisk):
-    """One whose requests take as long as a clock says."""
+    """One whose requests take as long as a clock says, on average; `seed`: of what is random."""
 
-    def __init__(self, clock: Clock, blocks: int) -> None:
+    def __init__(self, clock: Clock, blocks: int, seed: int = 0) -> None:
         super().__init__(blocks, "python")
         # What is taken off the ring is given back when its time has come, not at the end of a turn.
         self.declare_queues([Queue("requests", pull=True)])
         self._clock = clock
+        self._random = random.Random(seed)
         self._free = 0.0
         """When the disk has served all that it was given."""
 
@@ -97,5 +100,5 @@ class PacedDisk(NumberedDisk):
             queue.complete(*requests)
             return
         for request in requests:
-            self._free = max(self._free, time.monotonic()) + seconds
+            self._free = max(self._free, time.monotonic()) + self._random.expovariate(1 / seconds)
             self._clock.add(self._free, queue, request)
