@@ -62,7 +62,8 @@ urgent. Here all devices have the same priority, which is what these counts are 
 **Speed decides.** Whoever is faster sleeps more often: a bus that has answered before the guest has laid down its next
 request is asleep again, and has to be woken by a doorbell; a guest that is done with an answer before the next is there
 has to be interrupted. Then there is nothing to be saved, and each request costs one of each, whatever the way. So
-the counts below stand beside what the disks served, from a tenth of what the guest asks for to all of it.
+the counts below stand beside what the disks served, from a tenth of what the guest asks for to all of it. (Each disk
+takes a random time for a read, with an average that gives this, so that disks do not answer in step.)
 
 Doorbells remain where the bus sleeps: requests that find nobody awake ring, and a bus that is faster than its guest is
 asleep most of the time. (That one thread serves in place of two made no difference when it was tried; polling would
