@@ -146,6 +146,9 @@ def _times(ratio: float | None) -> str:
 
 
 def _name(case: Row) -> str:
-    what = {"read": "disks", "ask": "networks with requests", "stream": "networks with streams"}[case["work"]]
+    one, many = {"read": ("disk", "disks"), "ask": ("network", "networks"), "stream": ("network", "networks")}[
+        case["work"]
+    ]
+    what = {"read": "reads", "ask": "questions", "stream": "streams"}[case["work"]]
     offered = "" if case["offered"] == "full" else f", disks serve {case['offered']}"
-    return f"{case['devices']} {what}, {case['depth']} at once{offered}"
+    return f"{case['devices']} {one if case['devices'] == 1 else many}, {what}, {case['depth']} at once{offered}"
