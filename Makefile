@@ -45,9 +45,10 @@ fuzz-lint: build
 	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir $(FUZZ_TARGET) --no-default-features --all-targets --release \
 		--locked --quiet -- -D warnings
 
-# The page of benchmarks, from the figures that are committed beside it.
+# The pages of benchmarks, from the figures that are committed beside them.
 bench-page: build
 	$(BIN)/vbus bench report docs/benchmarks --output docs/benchmarks.md
+	$(BIN)/vbus bench report docs/exits --output docs/exits.md
 
 setup: $(STAMPS)/system $(STAMPS)/python
 

@@ -36,12 +36,12 @@ class SideError(Error):
 class Child:
     """One side, running `module`. A context manager, at whose end the process is gone."""
 
-    def __init__(self, module: str, fds: Sequence[int] = ()) -> None:
-        """`fds`: descriptors that it has under the same numbers."""
+    def __init__(self, module: str, fds: Sequence[int] = (), within: Sequence[str] = ()) -> None:
+        """`fds`: descriptors that it has under the same numbers; `within`: words that run a command elsewhere."""
         self.name = module.rpartition(".")[2]
         # A process group of its own: an interrupt is for whoever measures, who then ends this one.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [*within, sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             process_group=0,

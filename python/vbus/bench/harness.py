@@ -6,6 +6,7 @@ or none.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import tempfile
 import time
@@ -21,6 +22,8 @@ from vbus.errors import UsageError
 
 NAMES = ("ring", "net", "latency", "python", "blk", "scale", "signal")
 """What can be measured: modules in `measurements`."""
+IN_GUESTS = ("exits", "priorities")
+"""What takes a guest, and a page of its own."""
 
 
 def load(name: str) -> AnyMeasurement:
@@ -54,7 +57,8 @@ def run(measurement: Measurement[P, C, V], plan: P, say: Say = lambda number, co
     number = 0
     rows: list[Row] = []
     comparisons: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="vbus-bench-") as shared:
+    with tempfile.TemporaryDirectory(prefix="vbus-bench-") as shared, contextlib.ExitStack() as stack:
+        stack.callback(measurement.finish)
         measurement.prepare(plan, Path(shared))
         for case in cases:
 

@@ -131,6 +131,8 @@ class Measurement(ABC, Generic[P, C, V]):
     figures: ClassVar[Sequence[Figure]]
     template: ClassVar[str]
     """What the figures say, in Markdown, with the names of `numbers` in braces."""
+    page_head: ClassVar[str] = ""
+    """How a page begins of which this is the first, in Markdown; by default as that of benchmarks."""
     needs: ClassVar[Sequence[Peer]] = ()
     """Other people's programs without which nothing can be measured."""
     peers: ClassVar[Sequence[Peer]] = ()
@@ -158,6 +160,9 @@ class Measurement(ABC, Generic[P, C, V]):
 
     def prepare(self, plan: P, folder: Path) -> None:
         """Make what all runs use, in a folder that is there until the last of them has ended."""
+
+    def finish(self) -> None:
+        """End what `prepare` has started, or has begun to start; called once after it."""
 
     @abstractmethod
     def sample(self, plan: P, case: C, variant: V, folder: Path) -> Sample:

@@ -26,15 +26,18 @@ This page is generated (`vbus bench report`) from the JSON beside it.
 
 
 def page(folder: Path) -> str:
-    """The page of all results in a folder, which has the pictures too, as Markdown. UsageError: there are none."""
+    """The page of all results in a folder, which has the pictures too, as Markdown. UsageError: there are none.
+
+    What was measured in a guest has a page of its own, when nothing else is in its folder.
+    """
     results = [
         (harness.load(name), json.loads(path.read_text())[0])
-        for name in harness.NAMES
+        for name in (*harness.NAMES, *harness.IN_GUESTS)
         if (path := folder / f"{name}.json").is_file()
     ]
     if not results:
         raise UsageError(f"{folder}: no results: write them there with vbus bench all --output {folder}")
-    parts = [HEAD]
+    parts = [results[0][0].page_head or HEAD]
     bars = _bars([result for _, result in results])
     if bars.rows:
         parts.append(f"## The bars\n\n{bars.markdown()}\n")
@@ -51,7 +54,7 @@ def _bars(results: list[Row]) -> Table:
             named(row["against"]),
             f"{bar['what']} {limit(bar)}",
             spread(bar["ratio"], row["spread"][bar["value"]]),
-            "met" if bar["met"] else "missed",
+            "met" if bar["met"] else "missed" if row["counts"] else "does not count",
         ]
         for result in results
         for row in result["comparisons"]

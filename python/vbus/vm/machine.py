@@ -313,10 +313,10 @@ class Guest:
                 break
         return self._await(taken, 0, "a command").end()
 
-    def wait(self) -> None:
-        """Until it has started. Raises GuestError."""
+    def wait(self, seconds: float = BOOT_SECONDS) -> None:
+        """Until it has started, within so many seconds. Raises GuestError."""
         pattern = re.compile(rb"@(ready|again)\n")
-        deadline = time.monotonic() + BOOT_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline - POKE_SECONDS and not self._ended:
             with contextlib.suppress(GuestError):
                 self._await(pattern, POKE_SECONDS, "its start")
