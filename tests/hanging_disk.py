@@ -1,4 +1,5 @@
-"""A file system of two files (FUSE), one of which does not answer while it is told so: real input that hangs.
+"""A file system of two files (FUSE), one of which does not answer while it is told so: real input that hangs. What is
+written to them is taken, and kept nowhere.
 
 Run as a process of its own, by root: `python tests/hanging_disk.py MOUNTPOINT BYTES`. `held` hangs between the lines
 `hold` and `go` on standard input, `free` never; each 512 bytes of them begin with their number. Whatever becomes of
@@ -22,6 +23,7 @@ ENTRY = struct.Struct("<4Q2I")
 INIT = struct.Struct("<IIIIHHIIHHI7I")
 OPENED = struct.Struct("<QII")
 READ = struct.Struct("<QQI")
+WROTE = struct.Struct("<II")
 MNT_DETACH = 2
 ASYNC_READ = 1
 FOREVER = 3600
@@ -39,6 +41,7 @@ class Op(IntEnum):
     SETATTR = 4
     OPEN = 14
     READ = 15
+    WRITE = 16
     RELEASE = 18
     FLUSH = 25
     INIT = 26
@@ -63,6 +66,14 @@ class Server:
     def answer(self, unique: int, data: bytes = b"", error: int = 0) -> None:
         os.write(self.fd, ANSWER.pack(ANSWER.size + len(data), -error, unique) + data)
 
+    def answer_late(self, node: int, unique: int, data: bytes) -> None:
+        """Answer at once, or when it is told to."""
+        if node == HELD and self.holds:
+            self.waiting.append((unique, data))
+            print("held", flush=True)
+        else:
+            self.answer(unique, data)
+
     def attr(self, node: int) -> bytes:
         mode = 0o40755 if node == ROOT else 0o100600
         return ATTR.pack(node, 0 if node == ROOT else self.size, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
@@ -85,12 +96,10 @@ class Server:
                 self.answer(unique, OPENED.pack(0, 0, 0))
             case Op.READ:
                 _, offset, size = READ.unpack_from(body)
-                data = sectors(offset // 512, size // 512)[: max(self.size - offset, 0)]
-                if node == HELD and self.holds:
-                    self.waiting.append((unique, data))
-                    print("held", flush=True)
-                else:
-                    self.answer(unique, data)
+                self.answer_late(node, unique, sectors(offset // 512, size // 512)[: max(self.size - offset, 0)])
+            case Op.WRITE:
+                _, _, size = READ.unpack_from(body)
+                self.answer_late(node, unique, WROTE.pack(size, 0))
             case Op.FORGET | Op.INTERRUPT | Op.BATCH_FORGET:
                 # No answer is wanted.
                 pass

@@ -435,8 +435,11 @@ def test_an_engine_that_was_asked_for_is_there_or_said_to_be_missing(
         bus.plug(Blk(memory=512, engine="native"), "disk0")
     bus.plug(Blk(memory=512), "disk0")
     assert bus.slot("disk0").engine == "python (the bus has no workers)"
-    with pytest.raises(UsageError, match="served in Python"):
-        make_bus("other").plug(Net(f"pcap:{tmp_path / 'file.pcap'}", engine="native"))
+    with pytest.raises(UsageError, match=r"net0: engine native: the bus has no workers"):
+        bus.plug(Net(f"pcap:{tmp_path / 'file.pcap'}", engine="native"), "net0")
+    # And let go of again.
+    bus.plug(Net(f"pcap:{tmp_path / 'file.pcap'}"), "net0")
+    assert bus.slot("net0").engine == "python (the bus has no workers)"
 
 
 def test_without_io_uring_disks_are_served_in_python(

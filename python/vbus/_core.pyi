@@ -31,6 +31,8 @@ __all__ = [
     "Mapping",
     "Memory",
     "NetRules",
+    "PcapEngine",
+    "PcapFile",
     "PingSide",
     "Request",
     "Scheduler",
@@ -493,6 +495,33 @@ class TapEngine(Engine):
         """
     def close(self) -> None:
         """Let go of the tap. Once no worker has this engine any more."""
+
+@final
+class PcapFile:
+    """A file of frames that a network device has sent, for whoever of its engines and its model has some to write.
+
+    What is in it is whole records: of a write that the disk cuts short, those that it took stay, and the rest is cut
+    off. A file that somebody else cuts off begins anew, with a header.
+    """
+
+    def __new__(cls, fd: int, header: bytes) -> PcapFile:
+        """Empties a regular file, and writes the header. Takes a duplicate of `fd`. OSError."""
+    def write(self, records: Sequence[bytes]) -> tuple[int, int | None]:
+        """Add records, each with its own header; how many of the first ones are in the file, and the errno that says
+        why not all. It may take as long as the file system likes.
+        """
+    def close(self) -> None:
+        """Let go of the file."""
+
+@final
+class PcapEngine(Engine):
+    """A pair of queues of a network device, with a file behind it. A turn may take as long as the file system likes."""
+
+    def __new__(cls, receive: DeviceQueue, transmit: DeviceQueue, file: PcapFile, signal: Signal) -> PcapEngine: ...
+    def set_rules(self, rules: NetRules) -> None:
+        """These hold for frames from now on."""
+    def hand_over(self) -> tuple[bool, list[bytearray]]:
+        """Let others serve its queues: what it has taken is in the file when this returns. No packets wait."""
 
 @final
 class NetRules:

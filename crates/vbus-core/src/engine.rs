@@ -12,7 +12,7 @@ use pyo3::types::{PyByteArray, PyDict};
 use vbus_engine::net::{Filter, Header, Rules, ETHERNET, HEADER, LONGEST};
 use vbus_engine::queue::Queue;
 use vbus_engine::worker::{self, Polling, PRIORITIES};
-use vbus_engine::{blk, loopback, switch, tap};
+use vbus_engine::{blk, loopback, pcap, recording, switch, tap};
 
 use crate::doorbell::Doorbell;
 use crate::request::Request;
@@ -218,6 +218,62 @@ impl TapEngine {
 
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.0.close());
+    }
+}
+
+/// A file of frames.
+#[pyclass(frozen, module = "vbus._core")]
+pub struct PcapFile(Arc<recording::Recording>);
+
+#[pymethods]
+impl PcapFile {
+    #[new]
+    fn new(py: Python<'_>, fd: RawFd, header: &[u8]) -> PyResult<Self> {
+        let begun = py.detach(|| recording::Recording::begin(duplicate(fd)?, header));
+        Ok(Self(Arc::new(begun.map_err(|error| os_error(py, error))?)))
+    }
+
+    fn write(&self, py: Python<'_>, records: Vec<Vec<u8>>) -> (usize, Option<i32>) {
+        let recording::Written { records, error } = py.detach(|| {
+            let mut whole = recording::Records::default();
+            records.iter().for_each(|record| whole.push_whole(record));
+            self.0.append(&whole)
+        });
+        (records, error.map(|error| error.raw_os_error().unwrap_or(libc::EIO)))
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
+}
+
+/// Has what is sent on a pair of queues written to a file.
+#[pyclass(frozen, extends = Engine, module = "vbus._core")]
+pub struct PcapEngine(Arc<pcap::Pcap>);
+
+#[pymethods]
+impl PcapEngine {
+    #[new]
+    fn new(
+        receive: PyRef<'_, DeviceQueue>,
+        transmit: PyRef<'_, DeviceQueue>,
+        file: PyRef<'_, PcapFile>,
+        signal: PyRef<'_, Signal>,
+    ) -> PyClassInitializer<Self> {
+        let queues = vec![receive.shared.clone(), transmit.shared.clone()];
+        let (receive, transmit) = (queues[0].clone(), queues[1].clone());
+        let engine = Arc::new(pcap::Pcap::new(receive, transmit, file.0.clone(), signal.0.clone()));
+        PyClassInitializer::from(Engine { engine: engine.clone(), queues }).add_subclass(Self(engine))
+    }
+
+    fn set_rules(&self, py: Python<'_>, rules: PyRef<'_, NetRules>) {
+        let rules = rules.0.clone();
+        py.detach(|| self.0.set_rules(rules));
+    }
+
+    fn hand_over<'py>(&self, py: Python<'py>) -> (bool, Vec<Bound<'py, PyByteArray>>) {
+        py.detach(|| self.0.hand_over());
+        (false, Vec::new())
     }
 }
 

@@ -25,7 +25,8 @@ mod _core {
     use crate::doorbell::Doorbell;
     #[pymodule_export]
     use crate::engine::{
-        BlkEngine, Engine, LoopbackEngine, NetRules, Switch, SwitchEngine, SwitchPort, TapEngine, Task, Worker,
+        BlkEngine, Engine, LoopbackEngine, NetRules, PcapEngine, PcapFile, Switch, SwitchEngine, SwitchPort, TapEngine,
+        Task, Worker,
     };
     #[pymodule_export]
     use crate::event::{EventReceiver, EventSender};

@@ -180,6 +180,8 @@ class Slot:
         self._keys = [self.actor.key(self._turn_of(q), self.queue_priorities[q.index]) for q in self.queues]
         self._bells: dict[int, _core.Doorbell] = {}
         self._engines: list[Engine] = []
+        self._own_worker: _core.Worker | None = None
+        """What runs those of them that may wait."""
         self._tasks: dict[int, _core.Task] = {}
         """Who serves a queue natively, by its index."""
         self._native = False
@@ -279,8 +281,13 @@ class Slot:
     def adopt(self, engines: Sequence[Engine]) -> None:
         """Have workers run these engines for queues of this device. In the turn that plugs it. UsageError."""
         for engine in engines:
+            priority = min(self.queue_priorities[q.index] for q in engine.queues)
             try:
-                task = self.bus.workers.add(engine.core, min(self.queue_priorities[q.index] for q in engine.queues))
+                if engine.may_wait:
+                    self._own_worker = self._own_worker or self.bus.workers.start_own()
+                    task = self._own_worker.add(engine.core, priority)
+                else:
+                    task = self.bus.workers.add(engine.core, priority)
             except Error:
                 # A worker ends those that it has; of the rest, nothing may be held any more.
                 for other in engines:
@@ -1042,6 +1049,9 @@ class Slot:
         self._use_engines(allowed=False)
         for engine in self._engines:
             self._tasks[engine.queues[0].index].remove()
+        if self._own_worker is not None:
+            self._own_worker.close()
+            self._own_worker = None
         self._engines.clear()
         self._tasks.clear()
         self.runner.stop()

@@ -31,6 +31,8 @@ class Engine:
 
     core: _core.Engine
     queues: tuple[Queue, ...]
+    may_wait: bool = False
+    """Whether a turn may have to wait, for a file system: then its worker has no engines of other devices."""
 
 
 class Workers:
@@ -71,13 +73,19 @@ class Workers:
                 number = len(self._workers)
                 cpus = [self.affinity[number % len(self.affinity)]] if self.affinity else []
                 name = f"vbus-native-{number}"
-                self._workers.append(self._start(name, cpus))
+                self._workers.append(self._start(name, cpus, self.polling))
             worker = min(self._workers, key=lambda worker: worker.tasks)
             return worker.add(engine, priority)
 
-    def _start(self, name: str, cpus: list[int]) -> _core.Worker:
+    def start_own(self) -> _core.Worker:
+        """A worker beside those that all devices share, and not one of `count`, for engines that may wait; it sleeps
+        when there is nothing to do. Whoever asks for it closes it. UsageError when it cannot be started.
+        """
+        return self._start("vbus-native-own", [], "notified")
+
+    def _start(self, name: str, cpus: list[int], polling: str) -> _core.Worker:
         try:
-            return _core.Worker(name, polling=self.polling, cpus=cpus)
+            return _core.Worker(name, polling=polling, cpus=cpus)
         except OSError as error:
             where = f" on CPU {cpus[0]}" if cpus else ""
             raise UsageError(f"bus {self.name}: no worker can be started{where}: {error.strerror}") from None

@@ -89,7 +89,7 @@ class Net(Device):
     (an interface of this machine, made at plug and gone at unplug, or a persistent tap that is there already) or
     `pcap:FILE` (what is sent is written for Wireshark). `mac`: such as "52:54:00:12:34:56", by default one that follows
     from the device's UUID. `mtu`: 68 to 65535. `queue_pairs`: 1 to 8. `link`: whether it begins up. `engine`: "native"
-    or "python", by default native where that is possible (all but a file). Of a switch's port, `isolated`: whether it
+    or "python", by default native where the bus has workers. Of a switch's port, `isolated`: whether it
     talks with no other isolated one; `flood_limit`: how many frames a second may go to all.
     """
 
@@ -228,7 +228,7 @@ class Net(Device):
         if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
             raise UsageError(f"net: queue_pairs {queue_pairs} is out of range: 1 to {MAX_QUEUE_PAIRS}")
         self._wanted_engine = check_engine("net", engine)
-        self._engines: Sequence[_core.LoopbackEngine | _core.SwitchEngine | _core.TapEngine] = []
+        self._engines: Sequence[_core.LoopbackEngine | _core.PcapEngine | _core.SwitchEngine | _core.TapEngine] = []
         self._backend = make_backend(backend)
         self._is_port = isinstance(self._backend, SwitchPort)
         if isolated:
@@ -297,12 +297,9 @@ class Net(Device):
         return [(self._queues[receiveq(pair)], self._queues[transmitq(pair)]) for pair in range(self._max_pairs)]
 
     def engines(self) -> Sequence[Engine]:
-        """One for each pair, unless a file is behind it. UsageError when one was asked for in vain."""
+        """One for each pair. UsageError when one was asked for in vain."""
         if self._wanted_engine == "python":
             not_native(self, None, "as it was asked for")
-            return []
-        if not isinstance(self._backend, (Loopback, SwitchPort, TapBackend)):
-            not_native(self, self._wanted_engine, f"{self._backend} is served in Python")
             return []
         if self.bus.workers.count == 0:
             not_native(self, self._wanted_engine, "the bus has no workers")
@@ -314,8 +311,12 @@ class Net(Device):
             fds = self._backend.tap.fds
             pairs = zip(self._pair_queues(), fds, strict=True)
             self._engines = [_core.TapEngine(rx.core, tx.core, fd, signal) for (rx, tx), fd in pairs]
+        elif isinstance(self._backend, Pcap):
+            file = self._backend.file
+            self._engines = [_core.PcapEngine(rx.core, tx.core, file, signal) for rx, tx in self._pair_queues()]
         self._tell_engines()
-        return [Engine(core, queues) for core, queues in zip(self._engines, self._pair_queues(), strict=True)]
+        may_wait = isinstance(self._backend, Pcap)
+        return [Engine(core, queues, may_wait) for core, queues in zip(self._engines, self._pair_queues(), strict=True)]
 
     def engine_serves(self, queue: Queue) -> bool:
         """Without MQ there is one pair, and commands come on what would be the next."""
@@ -357,8 +358,9 @@ class Net(Device):
                 self.slot.mark(self._receivers[pair].queue)
 
     def engine_failed(self, error: OSError) -> None:
-        """There is no tap any more."""
-        self._lose(error)
+        """There is no tap any more, or a file takes no more."""
+        if not self._backend.survives(error):
+            self._lose(error)
 
     _WRONG = ("too_short", "too_long", "checksum", "segments", "header", "queue", "refused")
 
@@ -517,8 +519,9 @@ class Net(Device):
         finally:
             # Those before a bad one are answered, whatever it was.
             if is_transmit:
-                lost = self._backend.flush()
+                lost, lost_bytes = self._backend.flush()
                 self._counts["sent"] -= lost
+                self._counts["sent_bytes"] -= lost_bytes
                 self._counts["unsent"] += lost
             queue.complete(*requests[:done])
         if is_transmit and self._backend.echoes:

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar
 
+from vbus import _core
 from vbus import tap as taps
 from vbus.devices.buffers import IOV_MAX
 from vbus.errors import UsageError
@@ -64,9 +65,13 @@ class Backend:
     def write(self, pair: int, header: bytes, frame: Sequence[memoryview]) -> None:
         """Take a packet; `frame` has no empty part. OSError when it is refused, or the other end is gone."""
 
-    def flush(self) -> int:
-        """A batch of packets has ended; gives how many of it were lost."""
-        return 0
+    def flush(self) -> tuple[int, int]:
+        """A batch of packets has ended; gives how many of it were lost, and the bytes of their frames."""
+        return 0, 0
+
+    def survives(self, error: OSError) -> bool:
+        """Whether it goes on after what an engine met with; then it is said here."""
+        return False
 
     def forget(self) -> None:
         """The driver has gone: what it has sent must not reach the next one."""
@@ -129,7 +134,10 @@ class Loopback(Backend):
 
 
 class Pcap(Backend):
-    """Writes what is sent to a file that Wireshark and tcpdump read; nothing comes from it."""
+    """Writes what is sent to a file that Wireshark and tcpdump read; nothing comes from it.
+
+    The file is one of the core, which keeps whole records in it and nothing else, whoever writes: engines, or this.
+    """
 
     FILE = struct.Struct("<IHHiIII")
     RECORD = struct.Struct("<IIII")
@@ -140,13 +148,20 @@ class Pcap(Backend):
     def __init__(self, path: str) -> None:
         self.path = path
         self._fd = -1
-        self._size = 0
+        self._file: _core.PcapFile | None = None
         self._batch: list[bytes] = []
         self._told = False
         self.log = logging.getLogger("vbus.device")
 
     def __str__(self) -> str:
         return f"pcap:{self.path}"
+
+    @property
+    def file(self) -> _core.PcapFile:
+        """What records go to. OSError when it is not open."""
+        if self._file is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self._file
 
     def open(self, log: logging.Logger, *, pairs: int, mtu: int, link: bool) -> None:
         """Begin the file anew. UsageError when it is none, or in use."""
@@ -159,9 +174,8 @@ class Pcap(Backend):
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise UsageError(f"pcap file {self.path} is no regular file: name a file to write to")
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._fd, 0)
             header = self.FILE.pack(self.MAGIC_NANOSECONDS, 2, 4, 0, 0, self.SNAPLEN, self.LINKTYPE_ETHERNET)
-            self._size = os.write(self._fd, header)
+            self._file = _core.PcapFile(self._fd, header)
         except BlockingIOError:
             self.close()
             raise UsageError(f"pcap file {self.path} is in use by another process or device: name another") from None
@@ -174,10 +188,17 @@ class Pcap(Backend):
 
     def close(self) -> None:
         """Write what is left, and let go of the file."""
-        if self._fd >= 0:
+        if self._file is not None:
             self.flush()
-            os.close(self._fd)
-            self._fd = -1
+            self._file.close()
+            self._file = None
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            try:
+                os.close(fd)
+            except OSError as error:
+                # It is closed even so; a server may say only now what it did not take.
+                self.survives(error)
 
     def write(self, pair: int, header: bytes, frame: Sequence[memoryview]) -> None:
         """Keep a copy until the batch ends."""
@@ -185,25 +206,23 @@ class Pcap(Backend):
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         self._batch.append(self.RECORD.pack(seconds & 0xFFFF_FFFF, nanoseconds, len(data), len(data)) + data)
 
-    def flush(self) -> int:
-        """Write the batch, or nothing of it: behind a record that was cut short, nothing could be read any more."""
+    def flush(self) -> tuple[int, int]:
+        """Write the batch; what the disk does not take of it is lost."""
         if not self._batch:
-            return 0
+            return 0, 0
         batch, self._batch = self._batch, []
-        data = b"".join(batch)
-        try:
-            if os.write(self._fd, data) == len(data):
-                self._size += len(data)
-                return 0
-            reason = os.strerror(errno.ENOSPC)
-        except OSError as error:
-            reason = error.strerror or str(error)
-        os.ftruncate(self._fd, self._size)
-        os.lseek(self._fd, self._size, os.SEEK_SET)
+        written, code = self.file.write(batch)
+        if code is not None:
+            self.survives(OSError(code, os.strerror(code)))
+        lost = batch[written:]
+        return len(lost), sum(map(len, lost)) - len(lost) * self.RECORD.size
+
+    def survives(self, error: OSError) -> bool:
+        """A disk may have room again: it is told once, and tried again with each batch."""
         if not self._told:
             self._told = True
-            self.log.error("pcap file %s takes no more: %s", self.path, reason)
-        return len(batch)
+            self.log.error("pcap file %s takes no more: %s", self.path, error.strerror)
+        return True
 
 
 class TapBackend(Backend):
