@@ -76,6 +76,7 @@ def test_the_machines_are_those_that_there_are() -> None:
         (("--",), 2, "there is no command behind --: write one, or leave out -- for a shell"),
         (("--", "true"), 1, "no bus runs: start one with vbus run FILE.toml, or name a class"),
         (("--bus", "x", "rng.py:Rng", "--", "true"), 2, "--bus is for buses that run"),
+        (("--function", "--", "true"), 2, "--function is for a file or a class"),
         (("--memory", "1 MiB", "--", "true"), 2, "invalid value for '--memory': 1 MiB: a guest needs 128 MiB"),
         (("--machine", "p35", "--", "true"), 2, "invalid value for '--machine'"),
         (("rng.py:Rgn", "--", "true"), 2, "rng.py has no class 'Rgn': did you mean 'Rng'?"),
@@ -107,7 +108,7 @@ def test_what_no_guest_can_have_is_said(folder: Path) -> None:
 def steps(stderr: bytes) -> list[str]:
     """What a command said on its standard error, less what it says when something takes its time."""
     lines = stderr.decode().splitlines()
-    return [line for line in lines if not re.match("vbus: (fetching |booting )", line)]
+    return [line for line in lines if not re.match("vbus: (fetching |booting |building )", line)]
 
 
 def test_a_command_is_as_if_it_ran_here(folder: Path) -> None:
@@ -120,6 +121,32 @@ def test_a_command_is_as_if_it_ran_here(folder: Path) -> None:
     assert (done.returncode, steps(done.stderr)) == (7, ["not good"])
     assert done.stdout.startswith(b"2\nloop\n")
     assert len(done.stdout) == 7 + 64
+
+
+def test_a_whole_bus_behind_one_function(folder: Path) -> None:
+    listed = "cat /sys/bus/vbus/devices/*/name; head -c 4096 /dev/vda | wc -c; head -c 64 /dev/hwrng | wc -c"
+    done = vbus("guest", "--function", "some.toml", "--", listed, cwd=folder, timeout=200)
+    assert (done.returncode, steps(done.stderr)) == (0, [])
+    # A device of a class that the kernel has no driver for is on the guest's bus, too.
+    assert done.stdout.decode().split() == ["rng0", "disk0", "lamp0", "4096", "64"]
+
+
+def test_a_function_of_a_bus_that_runs(folder: Path) -> None:
+    # What is behind a function needs no other connector.
+    (folder / "one.toml").write_text(
+        SOME.partition("[device.lamp0]")[0].replace('"some"', '"one"')
+        + '[connector.guests]\ntype = "ivshmem"\nsocket = "guests.sock"\n'
+    )
+    done = vbus("guest", "one.toml", "--", "cat /sys/bus/vbus/devices/*/name", cwd=folder, timeout=200)
+    assert (done.returncode, steps(done.stderr), done.stdout.split()) == (0, [], [b"rng0", b"disk0"])
+    with serving("one.toml", cwd=folder, lines=1):
+        done = vbus("guest", "--", "dd if=/dev/vda bs=64k count=1 | wc -c", cwd=folder, timeout=200)
+        assert (done.returncode, done.stdout) == (0, b"65536\n"), done.stderr
+    # A machine that goes takes its keeper with it.
+    deadline = time.monotonic() + 20
+    while (folder / "guests.sock.keeper").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not (folder / "guests.sock.keeper").exists()
 
 
 class Person:

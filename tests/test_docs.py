@@ -130,6 +130,30 @@ def test_the_commands_of_channels() -> None:
     assert re.search(r"bus: fire\n.*bus: all clear\n", done.stdout)
 
 
+@pytest.mark.timeout(300)
+def test_the_commands_of_the_kvm_connector() -> None:
+    with tempfile.TemporaryDirectory(prefix="vbus-docs-") as folder:
+        shutil.copy(DOCS.parent / "examples" / "rng.py", folder)
+        (Path(folder) / "bus.toml").write_text(blocks("kvm-connector.md", "toml")[0])
+        done = subprocess.run(
+            ["bash", "-c", script("kvm-connector.md") + "\ncat log*"],
+            cwd=folder,
+            env=os.environ | {"PATH": PATH, "VBUS_RUNTIME_DIR": f"{folder}/run"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+    said = done.stdout
+    assert done.returncode == 0, said + done.stderr
+    assert re.search(r"==> /sys/bus/vbus/devices/vbus0-2/name <==\ndisk0\n", said)
+    assert re.search(r"==> /sys/bus/vbus/devices/vbus0-1/priority <==\n2\n", said)
+    assert re.search(r"^00000000: ([0-9a-f]{4} ){8}", said, re.MULTILINE)
+    assert re.search(r" vbus-\S+-2$", said, re.MULTILINE)
+    assert "appeared" in said
+
+
 PROLOGUE = ["set -e -o pipefail -m", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
 
 

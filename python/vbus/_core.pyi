@@ -375,7 +375,7 @@ class DeviceQueue:
         """
     def serve(
         self,
-        handler: Callable[..., object],
+        handler: Callable[..., object] | None,
         queue: object,
         limit: int,
         *,
@@ -384,7 +384,8 @@ class DeviceQueue:
         others: tuple[Scheduler, int, int] | None = None,
     ) -> bool:
         """Let `handler(queue, request)` answer requests, each completed when it returns; with `batch`, let
-        `handler(queue, requests)` answer all, completed together. False when there are none, or none any more;
+        `handler(queue, requests)` answer all, completed together; None completes all with nothing in them, which shows
+        what a ring costs alone. ValueError: None without `batch`. False when there are none, or none any more;
         notifications are on then.
 
         At most `limit` are taken from the ring, and none while some wait that a turn before put off: it does so with

@@ -122,13 +122,16 @@ impl DeviceQueue {
     fn serve(
         &self,
         py: Python<'_>,
-        handler: &Bound<'_, PyAny>,
+        handler: Option<&Bound<'_, PyAny>>,
         queue: &Bound<'_, PyAny>,
         limit: usize,
         batch: bool,
         charge: Option<&Bound<'_, PyAny>>,
         others: Option<(PyRef<'_, Scheduler>, u64, u32)>,
     ) -> PyResult<bool> {
+        if handler.is_none() && !batch {
+            return Err(PyValueError::new_err("without a handler there are only batches"));
+        }
         let others = others.map(|(scheduler, actor, priority)| Others::new(scheduler.0.clone(), actor, priority));
         Server { py, shared: &self.shared, handler, queue, limit, batch, charge, others, vain: &self.vain }.serve()
     }

@@ -106,7 +106,8 @@ impl Vain {
 pub struct Server<'a, 'py> {
     pub py: Python<'py>,
     pub shared: &'a Arc<Queue>,
-    pub handler: &'a Bound<'py, PyAny>,
+    /// None, which is for a batch alone: each is completed with nothing, and no Python is run.
+    pub handler: Option<&'a Bound<'py, PyAny>>,
     pub queue: &'a Bound<'py, PyAny>,
     /// How many are taken off the ring at once.
     pub limit: usize,
@@ -195,6 +196,7 @@ impl Server<'_, '_> {
     }
 
     fn each_until(&mut self, turn: &Arc<Turn>, next: &mut usize) -> PyResult<bool> {
+        let Some(handler) = self.handler else { return Ok(true) };
         let mut known: Option<Bound<'_, Request>> = None;
         while *next < turn.burst.len() {
             let request = match known.take() {
@@ -202,7 +204,7 @@ impl Server<'_, '_> {
                 _ => Bound::new(self.py, Request::of_turn(turn, *next))?,
             };
             *next += 1;
-            call(self.handler, self.queue, request.as_any())?;
+            call(handler, self.queue, request.as_any())?;
             complete(self.py, self.shared, std::iter::once(request.get()))?;
             if *next < turn.burst.len() && self.others.as_mut().is_some_and(Others::are_urgent) {
                 return Ok(false);
@@ -213,8 +215,9 @@ impl Server<'_, '_> {
     }
 
     fn together(&self, turn: &Arc<Turn>, first: usize) -> PyResult<()> {
+        let Some(handler) = self.handler else { return turn.complete(self.py, first) };
         let batch = Bound::new(self.py, Batch { turn: turn.clone(), first, list: OnceLock::new() })?;
-        call(self.handler, self.queue, batch.as_any())?;
+        call(handler, self.queue, batch.as_any())?;
         batch.get().complete(self.py)
     }
 }

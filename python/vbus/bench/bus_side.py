@@ -55,6 +55,14 @@ class Together(Device):
         """Do nothing."""
 
 
+class Alone(Device):
+    """Has nobody who could do anything: requests are completed without Python."""
+
+    device_id = DEVICE_ID
+    queues = ("requests",)
+    handle_batch: Any = None
+
+
 class LookedAt(Device):
     """Looks at each of several requests, and does nothing with it."""
 
@@ -67,7 +75,7 @@ class LookedAt(Device):
             pass
 
 
-MODELS: Mapping[str, type[Device]] = {model.__name__: model for model in (Echo, Each, Together, LookedAt)}
+MODELS: Mapping[str, type[Device]] = {model.__name__: model for model in (Echo, Each, Together, Alone, LookedAt)}
 
 
 class BusSide:

@@ -99,7 +99,7 @@ class Queue:
             gate.charge(len(requests), sum(request.readable + request.writable for request in requests))
         return requests
 
-    def serve(self, handler: Callable[..., object], batch: bool, limit: int) -> bool:
+    def serve(self, handler: Callable[..., object] | None, batch: bool, limit: int) -> bool:
         """Let `handler` answer requests in a turn of the device, `limit` at most; True when there were some.
 
         Those that were taken before come first. A violation, of the driver or of the handler, is raised, and so is

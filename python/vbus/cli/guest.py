@@ -1,7 +1,7 @@
 """The verb `guest`: a stock guest with devices of a bus in it, for a command or for a shell.
 
-    what was typed -> buses, served here or running elsewhere -> rows of connectors and devices -> QEMU's options and
-    the kernel's modules -> a guest -> a command's outputs and status, or a shell on its console
+    what was typed -> buses, served here or running elsewhere -> rows of connectors and devices -> what the guest
+    reaches -> QEMU's options and the kernel's modules -> a guest -> a command's outputs and status, or a shell
 
 The guest is Debian's own kernel with busybox, made by `vbus.vm`; it is gone when the command is done.
 """
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ SLOW_SECONDS = 2.0
 """What takes longer says what it does."""
 WEEK = 7 * 86400
 """Seconds that a command may take: until somebody interrupts it."""
+SETTLE_SECONDS = 10
+"""How long a guest is waited for until it has found its devices."""
 LEAST_MEMORY = 128 << 20
 MIB = 1 << 20
 Row = dict[str, Any]
@@ -93,6 +95,7 @@ def _memory(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
 @click.option("--memory", metavar="SIZE", default="256 MiB", show_default=True, callback=_memory)
 @click.option("--cpus", type=click.IntRange(1, 64), default=1, show_default=True)
 @click.option("--module", "modules", multiple=True, metavar="NAME", help="Another module of the kernel.")
+@click.option("--function", is_flag=True, help="All of each bus behind one function, with vbus's modules.")
 @click.option("--package", "packages", multiple=True, metavar="NAME", help="A Debian package that shall be there.")
 @click.pass_context
 def guest_command(
@@ -104,13 +107,15 @@ def guest_command(
     cpus: int,
     modules: tuple[str, ...],
     packages: tuple[str, ...],
+    function: bool,
 ) -> int:
     """Boot Debian's own kernel in QEMU, with devices of a bus in it, and run COMMAND there, or a shell.
 
     The devices: all of the files' buses, or one of a CLASS, which are served for as long as the guest is there; with
-    neither, those that running buses have behind a vhost-user connector. The options above come before FILE or CLASS;
-    what follows a CLASS is its own. A COMMAND of one word is a line for the guest's shell. Its outputs are printed when
-    it is done; the exit status is its own.
+    neither, those that running buses have behind a vhost-user or an ivshmem connector. With --function, and behind an
+    ivshmem connector, the guest sees a bus as one function of its machine, and has vbus's modules, which are built from
+    a checkout. The options above come before FILE or CLASS; what follows a CLASS is its own. A COMMAND of one word is a
+    line for the guest's shell. Its outputs are printed when it is done; the exit status is its own.
     """
     command: Sequence[str] | None = ctx.obj.command
     if command is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -119,11 +124,13 @@ def guest_command(
         raise UsageError("there is no command behind --: write one, or leave out -- for a shell")
     if what and bus_name is not None:
         raise UsageError("--bus is for buses that run: leave it out beside a file or a class")
+    if function and not what:
+        raise UsageError("--function is for a file or a class: give a bus that runs a connector of type ivshmem")
     logging.basicConfig(level=logging.WARNING, format="vbus: %(levelname)s: %(name)s: %(message)s")
     wanted = _Wanted(machine, memory, cpus, modules, packages)
     hung: list[str] = []
-    with serving.interruptible(), _devices(what, bus_name, machine, hung) as devices:
-        status = _boot(wanted, devices, "no" if what else "ms", command)
+    with serving.interruptible(), _reached(what, bus_name, machine, function, hung) as reached:
+        status = _boot(wanted, reached, "no" if what else "ms", command)
     serving.leave_behind(hung, status)
     return status
 
@@ -131,22 +138,54 @@ def guest_command(
 # Which devices.
 
 
+@dataclass(frozen=True)
+class _Function:
+    """A function with a whole bus behind it."""
+
+    name: str
+    socket: Path
+    devices: tuple[str, ...]
+    """Their names."""
+    classes: tuple[int, ...]
+    """The ids of their classes."""
+
+
+@dataclass
+class _Reached:
+    """What the guest shall have."""
+
+    devices: list[VhostUserDevice] = field(default_factory=list)
+    functions: list[_Function] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.devices or self.functions)
+
+    @property
+    def names(self) -> list[str]:
+        """The devices' names."""
+        return [device.name for device in self.devices] + [name for one in self.functions for name in one.devices]
+
+
 @contextlib.contextmanager
-def _devices(
-    what: tuple[str, ...], bus_name: str | None, machine: str, hung: list[str]
-) -> Iterator[list[VhostUserDevice]]:
-    """The devices that the guest shall have, and that are served inside. Error when there is none."""
+def _reached(
+    what: tuple[str, ...], bus_name: str | None, machine: str, function: bool, hung: list[str]
+) -> Iterator[_Reached]:
+    """What the guest shall have, and what is served inside. Error when there is nothing."""
     if not what:
         yield _running(bus_name, machine)
         return
     with tempfile.TemporaryDirectory(prefix="vbus-guest-") as folder, _typed(what):
         specs = _specs(what)
         for number, spec in enumerate(specs):
-            _carry_all(spec, Path(folder), number)
+            if function:
+                _carry_together(spec, Path(folder), number)
+            else:
+                _carry_all(spec, Path(folder), number)
         with serving.serving(specs, hung) as served:
-            found = []
+            found = _Reached()
             for bus in served:
-                found += _behind(bus.describe_connectors(), bus.show, machine)
+                names = [row["name"] for row in bus.describe()]
+                _behind(bus.describe_connectors(), names, bus.show, machine, found)
             if not found:
                 raise UsageError(f"{what[0]} has no device that a guest could have")
             yield found
@@ -179,40 +218,62 @@ def _specs(what: tuple[str, ...]) -> list[BusSpec]:
 def _carry_all(spec: BusSpec, folder: Path, number: int) -> None:
     """Give every device that no hypervisor would reach a connector of its own."""
     from vbus import config
-    from vbus.connectors import VhostUser
+    from vbus.connectors import Ivshmem, VhostUser
 
     carried = {connector.options["device"] for connector in spec.connectors if connector.cls is VhostUser}
-    taken = {connector.name for connector in spec.connectors}
+    for connector in spec.connectors:
+        if connector.cls is Ivshmem:
+            carried.update(connector.options.get("devices") or [device.name for device in spec.devices])
     for at, device in enumerate(spec.devices):
         if device.name not in carried:
-            name = f"guest{at}"
-            while name in taken:
-                name += "x"
             options = {"device": device.name, "socket": folder / f"{number}-{at}.sock"}
-            spec.connectors.append(config.ConnectorSpec(name, VhostUser, options))
+            spec.connectors.append(config.ConnectorSpec(_free(spec, f"guest{at}"), VhostUser, options))
 
 
-def _running(bus_name: str | None, machine: str) -> list[VhostUserDevice]:
+def _carry_together(spec: BusSpec, folder: Path, number: int) -> None:
+    """Give the bus a function with all of its devices, in place of whatever a hypervisor would reach."""
+    from vbus import config
+    from vbus.connectors import Ivshmem, VhostUser
+
+    spec.connectors = [connector for connector in spec.connectors if connector.cls not in (Ivshmem, VhostUser)]
+    options = {"socket": folder / f"{number}.sock", "keep": False}
+    spec.connectors.append(config.ConnectorSpec(_free(spec, f"guest{number}"), Ivshmem, options))
+
+
+def _free(spec: BusSpec, name: str) -> str:
+    """A name for a connector that no other has."""
+    taken = {connector.name for connector in spec.connectors}
+    while name in taken:
+        name += "x"
+    return name
+
+
+def _running(bus_name: str | None, machine: str) -> _Reached:
     """What running buses have for a hypervisor, less what has one already."""
     there = buses.some_buses(bus_name)
     if not there:
         raise Error("no bus runs: start one with vbus run FILE.toml, or name a class, vbus guest file.py:Class")
-    found = []
+    found = _Reached()
     for bus in there:
-        found += _behind(bus.connectors(), bus.show, machine)
+        _behind(bus.connectors(), [row["name"] for row in bus.devices()], bus.show, machine, found)
     if not found:
         names = ", ".join(bus.name for bus in there)
         raise UsageError(f"bus {names} has no device for a guest: give it a connector of type vhost-user for one")
     return found
 
 
-def _behind(connectors: list[Row], show: Callable[[str], Row], machine: str) -> list[VhostUserDevice]:
-    """The devices behind the vhost-user connectors of a bus. Those that cannot be had are named, and left out."""
+def _behind(connectors: list[Row], names: list[str], show: Callable[[str], Row], machine: str, found: _Reached) -> None:
+    """Add what is behind the connectors of a bus that has these devices. What cannot be had is named, and left out."""
     from vbus.errors import NoSuchNameError
     from vbus.vm.options import NoFrontEndError, front_end
 
-    found = []
     for connector in connectors:
+        if connector["type"] == "ivshmem":
+            devices = tuple(name for name in names if connector["devices"] is None or name in connector["devices"])
+            classes = tuple(show(name)["device_id"] for name in devices)
+            socket = Path(connector["address"].removeprefix("ivshmem:")).absolute()
+            found.functions.append(_Function(connector["name"], socket, devices, classes))
+            continue
         if connector["type"] != "vhost-user":
             continue
         if connector["peers"]:
@@ -226,8 +287,7 @@ def _behind(connectors: list[Row], show: Callable[[str], Row], machine: str) -> 
         except NoFrontEndError as error:
             click.echo(f"vbus: left out: {error}", err=True)
             continue
-        found.append(device)
-    return found
+        found.devices.append(device)
 
 
 # The guest.
@@ -244,14 +304,27 @@ class _Wanted:
     packages: tuple[str, ...]
 
 
-def _boot(wanted: _Wanted, devices: list[VhostUserDevice], reconnect: Reconnect, command: Sequence[str] | None) -> int:
+def _boot(wanted: _Wanted, reached: _Reached, reconnect: Reconnect, command: Sequence[str] | None) -> int:
     """Boot a guest with these devices, run the command or a shell in it; the exit status."""
+    from vbus.shmem.ivshmem import VECTORS
     from vbus.vm import Guest, GuestError
+    from vbus.vm.build import BuildError, FetchError, bus_modules
     from vbus.vm.modules import modules_for
-    from vbus.vm.options import device_options
+    from vbus.vm.options import device_options, function_options
 
-    options = [word for device in devices for word in device_options(device, wanted.machine, reconnect)]
-    modules = [module for device in devices for module in modules_for(device.device_id)]
+    options = [word for device in reached.devices for word in device_options(device, wanted.machine, reconnect)]
+    classes = [device.device_id for device in reached.devices]
+    own: list[Path] = []
+    for function in reached.functions:
+        options += function_options(function.name, function.socket, VECTORS, wanted.machine)
+        classes += function.classes
+    modules: list[str | Path] = [module for number in classes for module in modules_for(number)]
+    if reached.functions:
+        try:
+            with _slow("building the guest's modules"):
+                own = bus_modules()
+        except (BuildError, FetchError) as error:
+            raise Error(str(error).rstrip()) from error
     try:
         with contextlib.ExitStack() as stack:
             with _slow("booting Debian's kernel in QEMU"):
@@ -259,17 +332,34 @@ def _boot(wanted: _Wanted, devices: list[VhostUserDevice], reconnect: Reconnect,
                     Guest(
                         wanted.machine,
                         args=options,
-                        modules=[*dict.fromkeys([*modules, *wanted.modules])],
+                        modules=[*dict.fromkeys([*modules, *wanted.modules]), *own],
                         packages=wanted.packages,
                         memory=wanted.memory // MIB,
                         cpus=wanted.cpus,
                     )
                 )
+            if reached.functions:
+                _settle(guest, reached.functions)
             if command is None:
-                return _shell(guest, ", ".join(device.name for device in devices))
+                return _shell(guest, ", ".join(reached.names))
             return _command(guest, command[0] if len(command) == 1 else shlex.join(command))
     except GuestError as error:
         raise Error(str(error).splitlines()[0].rstrip(":")) from error
+
+
+def _settle(guest: Guest, functions: Sequence[_Function]) -> None:
+    """Wait until the guest has found what is behind its functions, and drives what it has drivers for; for a while."""
+    from vbus.vm import GuestError
+    from vbus.vm.modules import modules_for
+
+    lines = []
+    for function in functions:
+        for name, number in zip(function.devices, function.classes, strict=True):
+            driven = "/virtio*/driver" if modules_for(number) else ""
+            lines.append(f"test -e $(dirname $(grep -lx {name} /sys/bus/vbus/devices/*/name)){driven}")
+    # What is not there by then, a user sees best in the guest.
+    with contextlib.suppress(GuestError):
+        guest.wait_for(" && ".join(lines) or "true", seconds=SETTLE_SECONDS)
 
 
 @contextlib.contextmanager

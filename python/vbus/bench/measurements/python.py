@@ -1,8 +1,9 @@
-"""A device in Python that does nothing, against bare calls from native code to the same handler.
+"""A device in Python that does nothing, against bare calls from native code to the same handler, and to a ring alone.
 
 Both enter Python as often, with as many requests. The device's come off a ring that a native driver of another process
 keeps full; a bare call makes the smallest object that there is for each request, and hands it over, or a list of them.
-The difference is what the ring, the turn and the completion cost.
+The difference is what the ring, the turn and the completion cost. That is measured, too: `ring` is the same device, to
+which nothing is handed over. It needs no Python, so whatever it takes no device in Python can do without.
 
 Rates are by the clock, which also runs while a side waits for a CPU: bare calls need one, a device and its driver need
 two. So on a machine that is busy with something else the rate says more about that than about the device. CPU time does
@@ -54,7 +55,7 @@ class Case(Factors):
 
 @dataclass(frozen=True)
 class Variant(Factors):
-    """Who hands them over: `device`, a turn of a queue; or `call`, a loop of native calls."""
+    """Who hands them over: `device`, a turn of a queue; `call`, a loop of native calls; or nobody, of a `ring`."""
 
     by: str
 
@@ -71,7 +72,8 @@ the smallest object for each request and neither ring nor completion, are the me
 {handle_ratio:.2f}, {batch_ratio:.2f} and {looked_ratio:.2f} of their rate, and takes {handle_cpu:.1f},
 {batch_cpu:.1f} and {looked_cpu:.1f} times their CPU time. A batch makes objects of Python only once somebody looks at
 one; that is where its gain comes from, and it is small as long as batches are: {small:.0f} requests a second come one
-by one.
+by one. With {size} at once it reaches {alone:.0f} percent of what the ring does alone, with the same driver and with no
+Python: what is missing to a bare call is the way of requests between two processors, and not Python.
 """
     figures = (
         Figure("requests_per_second", "REQUESTS/S", "a second", compared=True, plotted=True),
@@ -87,9 +89,10 @@ by one.
         """Every way of handing requests over."""
         return [Case(handler, batch) for handler, batch in SHAPES]
 
-    def variants(self, plan: PythonPlan, case: Case) -> tuple[Variant, Variant]:
-        """A device, and bare calls."""
-        return Variant("device"), Variant("call")
+    def variants(self, plan: PythonPlan, case: Case) -> tuple[Variant, ...]:
+        """A device, bare calls, and where batches are, a ring alone."""
+        alone = (Variant("ring"),) if case.handler == ALL else ()
+        return Variant("device"), Variant("call"), *alone
 
     def comparisons(self, plan: PythonPlan, case: Case) -> list[Comparison[Variant]]:
         """The one against the other."""
@@ -98,11 +101,14 @@ by one.
         if times is not None:
             rate = Bar("requests_per_second", "requests/s", 1 / times, at_least=True)
             bars = (rate, Bar("cpu_ns", "CPU time", times))
-        return [Comparison(Variant("device"), Variant("call"), bars)]
+        found = [Comparison(Variant("device"), Variant("call"), bars)]
+        if case.handler == ALL:
+            found += [Comparison(Variant("device"), Variant("ring")), Comparison(Variant("ring"), Variant("call"))]
+        return found
 
     def sample(self, plan: PythonPlan, case: Case, variant: Variant, folder: Path) -> Sample:
         """Run one of them."""
-        model = MODELS[case.handler]
+        model = "Alone" if variant.by == "ring" else MODELS[case.handler]
         with children.Child("vbus.bench.bus_side") as bus:
             if variant.by == "call":
                 batch = 0 if case.handler == ONE else case.batch
@@ -140,11 +146,20 @@ by one.
         for name, handler, batch in (("handle", ONE, 1), ("batch", ALL, BATCH), ("looked", LOOKED_AT, BATCH)):
             found[name] = _rate(result, handler, batch)
             case = {"handler": handler, "batch": batch}
-            [row] = [row for row in result["comparisons"] if row["case"] == case]
+            row = _compared(result, case, "call")
             found[f"{name}_ratio"] = row["ratios"]["requests_per_second"]
             found[f"{name}_cpu"] = row["ratios"]["cpu_ns"]
         found["small"] = _rate(result, ALL, 1)
+        alone = _compared(result, {"handler": ALL, "batch": BATCH}, "ring")
+        found["alone"] = 100 * alone["ratios"]["requests_per_second"]
         return found
+
+
+def _compared(result: Row, case: Row, against: str) -> Row:
+    """The device against another, in a case."""
+    rows = [row for row in result["comparisons"] if row["case"] == case and row["of"] == {"by": "device"}]
+    [row] = [row for row in rows if row["against"] == {"by": against}]
+    return dict(row)
 
 
 def _rate(result: Row, handler: str, batch: int) -> float:
