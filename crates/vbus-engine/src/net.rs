@@ -637,11 +637,11 @@ unsafe fn copy(from: *const u8, to: *mut u8, size: usize) {
                 std::array::from_fn(|part| from.add(part * BYTES).cast::<Part>().read_unaligned());
             let last: [Part; PARTS] =
                 std::array::from_fn(|part| from.add(end + part * BYTES).cast::<Part>().read_unaligned());
-            for part in 0..PARTS {
-                to.add(part * BYTES).cast::<Part>().write_unaligned(first[part]);
+            for (part, bytes) in first.into_iter().enumerate() {
+                to.add(part * BYTES).cast::<Part>().write_unaligned(bytes);
             }
-            for part in 0..PARTS {
-                to.add(end + part * BYTES).cast::<Part>().write_unaligned(last[part]);
+            for (part, bytes) in last.into_iter().enumerate() {
+                to.add(end + part * BYTES).cast::<Part>().write_unaligned(bytes);
             }
         }
     }
