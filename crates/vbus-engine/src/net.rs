@@ -166,16 +166,20 @@ pub fn count(counter: &AtomicU64, more: u64) {
 
 /// A packet that a driver sent: its header, which is read once, all of its pieces, and the bytes of its frame.
 /// Fault: tx-header-short, of the queue of this index.
-#[inline]
+#[inline(always)]
 pub fn packet(sent: &Burst, chain: usize, queue: usize) -> Result<(Header, &[Piece], u64), Fault> {
     let (total, pieces) = (sent.readable_total(chain), sent.readable(chain));
     match (total.checked_sub(HEADER as u64), read_words(pieces)) {
         (Some(size), Some(header)) => Ok((header, pieces, size)),
-        _ => {
-            let detail = format!("{total} readable bytes; a header has {HEADER}");
-            Err(Fault { queue, name: "tx-header-short", detail })
-        }
+        _ => Err(short(total, queue)),
     }
+}
+
+#[cold]
+#[inline(never)]
+fn short(total: u64, queue: usize) -> Fault {
+    let detail = format!("{total} readable bytes; a header has {HEADER}");
+    Fault { queue, name: "tx-header-short", detail }
 }
 
 /// Give back what was sent, the first of a burst, as many as there are in `written`; what is to be notified of it.
@@ -196,7 +200,7 @@ pub fn answer(
 
 /// What is wrong with a frame of `size` bytes that a driver sent with this header, in words, if anything (section
 /// 5.1.6.2.2).
-#[inline]
+#[inline(always)]
 pub fn wrong<'a>(header: [u32; 3], size: u64, rules: &Rules, counters: &'a Counters) -> Option<&'a AtomicU64> {
     if size < ETHERNET {
         return Some(&counters.too_short);
@@ -208,10 +212,15 @@ pub fn wrong<'a>(header: [u32; 3], size: u64, rules: &Rules, counters: &'a Count
         return Some(&counters.queue);
     }
     // All but the last two bytes, which mean nothing from a driver.
-    let [first, second, third] = header;
-    if first | second | (third & 0xffff) == 0 {
+    if header[0] | header[1] | (header[2] & 0xffff) == 0 {
         return None;
     }
+    wrong_offload(header, size, rules, counters)
+}
+
+/// As `wrong`, of a header that asks for something.
+#[inline(never)]
+fn wrong_offload<'a>(header: [u32; 3], size: u64, rules: &Rules, counters: &'a Counters) -> Option<&'a AtomicU64> {
     let Fields { csum, gso, header_size, gso_size, start, offset } = Fields::of(header);
     let (start, offset) = (u64::from(start), u64::from(offset));
     if csum && (!rules.csum || start < ETHERNET || start + offset + 2 > size) {
@@ -412,7 +421,6 @@ pub enum Laid {
 }
 
 /// The receive side of a pair: buffers that were taken off the ring, and what of them is filled.
-#[derive(Default)]
 pub struct Receiver {
     burst: Burst,
     /// Chains that were given back, and that are filled.
@@ -420,6 +428,12 @@ pub struct Receiver {
     filled: usize,
     /// Bytes written to each chain from `shown` to `filled`.
     written: Vec<u32>,
+}
+
+impl Default for Receiver {
+    fn default() -> Self {
+        Self { burst: Burst::with_front(HEADER), shown: 0, filled: 0, written: Vec::new() }
+    }
 }
 
 impl Receiver {
@@ -457,9 +471,42 @@ impl Receiver {
         Ok(self.filled < self.burst.len() || self.take(running, more, ask)? > 0)
     }
 
+    /// As `put`, of a frame that lies in the memory of whoever sent it behind a header, as it usually is: in one piece, and
+    /// there is a buffer at hand that is one piece, too. False when it is not so; then nothing was done.
+    #[inline(always)]
+    pub fn put_whole(
+        &mut self,
+        [first, second, third]: Header,
+        pieces: &[Piece],
+        size: u64,
+        rules: &Rules,
+        counters: &Counters,
+    ) -> bool {
+        let [from] = pieces else { return false };
+        if self.filled >= self.burst.len() || !rules.filter.is_open() {
+            return false;
+        }
+        let Some(to) = self.burst.one_writable(self.filled) else { return false };
+        let total = size as usize + HEADER;
+        if to.size() < total || from.size() != total {
+            return false;
+        }
+        let front = u64::from(second) << 32 | u64::from(first);
+        // SAFETY: both are mapped, and have `total` bytes.
+        unsafe {
+            let (to, from) = (to.as_ptr(), from.as_ptr());
+            head(to, front.to_le(), (third & 0xffff | 1 << 16).to_le());
+            copy(from.add(HEADER), to.add(HEADER), size as usize);
+        }
+        self.written.push(total as u32);
+        self.filled += 1;
+        self::count(&counters.rx_packets, 1);
+        self::count(&counters.rx_bytes, size);
+        true
+    }
+
     /// Lay a frame into buffers, behind its header. `more`: how many may come with it, itself included. `wanted`: it was
     /// before. With `ask`, be notified of more buffers when there are too few.
-    #[inline]
     pub fn put(
         &mut self,
         running: &mut Running,
@@ -510,28 +557,13 @@ impl Receiver {
     #[inline]
     fn lay(&mut self, Packet { header: [first, second, third], frame, .. }: Packet<'_>, total: u64, chains: usize) {
         let third = third & 0xffff | (chains as u32) << 16;
-        match (frame, self.burst.writable(self.filled)) {
-            // As it usually is.
-            (Frame::Pieces([from]), [to]) if chains == 1 => {
-                let front = u64::from(second) << 32 | u64::from(first);
-                // SAFETY: both are mapped; the one has `total` bytes, as it is all of the frame, and the other room for
-                // them, as was checked.
-                unsafe {
-                    to.as_ptr().cast::<u64>().write_unaligned(front.to_le());
-                    to.as_ptr().add(8).cast::<u32>().write_unaligned(third.to_le());
-                    copy(from.as_ptr().add(HEADER), to.as_ptr().add(HEADER), total as usize - HEADER);
-                }
-            }
-            _ => {
-                let mut header = [0; HEADER];
-                for (bytes, word) in header.chunks_exact_mut(4).zip([first, second, third]) {
-                    bytes.copy_from_slice(&word.to_le_bytes());
-                }
-                let mut room = Room { burst: &self.burst, chain: self.filled, piece: 0, at: 0 };
-                room.put(header.as_ptr(), HEADER);
-                frame.each(|at, size| room.put(at, size));
-            }
+        let mut header = [0; HEADER];
+        for (bytes, word) in header.chunks_exact_mut(4).zip([first, second, third]) {
+            bytes.copy_from_slice(&word.to_le_bytes());
         }
+        let mut room = Room { burst: &self.burst, chain: self.filled, piece: 0, at: 0 };
+        room.put(header.as_ptr(), HEADER);
+        frame.each(|at, size| room.put(at, size));
         let mut left = total;
         for _ in 0..chains {
             // A chain has no more than a u32.
@@ -559,6 +591,29 @@ impl Receiver {
     }
 }
 
+/// Have a header lie here: in its first eight bytes, and in the four behind them.
+///
+/// What lies there already is not written again. A driver that uses its buffers again reads the headers of those that it
+/// gets back, and changes none: then their lines stay with both sides, and neither waits for them. One that changes a
+/// buffer that it gave away gets what it wrote.
+///
+/// # Safety
+///
+/// There are 12 bytes to read and write.
+#[inline(always)]
+unsafe fn head(to: *mut u8, first: u64, last: u32) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let (front, back) = (to.cast::<u64>(), to.add(8).cast::<u32>());
+        if front.read_unaligned() != first {
+            front.write_unaligned(first);
+        }
+        if back.read_unaligned() != last {
+            back.write_unaligned(last);
+        }
+    }
+}
+
 /// Copy bytes that may overlap; few, as they often are, by moves of a fixed size.
 ///
 /// # Safety
@@ -566,22 +621,35 @@ impl Receiver {
 /// As for `std::ptr::copy`.
 #[inline(always)]
 unsafe fn copy(from: *const u8, to: *mut u8, size: usize) {
+    /// What the processor moves at once.
+    #[cfg(target_arch = "x86_64")]
+    type Part = std::arch::x86_64::__m128i;
+    #[cfg(not(target_arch = "x86_64"))]
+    type Part = u128;
+    const BYTES: usize = size_of::<Part>();
     /// Its first bytes and its last ones, which are all: read before anything is written.
     #[inline(always)]
-    unsafe fn both<const PART: usize>(from: *const u8, to: *mut u8, size: usize) {
+    unsafe fn both<const PARTS: usize>(from: *const u8, to: *mut u8, size: usize) {
+        let end = size - PARTS * BYTES;
         // SAFETY: as many bytes are there at least, by the caller's word, and at most twice as many.
         unsafe {
-            let first = from.cast::<[u8; PART]>().read_unaligned();
-            let last = from.add(size - PART).cast::<[u8; PART]>().read_unaligned();
-            to.cast::<[u8; PART]>().write_unaligned(first);
-            to.add(size - PART).cast::<[u8; PART]>().write_unaligned(last);
+            let first: [Part; PARTS] =
+                std::array::from_fn(|part| from.add(part * BYTES).cast::<Part>().read_unaligned());
+            let last: [Part; PARTS] =
+                std::array::from_fn(|part| from.add(end + part * BYTES).cast::<Part>().read_unaligned());
+            for (part, bytes) in first.into_iter().enumerate() {
+                to.add(part * BYTES).cast::<Part>().write_unaligned(bytes);
+            }
+            for (part, bytes) in last.into_iter().enumerate() {
+                to.add(end + part * BYTES).cast::<Part>().write_unaligned(bytes);
+            }
         }
     }
     // SAFETY: by the caller's word.
     unsafe {
         match size {
-            32..=64 => both::<32>(from, to, size),
-            65..=128 => both::<64>(from, to, size),
+            32..=64 => both::<2>(from, to, size),
+            65..=128 => both::<4>(from, to, size),
             _ => std::ptr::copy(from, to, size),
         }
     }

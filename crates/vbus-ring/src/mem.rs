@@ -178,10 +178,17 @@ impl Drop for Mapping {
 /// from checked sizes.
 #[derive(Clone, Debug)]
 pub struct Window {
-    mapping: Arc<Mapping>,
-    offset: usize,
+    /// Its first byte, which the mapping keeps.
+    base: *mut u8,
     size: usize,
+    writable: bool,
+    mapping: Arc<Mapping>,
 }
+
+// SAFETY: as a mapping is, which it has a piece of.
+unsafe impl Send for Window {}
+// SAFETY: as above.
+unsafe impl Sync for Window {}
 
 macro_rules! word {
     ($load:ident, $store:ident, $atomic:ty, $word:ty) => {
@@ -196,7 +203,7 @@ macro_rules! word {
         /// Store a little-endian word.
         #[inline(always)]
         pub fn $store(&self, offset: usize, value: $word, order: Ordering) {
-            assert!(self.mapping.writable, "a store to a read-only mapping");
+            assert!(self.writable, "a store to a read-only mapping");
             let word = self.word::<$word>(offset);
             #[cfg(test)]
             watch::look();
@@ -234,7 +241,9 @@ impl Window {
     /// A part of a mapping; panics when it is not inside.
     pub fn new(mapping: Arc<Mapping>, offset: usize, size: usize) -> Self {
         assert!(offset <= mapping.size && size <= mapping.size - offset, "a window outside its mapping");
-        Self { mapping, offset, size }
+        // SAFETY: inside the mapping.
+        let base = unsafe { mapping.as_ptr().add(offset) };
+        Self { base, size, writable: mapping.writable, mapping }
     }
 
     /// Whether its mapping is.
@@ -249,12 +258,12 @@ impl Window {
 
     /// Whether its first byte is aligned to `align` bytes in this process, whatever its driver address is.
     pub fn is_aligned(&self, align: usize) -> bool {
-        (self.mapping.as_ptr() as usize + self.offset) % align == 0
+        self.base as usize % align == 0
     }
 
     /// Whether `store` may be used.
     pub fn writable(&self) -> bool {
-        self.mapping.writable
+        self.writable
     }
 
     #[inline(always)]
@@ -262,7 +271,7 @@ impl Window {
         let width = size_of::<T>();
         assert!(self.size >= width && offset <= self.size - width, "a word outside its window");
         // SAFETY: inside the window (checked above), which is inside the mapping.
-        let word = unsafe { self.mapping.as_ptr().add(self.offset + offset) }.cast::<T>();
+        let word = unsafe { self.base.add(offset) }.cast::<T>();
         assert!(word.is_aligned(), "a misaligned word");
         word
     }
@@ -275,10 +284,10 @@ impl Window {
     /// Have the cache lines near that begin among these bytes, as far as they are inside, to be read or written soon.
     #[inline]
     pub fn prepare(&self, offset: usize, size: usize, write: bool) {
-        let base = self.mapping.as_ptr() as usize + self.offset;
+        let base = self.base as usize;
         let mut at = (base + offset).next_multiple_of(LINE) - base;
         while at < (offset + size).min(self.size) {
-            prefetch(self.mapping.as_ptr().wrapping_add(self.offset + at), write);
+            prefetch(self.base.wrapping_add(at), write);
             at += LINE;
         }
     }
@@ -291,7 +300,7 @@ impl Window {
 
     /// Set bits of a byte, whatever others do to it.
     pub fn or8(&self, offset: usize, bits: u8, order: Ordering) {
-        assert!(self.mapping.writable, "a store to a read-only mapping");
+        assert!(self.writable, "a store to a read-only mapping");
         let byte = self.word::<u8>(offset);
         // SAFETY: as for a store.
         unsafe { AtomicU8::from_ptr(byte) }.fetch_or(bits, order);
@@ -542,7 +551,7 @@ impl Table {
     }
 
     /// The region, by its number, that holds all of these bytes, of which there are some, and where the first is.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn piece(&self, address: u64, size: u32, access: Access) -> Option<(usize, *mut u8)> {
         let index = self.first(address);
         let region = self.regions.get(index)?;

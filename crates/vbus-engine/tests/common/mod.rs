@@ -68,7 +68,16 @@ impl Arena {
 
     /// Both sides of a ring; the device's is given to the queue.
     pub fn ring(&mut self, size: u32, packed: bool, queue: &Queue) -> (DriverRing, Arc<Doorbell>) {
-        let features = Features { packed, event_idx: true, indirect: false, in_order: false };
+        self.ring_with(size, Features { packed, event_idx: true, indirect: false, in_order: false }, queue)
+    }
+
+    /// As `ring`, with what DPDK's driver negotiates.
+    pub fn in_order_ring(&mut self, size: u32, packed: bool, queue: &Queue) -> (DriverRing, Arc<Doorbell>) {
+        self.ring_with(size, Features { packed, event_idx: false, indirect: false, in_order: true }, queue)
+    }
+
+    fn ring_with(&mut self, size: u32, features: Features, queue: &Queue) -> (DriverRing, Arc<Doorbell>) {
+        let packed = features.packed;
         let offset = self.used.next_multiple_of(4096);
         self.used = offset + DriverRing::bytes_needed(size, packed).unwrap();
         let driver = DriverRing::new(&self.mapping, offset, ADDRESS, size, features).unwrap();

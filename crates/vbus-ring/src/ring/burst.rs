@@ -70,6 +70,8 @@ pub struct Burst {
     entries: Vec<Entry>,
     pieces: Vec<Piece>,
     bytes: u64,
+    /// Bytes at the beginning of what the device may write that it seldom changes.
+    front: usize,
 }
 
 // SAFETY: the memory that pieces point to is shared with other processes anyway, and accessed by atomics and volatile
@@ -79,6 +81,12 @@ unsafe impl Send for Burst {}
 unsafe impl Sync for Burst {}
 
 impl Burst {
+    /// For a device that seldom changes so many bytes at the beginning of what it may write: where those end a line, it is
+    /// not taken from the driver before it is known that it must be.
+    pub fn with_front(front: usize) -> Self {
+        Self { front, ..Self::default() }
+    }
+
     /// How many chains.
     #[inline]
     pub fn len(&self) -> usize {
@@ -115,13 +123,13 @@ impl Burst {
     /// Bytes that the device may read.
     #[inline]
     pub fn readable_total(&self, chain: usize) -> u64 {
-        self.entries[chain].rules.readable
+        self.entries[chain].rules.readable()
     }
 
     /// Bytes that the device may write.
     #[inline]
     pub fn writable_total(&self, chain: usize) -> u64 {
-        self.entries[chain].rules.writable
+        self.entries[chain].rules.writable()
     }
 
     /// What the device may read, in order.
@@ -148,6 +156,26 @@ impl Burst {
     /// Driver address and bytes of what the device may write.
     pub fn ranges(&self, chain: usize) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.writable(chain).iter().map(Piece::range)
+    }
+
+    /// By what the driver knows the chains from `first` on.
+    #[inline(always)]
+    pub(super) fn heads(&self, first: usize, count: usize) -> impl Iterator<Item = u16> + '_ {
+        self.entries[first..first + count].iter().map(|entry| entry.head)
+    }
+
+    /// The one piece of a chain that the device may read; None when it has others, or none.
+    #[inline(always)]
+    pub fn one_readable(&self, chain: usize) -> Option<&Piece> {
+        let entry = &self.entries[chain];
+        (entry.count == 1 && entry.readable == 1).then(|| &self.pieces[entry.first as usize])
+    }
+
+    /// As above, of one that it may write.
+    #[inline(always)]
+    pub fn one_writable(&self, chain: usize) -> Option<&Piece> {
+        let entry = &self.entries[chain];
+        (entry.count == 1 && entry.readable == 0).then(|| &self.pieces[entry.first as usize])
     }
 
     /// What keeps the memory of a chain mapped.
@@ -254,9 +282,9 @@ impl Gather for Burst {
         entry.rules.admit(entry.head, size, write)?;
         self.bytes += u64::from(size);
         let access = if write { Access::Write } else { Access::Read };
-        let pieces = &mut self.pieces;
+        let (pieces, front) = (&mut self.pieces, self.front);
         table.pieces(address, size, access, |region, base, address, size| {
-            near(base, size, write);
+            near(base, size, write, front);
             pieces.push(Piece { base, address, size, region: region as u32 });
             entry.count += 1;
             entry.readable += u32::from(!write);
@@ -270,7 +298,7 @@ impl Gather for Burst {
             head: entry.head,
             span: entry.span,
             cost: entry.count as usize,
-            writable: entry.rules.writable > 0,
+            writable: entry.rules.writable() > 0,
         })
     }
 }
@@ -286,7 +314,7 @@ impl Chains for Burst {
             self.pieces.truncate(entry.first as usize);
             self.entries.truncate(count);
             // Not less what those had that go: of a buffer that broke a rule, that may not have been counted.
-            self.bytes = self.entries.iter().map(|entry| entry.rules.readable + entry.rules.writable).sum();
+            self.bytes = self.entries.iter().map(|entry| entry.rules.readable() + entry.rules.writable()).sum();
             // What keeps memory for none of them would keep it for long.
             self.tables.truncate(self.entries.last().map_or(0, |last| last.table as usize + 1));
         }
@@ -306,13 +334,13 @@ impl Chains for Burst {
         self.entries.push(Entry { head: name, span: 1, table, first, readable: 0, count: 0, rules: Rules::default() });
     }
 
-    #[inline]
+    #[inline(always)]
     fn open_single(&mut self, table: &Arc<Table>, single: &Single) -> bool {
         let &Single { head, address, size, write } = single;
         let access = if write { Access::Write } else { Access::Read };
         // Empty buffers are in no region.
         let Some((region, base)) = table.piece(address, size, access) else { return false };
-        near(base, size, write);
+        near(base, size, write, self.front);
         if !self.tables.last().is_some_and(|known| Arc::ptr_eq(known, table)) {
             self.tables.push(table.clone());
         }
@@ -327,8 +355,8 @@ impl Chains for Burst {
 
 /// Have the beginning of a piece near: a small frame behind its header, which begins anywhere in a line.
 #[inline(always)]
-fn near(base: *const u8, size: u32, write: bool) {
-    prefetch(base, write);
+fn near(base: *const u8, size: u32, write: bool, front: usize) {
+    prefetch(base, write && base as usize % LINE + front != LINE);
     if size as usize > LINE {
         prefetch(base.wrapping_add(LINE), write);
     }

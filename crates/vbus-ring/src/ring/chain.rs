@@ -38,18 +38,29 @@ pub struct Taken {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Rules {
     descriptors: u32,
-    /// Bytes that the device may read, and may write.
-    pub readable: u64,
-    pub writable: u64,
+    /// Bytes that the device may read, and may write: together no more than a u32 has.
+    readable: u32,
+    writable: u32,
 }
 
 impl Rules {
     /// Of a chain of one buffer that is not empty.
-    #[inline]
+    #[inline(always)]
     pub fn single(size: u32, write: bool) -> Self {
-        let size = u64::from(size);
         let (readable, writable) = if write { (0, size) } else { (size, 0) };
         Self { descriptors: 1, readable, writable }
+    }
+
+    /// Bytes that the device may read.
+    #[inline(always)]
+    pub fn readable(&self) -> u64 {
+        u64::from(self.readable)
+    }
+
+    /// Bytes that it may write.
+    #[inline(always)]
+    pub fn writable(&self) -> u64 {
+        u64::from(self.writable)
     }
 
     /// Another buffer, or the rule that it breaks.
@@ -61,12 +72,12 @@ impl Rules {
         if !write && self.writable > 0 {
             return Err(Violation::new(Rule::ReadableAfterWritable, format!("in the chain of {head}")));
         }
-        *(if write { &mut self.writable } else { &mut self.readable }) += u64::from(size);
         // Used lengths have 32 bits.
-        let total = self.readable + self.writable;
+        let total = self.readable() + self.writable() + u64::from(size);
         if total > u64::from(u32::MAX) {
             return Err(Violation::new(Rule::ChainTooLarge, format!("{total} bytes in the chain of {head}")));
         }
+        *(if write { &mut self.writable } else { &mut self.readable }) += size;
         self.descriptors += 1;
         Ok(())
     }

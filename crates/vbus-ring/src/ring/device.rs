@@ -1,6 +1,5 @@
 //! The device side of a ring, whatever its layout: what is taken, what is in flight, and what is shown as used.
 
-use std::collections::VecDeque;
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 
@@ -135,19 +134,22 @@ pub(super) trait Chains: Gather {
     }
 }
 
-/// What is in flight of one chain.
+/// What is in flight of one chain: as few words as it takes, for each is written and read once a request.
 #[derive(Clone, Copy, Debug, Default)]
 struct Slot {
-    taken: bool,
-    /// Completed, and not yet shown, because one before it is not.
-    done: bool,
-    writable: bool,
-    span: u16,
-    cost: u32,
-    written: u32,
     /// The how manieth that was taken.
     number: u32,
+    cost: u32,
+    written: u32,
+    span: u16,
+    state: u16,
 }
+
+/// In a slot's state: it is in flight; it is completed, and not yet shown, because one before it is not; some of it is the
+/// device's to write.
+const TAKEN: u16 = 1;
+const DONE: u16 = 2;
+const WRITABLE: u16 = 4;
 
 /// What is in flight.
 struct Book {
@@ -159,19 +161,32 @@ struct Book {
     count: u32,
     /// Whether one was used before another that was taken earlier and is in flight still.
     overtaken: bool,
-    /// With IN_ORDER: what was taken, in this order.
-    order: Option<VecDeque<u16>>,
+    /// With IN_ORDER: heads by the number that they were taken with, modulo as many as there are places here, of which
+    /// there are no fewer than descriptors.
+    order: Option<Box<[u16]>>,
+    /// How many are completed and wait for one before them.
+    waiting: usize,
+}
+
+/// What comes of a completion.
+enum Completed {
+    /// It is of nothing that is in flight.
+    Unknown,
+    /// It waits for one before it.
+    Waits,
+    /// It is to be shown.
+    Shown(Used),
 }
 
 impl Book {
     fn new(size: u16, in_order: bool) -> Self {
         let slots = vec![Slot::default(); usize::from(size)];
-        let order = in_order.then(VecDeque::new);
-        Self { slots, in_flight: 0, buffers: 0, count: 0, overtaken: false, order }
+        let order = in_order.then(|| vec![0; usize::from(size).next_power_of_two()].into());
+        Self { slots, in_flight: 0, buffers: 0, count: 0, overtaken: false, order, waiting: 0 }
     }
 
     /// Remember that a chain is in flight.
-    #[inline]
+    #[inline(always)]
     fn begin(&mut self, chain: Taken) -> Result<(), Violation> {
         let head = usize::from(chain.head);
         if head >= self.slots.len() {
@@ -179,24 +194,18 @@ impl Book {
         }
         let slot = &mut self.slots[head];
         // Also what bounds the requests in flight: without it a driver could make one chain available for ever.
-        if slot.taken || self.buffers + chain.cost > MAX_BUFFERS {
-            return Err(Self::refusal(head, slot.taken));
+        if slot.state & TAKEN != 0 || self.buffers + chain.cost > MAX_BUFFERS {
+            return Err(Self::refusal(head, slot.state & TAKEN != 0));
         }
         self.buffers += chain.cost;
         self.in_flight += 1;
-        *slot = Slot {
-            taken: true,
-            done: false,
-            writable: chain.writable,
-            span: chain.span,
-            cost: chain.cost as u32,
-            written: 0,
-            number: self.count,
-        };
-        self.count = self.count.wrapping_add(1);
+        let state = if chain.writable { TAKEN | WRITABLE } else { TAKEN };
+        *slot = Slot { number: self.count, cost: chain.cost as u32, written: 0, span: chain.span, state };
         if let Some(order) = &mut self.order {
-            order.push_back(chain.head);
+            let place = self.count as usize & (order.len() - 1);
+            order[place] = chain.head;
         }
+        self.count = self.count.wrapping_add(1);
         Ok(())
     }
 
@@ -215,60 +224,58 @@ impl Book {
         Violation::new(Rule::TooManyBuffers, format!("more than {MAX_BUFFERS} in flight"))
     }
 
-    /// A chain is completed; false when it is not in flight.
-    #[inline]
-    fn complete(&mut self, head: u16, written: u32) -> bool {
+    /// The number of the oldest in flight, if there is one.
+    #[inline(always)]
+    fn oldest(&self) -> u32 {
+        self.count.wrapping_sub(self.in_flight as u32)
+    }
+
+    /// A chain is completed. With IN_ORDER only the oldest is to be shown before all others.
+    #[inline(always)]
+    fn complete(&mut self, head: u16, written: u32) -> Completed {
+        let oldest = self.oldest();
         match self.slots.get_mut(usize::from(head)) {
-            Some(slot) if slot.taken && !slot.done => {
-                (slot.done, slot.written) = (true, written);
-                true
+            Some(slot) if slot.state & (TAKEN | DONE) == TAKEN => {
+                slot.written = written;
+                if self.order.is_some() && slot.number != oldest {
+                    slot.state |= DONE;
+                    self.waiting += 1;
+                    return Completed::Waits;
+                }
+                Completed::Shown(self.end(head))
             }
-            _ => false,
+            _ => Completed::Unknown,
         }
     }
 
     /// A completed chain is to be shown.
-    #[inline]
+    #[inline(always)]
     fn end(&mut self, head: u16) -> Used {
+        let oldest = self.oldest();
         let slot = &mut self.slots[usize::from(head)];
-        slot.taken = false;
-        let oldest = self.count.wrapping_sub(self.in_flight as u32);
+        let writable = slot.state & WRITABLE != 0;
+        slot.state = 0;
         self.in_flight -= 1;
         self.overtaken = self.in_flight > 0 && (self.overtaken || slot.number != oldest);
         self.buffers -= slot.cost as usize;
-        Used { head, span: slot.span, writable: slot.writable, written: slot.written }
-    }
-
-    /// Whether a completed chain may be shown before all others: with IN_ORDER the oldest, which then is so no more.
-    #[inline]
-    fn is_next(&mut self, head: u16) -> bool {
-        match &mut self.order {
-            None => true,
-            Some(order) if order.front() == Some(&head) => {
-                order.pop_front();
-                true
-            }
-            Some(_) => false,
-        }
+        Used { head, span: slot.span, writable, written: slot.written }
     }
 
     /// With IN_ORDER: the next chain to be shown, when it is completed.
     fn next_in_order(&mut self) -> Option<Used> {
-        let head = *self.order.as_ref()?.front()?;
-        if !self.slots[usize::from(head)].done {
+        let order = self.order.as_ref().filter(|_| self.waiting > 0 && self.in_flight > 0)?;
+        let head = order[self.oldest() as usize & (order.len() - 1)];
+        if self.slots[usize::from(head)].state & DONE == 0 {
             return None;
         }
-        self.order.as_mut()?.pop_front();
+        self.waiting -= 1;
         Some(self.end(head))
     }
 
     /// Nothing is in flight any more.
     fn clear(&mut self) {
         self.slots.fill(Slot::default());
-        (self.in_flight, self.buffers, self.overtaken) = (0, 0, false);
-        if let Some(order) = &mut self.order {
-            order.clear();
-        }
+        (self.in_flight, self.buffers, self.overtaken, self.waiting) = (0, 0, false, 0);
     }
 }
 
@@ -486,7 +493,7 @@ impl<L: Layout> Ring<L> {
     pub fn complete_burst(&mut self, burst: &Burst, first: usize, written: &[u32]) -> Result<bool, Violation> {
         let last = first + written.len();
         let ranges = (first..last).flat_map(|chain| burst.ranges(chain));
-        self.put((first..last).map(|chain| burst.head(chain)).zip(written.iter().copied()), ranges)
+        self.put(burst.heads(first, written.len()).zip(written.iter().copied()), ranges)
     }
 
     /// As `complete_chains` by their heads, where nobody logs what is written: of that, only the ring's own is said.
@@ -511,14 +518,12 @@ impl<L: Layout> Ring<L> {
         }
         let mut any = false;
         for (head, written) in heads {
-            if !self.book.complete(head, written) {
-                continue;
+            match self.book.complete(head, written) {
+                Completed::Unknown => continue,
+                Completed::Waits => (),
+                Completed::Shown(used) => self.layout.put(used),
             }
             any = true;
-            if self.book.is_next(head) {
-                let used = self.book.end(head);
-                self.layout.put(used);
-            }
         }
         if !any {
             return Ok(false);

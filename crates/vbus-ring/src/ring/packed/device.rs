@@ -348,7 +348,7 @@ impl Layout for Packed {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<bool, Violation> {
         if self.seen.is_some() {
             return Ok(true);
@@ -375,7 +375,7 @@ impl Layout for Packed {
     }
 
     /// What it is called, the last descriptor says; until then the place of the first, for people.
-    #[inline]
+    #[inline(always)]
     fn name(&self) -> u16 {
         self.next.index
     }
@@ -390,7 +390,7 @@ impl Layout for Packed {
         read
     }
 
-    #[inline]
+    #[inline(always)]
     fn single(&self) -> Option<Single> {
         let rest = self.seen?;
         // What is kept for others is kept of every descriptor.
@@ -402,7 +402,7 @@ impl Layout for Packed {
         Some(Single { head: rest.id(), address, size: rest.size(), write: rest.has(DESC_WRITE) })
     }
 
-    #[inline]
+    #[inline(always)]
     fn taken(&mut self, chain: Taken) {
         self.seen = None;
         if let Some(tracked) = &mut self.tracked {
@@ -443,7 +443,7 @@ impl Layout for Packed {
         self.parts.desc.prepare(DESC_BYTES * usize::from(self.used.index), DESC_BYTES * count, true);
     }
 
-    #[inline]
+    #[inline(always)]
     fn put(&mut self, used: Used) {
         let place = self.used;
         self.used = place.after(used.span, self.size);

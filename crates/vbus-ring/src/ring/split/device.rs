@@ -181,7 +181,7 @@ impl Split {
     }
 
     /// Read a descriptor, once.
-    #[inline]
+    #[inline(always)]
     fn desc(&self, index: u16) -> Desc {
         let place = DESC_BYTES * usize::from(index);
         // Relaxed: ordered by the index, see `look`. Two words, each loaded once: what was checked is what is used.
@@ -209,7 +209,7 @@ impl Layout for Split {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<bool, Violation> {
         if self.next != self.seen || !self.again.is_empty() {
             return Ok(true);
@@ -238,7 +238,7 @@ impl Layout for Split {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn name(&self) -> u16 {
         match self.again.front() {
             Some(&head) => head,
@@ -271,7 +271,7 @@ impl Layout for Split {
         Err(Violation::new(Rule::DescriptorLoop, format!("in the chain of {head}")))
     }
 
-    #[inline]
+    #[inline(always)]
     fn single(&self) -> Option<Single> {
         let head = self.name();
         if head >= self.size {
@@ -282,7 +282,7 @@ impl Layout for Split {
         plain.then(|| Single { head, address: desc.address, size: desc.size, write: desc.has(DESC_WRITE) })
     }
 
-    #[inline]
+    #[inline(always)]
     fn taken(&mut self, chain: Taken) {
         if !self.again.is_empty() {
             self.again.pop_front();
@@ -321,7 +321,7 @@ impl Layout for Split {
         self.parts.used.prepare(ENTRIES + USED_BYTES * place, USED_BYTES * count, true);
     }
 
-    #[inline]
+    #[inline(always)]
     fn put(&mut self, used: Used) {
         let place = ENTRIES + USED_BYTES * (usize::from(self.used) & self.mask);
         self.parts.used.store32(place, u32::from(used.head), Ordering::Relaxed);
