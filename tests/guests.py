@@ -42,6 +42,14 @@ def bus_modules() -> list[Path]:
     return [built[name] for name in ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")]
 
 
+def channel_steps(folder: Path) -> dict[str, bytes | str]:
+    """The program of `channel_steps.c` as a guest's file, made in a folder: it needs nothing but a kernel."""
+    program = folder / "channel_steps"
+    source = Path(__file__).with_name("channel_steps.c")
+    subprocess.run(["gcc", "-static", "-O1", "-Wall", "-Werror", "-o", str(program), str(source)], check=True)
+    return {"usr/bin/channel_steps": program.read_bytes()}
+
+
 def function_args(connector: Ivshmem) -> list[str]:
     """QEMU's options for the function that a connector serves."""
     assert connector.socket is not None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import wait_until
-from guests import BACKPORTS, bus_modules, function_args
+from guests import BACKPORTS, bus_modules, channel_steps, function_args
 from vbus.bus import Bus, Channel
 from vbus.channel import EVENT_COST, MAX_EVENT, WINDOW, ChannelEnd
 from vbus.connectors import Ivshmem
@@ -103,9 +102,6 @@ class Place:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("guest")
-    source = Path(__file__).with_name("channel_steps.c")
-    program = folder / "channel_steps"
-    subprocess.run(["gcc", "-static", "-O1", "-Wall", "-Werror", "-o", str(program), str(source)], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VBUS_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
         with Bus("talk") as bus:
@@ -118,7 +114,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             with Guest(
                 args=args,
                 modules=["virtio_rng", *bus_modules()],
-                files={"usr/bin/channel_steps": program.read_bytes()},
+                files=channel_steps(folder),
                 cpus=2,
                 append="slub_debug=FZPU",
                 backports=BACKPORTS,
