@@ -7,7 +7,9 @@
  *
  *	say=TEXT	write an event		its size
  *	two=TEXT	the same, in two parts	its size
+ *	bytes=HEX	the same, of any bytes	its size
  *	hear		read an event		its bytes
+ *	heard		the same		in hexadecimal
  *	hear=N		with so many bytes of room
  *	poll=MS		wait so long at most	of IN, OUT, HUP those that are so
  *	input=MS	the same, and OUT does not matter
@@ -57,6 +59,30 @@ static void bytes(const char *data, long size)
 	}
 	for (long i = 0; i < size; i++)
 		putchar(data[i] ? data[i] : '.');
+	putchar('\n');
+}
+
+static void say_bytes(const char *hex)
+{
+	unsigned char data[8192];
+	size_t size = strlen(hex) / 2;
+
+	for (size_t i = 0; i < size; i++)
+		sscanf(hex + 2 * i, "%2hhx", &data[i]);
+	number(write(file, data, size));
+}
+
+static void hear_bytes(void)
+{
+	unsigned char data[4096];
+	long size = read(file, data, sizeof(data));
+
+	if (size < 0) {
+		number(size);
+		return;
+	}
+	for (long i = 0; i < size; i++)
+		printf("%02x", data[i]);
 	putchar('\n');
 }
 
@@ -170,6 +196,10 @@ static void step(char *word)
 		number(write(file, text, strlen(text)));
 	else if (!strcmp(word, "two"))
 		say_two(text);
+	else if (!strcmp(word, "bytes"))
+		say_bytes(text);
+	else if (!strcmp(word, "heard"))
+		hear_bytes();
 	else if (!strcmp(word, "hear"))
 		hear(text);
 	else if (!strcmp(word, "poll"))

@@ -42,12 +42,15 @@ def bus_modules() -> list[Path]:
     return [built[name] for name in ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")]
 
 
-def channel_steps(folder: Path) -> dict[str, bytes | str]:
-    """The program of `channel_steps.c` as a guest's file, made in a folder: it needs nothing but a kernel."""
-    program = folder / "channel_steps"
-    source = Path(__file__).with_name("channel_steps.c")
-    subprocess.run(["gcc", "-static", "-O1", "-Wall", "-Werror", "-o", str(program), str(source)], check=True)
-    return {"usr/bin/channel_steps": program.read_bytes()}
+def programs(folder: Path, *names: str) -> dict[str, bytes | str]:
+    """Programs beside the tests, `NAME.c`, as a guest's files, made in a folder: they need nothing but a kernel."""
+    made: dict[str, bytes | str] = {}
+    for name in names:
+        source = Path(__file__).with_name(f"{name}.c")
+        words = ["gcc", "-static", "-O1", "-Wall", "-Werror", "-o", str(folder / name), str(source)]
+        subprocess.run(words, check=True)
+        made[f"usr/bin/{name}"] = (folder / name).read_bytes()
+    return made
 
 
 def function_args(connector: Ivshmem) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from conftest import wait_until
-from guests import BACKPORTS, bus_modules, channel_steps, function_args
+from guests import BACKPORTS, bus_modules, function_args, programs
 from vbus.bus import Bus
 from vbus.channel import ChannelClosedError, ChannelFullError, Event
 from vbus.connectors import Ivshmem
@@ -280,7 +280,7 @@ def test_a_hostile_bus_harms_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
             with Guest(
                 args=function_args(connector),
                 modules=modules,
-                files=channel_steps(tmp_path),
+                files=programs(tmp_path, "channel_steps"),
                 cpus=2,
                 append="slub_debug=FZPU",
                 backports=BACKPORTS,
