@@ -12,8 +12,9 @@
  *	heard		the same		in hexadecimal
  *	hear=N		with so many bytes of room
  *	poll=MS		wait so long at most	of IN, OUT, HUP those that are so
- *	input=MS	the same, and OUT does not matter
+ *	pollin=MS	the same, and OUT does not matter
  *	nonblock	from now on nothing waits
+ *	block		from now on everything does
  *	fill=N		write events of N bytes until there is no room; how many
  *	drain=N		read N events; how many
  *	count=N		write N events that are the numbers from 0 on
@@ -25,6 +26,7 @@
  *	beyond=N	try to map N bytes behind what is mapped
  *	made=FILE	make a file
  *	until=FILE	wait until there is that file
+ *	input		further steps, a line each; the last is "end"
  *
  * What fails says the error's name.
  */
@@ -204,10 +206,12 @@ static void step(char *word)
 		hear(text);
 	else if (!strcmp(word, "poll"))
 		do_poll(POLLIN | POLLOUT, text);
-	else if (!strcmp(word, "input"))
+	else if (!strcmp(word, "pollin"))
 		do_poll(POLLIN, text);
 	else if (!strcmp(word, "nonblock"))
 		number(fcntl(file, F_SETFL, O_NONBLOCK));
+	else if (!strcmp(word, "block"))
+		number(fcntl(file, F_SETFL, 0));
 	else if (!strcmp(word, "fill"))
 		fill(text);
 	else if (!strcmp(word, "drain"))
@@ -235,6 +239,19 @@ static void step(char *word)
 	fflush(stdout);
 }
 
+static void more_steps(void)
+{
+	char *line = NULL;
+	size_t room = 0;
+
+	while (getline(&line, &room, stdin) > 0) {
+		line[strcspn(line, "\n")] = 0;
+		if (!strcmp(line, "end"))
+			break;
+		step(line);
+	}
+}
+
 int main(int count, char **words)
 {
 	file = count > 1 ? open(words[1], O_RDWR) : -1;
@@ -243,6 +260,9 @@ int main(int count, char **words)
 		return 1;
 	}
 	for (int i = 2; i < count; i++)
-		step(words[i]);
+		if (!strcmp(words[i], "input"))
+			more_steps();
+		else
+			step(words[i]);
 	return 0;
 }

@@ -1,10 +1,11 @@
 /*
- * What a program does with a disk or a network interface in a guest, where the shell has no word for it:
+ * What a program does with a disk, a terminal or a network interface in a guest, where the shell has no word for it:
  *
  *	device_steps read FILE OFFSET SIZE	what the device has there, in hexadecimal
  *	device_steps write FILE OFFSET HEX	give it these bytes, and wait until it has them
  *	device_steps flush FILE
  *	device_steps discard FILE OFFSET SIZE
+ *	device_steps window FILE		columns and rows of a terminal
  *	device_steps exchange INTERFACE HEX...	send frames, and receive as many of type 0x88b5
  *
  * What fails says the error's name, and ends with 1.
@@ -88,6 +89,14 @@ static void discard(int file, off_t offset, size_t size)
 	check(ioctl(file, BLKDISCARD, range));
 }
 
+static void window(int file)
+{
+	struct winsize size;
+
+	check(ioctl(file, TIOCGWINSZ, &size));
+	printf("%u %u\n", size.ws_col, size.ws_row);
+}
+
 static void exchange(const char *interface, int count, char **frames)
 {
 	struct sockaddr_ll place = {
@@ -122,7 +131,7 @@ int main(int count, char **words)
 		exchange(words[2], count - 3, words + 3);
 		return 0;
 	}
-	file = open(words[2], strcmp(step, "read") ? O_RDWR : O_RDONLY);
+	file = open(count > 2 ? words[2] : "", (strcmp(step, "read") ? O_RDWR : O_RDONLY) | O_NOCTTY);
 	check(file);
 	if (!strcmp(step, "read") && count == 5)
 		read_disk(file, atoll(words[3]), atoll(words[4]));
@@ -130,6 +139,8 @@ int main(int count, char **words)
 		write_disk(file, atoll(words[3]), words[4]);
 	else if (!strcmp(step, "flush"))
 		check(fsync(file));
+	else if (!strcmp(step, "window"))
+		window(file);
 	else if (!strcmp(step, "discard") && count == 5)
 		discard(file, atoll(words[3]), atoll(words[4]));
 	else

@@ -555,12 +555,14 @@ def a_console_speaks_both_ways(stage: Stage) -> None:
 
 
 @behaviour
-def a_console_has_the_window_that_is_set(stage: Stage) -> None:
+def a_consoles_window_follows_its_attributes(stage: Stage) -> None:
     stage.plug(Console(f"unix:{stage.folder / 'tty.sock'}", columns=132, rows=50), "console0")
     terminal = stage.side.terminal("console0")
-    assert wait_until(lambda: terminal.window == (132, 50), LIMIT)
+    # Linux looks at it when it changes, and not before.
     stage.bus.set("console0", "rows", "43")
     assert wait_until(lambda: terminal.window == (132, 43), LIMIT)
+    stage.bus.set("console0", "columns", "80")
+    assert wait_until(lambda: terminal.window == (80, 43), LIMIT)
 
 
 @behaviour

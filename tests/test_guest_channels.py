@@ -221,8 +221,8 @@ def test_poll(opened: Callable[..., Place]) -> None:
     place = opened("polled")
     flags = [place.flag() for _ in range(2)]
     far = place.begin(
-        *("poll=0", f"made={flags[0]}", "input=30000", "poll=0", "hear", "poll=0", "nonblock", "hear"),
-        *(f"made={flags[1]}", "input=30000"),
+        *("poll=0", f"made={flags[0]}", "pollin=30000", "poll=0", "hear", "poll=0", "nonblock", "hear"),
+        *(f"made={flags[1]}", "pollin=30000"),
     )
     place.vm.wait_for(f"test -e {flags[0]}")
     place.end().send(b"now")

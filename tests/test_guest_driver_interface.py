@@ -11,6 +11,7 @@ import contextlib
 import errno
 import itertools
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ class KernelTerminal:
     @property
     def window(self) -> tuple[int, int]:
         """As programs are told."""
-        rows, columns = self.vm.run(f"stty -F /dev/{self.name} size").split()
+        columns, rows = self.vm.run(f"device_steps window /dev/{self.name}").split()
         return int(columns), int(rows)
 
     def write(self, data: bytes) -> None:
@@ -175,38 +176,60 @@ class KernelTerminal:
         return base64.b64decode(self.vm.run(f"head -c {size} /dev/{self.name} | base64", seconds=LIMIT))
 
 
-@dataclass
 class KernelTalk:
-    """A channel as `/dev/vbus/NAME`, which somebody has open all the time."""
+    """A channel as `/dev/vbus/NAME`, which a program has open."""
 
-    vm: Guest
-    node: str
+    def __init__(self, vm: Guest, node: str) -> None:
+        self._vm = vm
+        self._asked = f"/tmp/talk{next(NUMBERS)}"
+        self._said = 0
+        vm.run(f"mkfifo {self._asked}; : >{self._asked}.said")
+        # Open for both, so that the end of one who asks is not the end.
+        vm.run(f"channel_steps {node} block input <>{self._asked} >{self._asked}.said 2>&1 &")
+        assert self._answer() == "0"
 
-    def _steps(self, *steps: str) -> list[str]:
-        said = self.vm.run(f"channel_steps {self.node} {' '.join(map(repr, steps))} 2>&1", seconds=LIMIT).splitlines()
-        if said and said[-1].startswith("E") and hasattr(errno, said[-1]):
-            raise failed(said[-1])
+    def _answer(self) -> str:
+        self._said += 1
+        said = f"{self._asked}.said"
+        wait = f"while test $(wc -l <{said}) -lt {self._said}; do usleep 5000; done"
+        return self._vm.run(f"{wait}; sed -n {self._said}p {said}", seconds=LIMIT).rstrip("\n")
+
+    def _step(self, step: str) -> str:
+        """What came of a step. OSError."""
+        self._vm.run(f"echo {shlex.quote(step)} >{self._asked}")
+        said = self._answer()
+        if said.startswith("E") and hasattr(errno, said):
+            raise failed(said)
         return said
 
     def say(self, data: bytes) -> None:
         """One write."""
-        self._steps(f"bytes={data.hex()}")
+        self._step(f"bytes={data.hex()}")
 
     def hear(self) -> bytes:
         """One read."""
-        return bytes.fromhex(self._steps("heard")[0])
+        return bytes.fromhex(self._step("heard"))
 
     def fill(self, size: int) -> int:
         """Until a write would wait."""
-        return int(self._steps("nonblock", f"fill={size}")[1].split()[0])
+        self._step("nonblock")
+        count = int(self._step(f"fill={size}").split()[0])
+        self._step("block")
+        return count
 
     def put(self, offset: int, data: bytes) -> None:
         """Into what is mapped."""
-        self._steps("map=65536", f"put={offset},{data.decode()}")
+        self._step("map=65536")
+        self._step(f"put={offset},{data.decode()}")
 
     def get(self, offset: int, size: int) -> bytes:
         """From what is mapped."""
-        return self._steps("map=65536", f"get={offset},{size}")[1].replace(".", "\0").encode()
+        self._step("map=65536")
+        return self._step(f"get={offset},{size}").replace(".", "\0").encode()
+
+    def close(self) -> None:
+        """The program ends."""
+        self._vm.run(f"echo end >{self._asked}")
 
 
 class KernelSide:
@@ -271,15 +294,9 @@ class KernelSide:
     @contextlib.contextmanager
     def talk(self, name: str) -> Iterator[KernelTalk]:
         """`/dev/vbus/NAME`."""
-        node = f"/dev/vbus/{name}"
-        self._vm.wait_for(f"test -c {node}")
-        flag = f"/tmp/talk{next(NUMBERS)}"
-        self._vm.run(f"channel_steps {node} made={flag} until={flag}.end >/dev/null 2>&1 &")
-        self._vm.wait_for(f"test -e {flag}")
-        try:
-            yield KernelTalk(self._vm, node)
-        finally:
-            self._vm.run(f"touch {flag}.end")
+        self._vm.wait_for(f"test -c /dev/vbus/{name}")
+        with contextlib.closing(KernelTalk(self._vm, f"/dev/vbus/{name}")) as talk:
+            yield talk
 
     def channels(self) -> list[str]:
         """What is in `/dev/vbus`."""

@@ -289,7 +289,7 @@ def test_a_hostile_bus_harms_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
                     "(while :; do timeout 2 head -c 512 /dev/hwrng; timeout 2 dd if=/dev/vda of=/dev/null bs=64k "
                     "count=8 iflag=direct; sleep 0.05; done) >/dev/null 2>&1 &"
                 )
-                steps = "map=65536 put=0,x nonblock fill=4000 hear input=100 hear hear get=0,4"
+                steps = "map=65536 put=0,x nonblock fill=4000 hear pollin=100 hear hear get=0,4"
                 vm.run(
                     "for c in talk0 talk4 talk7; do (while ! test -e /tmp/stop; do "
                     f"timeout 2 channel_steps /dev/vbus/$c {steps}; sleep 0.02; done) & done >/dev/null 2>&1; "
