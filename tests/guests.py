@@ -38,6 +38,17 @@ def bus_modules() -> list[Path]:
     return build.bus_modules(backports=BACKPORTS)
 
 
+def programs(folder: Path, *names: str) -> dict[str, bytes | str]:
+    """Programs beside the tests, `NAME.c`, as a guest's files, made in a folder: they need nothing but a kernel."""
+    made: dict[str, bytes | str] = {}
+    for name in names:
+        source = Path(__file__).with_name(f"{name}.c")
+        words = ["gcc", "-static", "-O1", "-Wall", "-Werror", "-o", str(folder / name), str(source)]
+        subprocess.run(words, check=True)
+        made[f"usr/bin/{name}"] = (folder / name).read_bytes()
+    return made
+
+
 def function_args(connector: Ivshmem) -> list[str]:
     """QEMU's options for the function that a connector serves."""
     assert connector.socket is not None

@@ -20,14 +20,15 @@ from typing import Any
 import pytest
 
 from conftest import wait_until
-from guests import BACKPORTS, bus_modules, function_args
+from guests import BACKPORTS, bus_modules, function_args, programs
 from vbus import msg
 from vbus.bus import Bus
+from vbus.channel import ChannelClosedError, ChannelFullError, Event
 from vbus.connectors import Ivshmem
 from vbus.connectors.ivshmem_peer import IvshmemPeer
 from vbus.devices import Blk, Console, Rng
 from vbus.shmem import ivshmem
-from vbus.shmem.area import MAGIC, SESSION, SESSION_REQUEST, sealed_memfd
+from vbus.shmem.area import CHANNEL_RING_STRIDE, MAGIC, SESSION, SESSION_REQUEST, sealed_memfd
 from vbus.vm import Guest
 from vbus.vm.options import function_options, monitor_options
 
@@ -127,7 +128,7 @@ class Hostile:
             changed += self._random.randbytes(self._random.choice((1, 4, 100, 5000)))
         else:
             for _ in range(self._random.choice((1, 1, 2, 8))):
-                changed[self._random.randrange(len(changed))] = self._random.choice((0, 1, 0x7F, 0x80, 0xFF))
+                changed[self._random.randrange(len(changed))] = self._random.choice((0, 1, *b"./", 0x7F, 0x80, 0xFF))
         struct.pack_into("<H", changed, 6, len(changed))
         return bytes(changed)
 
@@ -141,7 +142,8 @@ class Hostile:
             machine = next(iter(self._connector._machines), None)
             if machine is None or not self._on.is_set():
                 continue
-            deed = self._random.choice((self._slots, self._slots, self._words, self._link, self._header, self._ring))
+            deeds = (self._slots, self._slots, self._words, self._link, self._lanes, self._lanes, self._header, self._ring)
+            deed = self._random.choice(deeds)
             deed(machine)
             self._count(deed.__name__)
 
@@ -151,12 +153,14 @@ class Hostile:
     def _slots(self, machine: Any) -> None:
         g = machine.area.geometry
         places = g.events_to_driver
-        priority = self._random.choice((0, 4, 6))
+        priority = self._random.choice((0, 4, 6, self._random.randrange(8)))
+        sources = (*range(64), *range(g.max_sources - 8, g.max_sources))
         for _ in range(self._random.choice((1, 8, 64))):
             # What comes next is somewhere among the first slots of a ring.
             at = places.slots + (priority * g.max_sources + self._random.randrange(48)) * 16
             sequence = self._random.choice((self._random.randrange(64), self._value()))
-            words = (sequence, self._random.choice((self._random.randrange(64), self._value())), self._value() & 7, 0)
+            source = self._random.choice((self._random.choice(sources), self._value()))
+            words = (sequence, source, self._value() & 7, 0)
             struct.pack_into("<IIII", machine.area._view, at, *words)
         machine.outward[1 + priority].ring()
 
@@ -178,6 +182,20 @@ class Hostile:
         )
         struct.pack_into("<I", machine.area._view, where, self._value())
         machine.outward[0].ring()
+
+    def _lanes(self, machine: Any) -> None:
+        """The rings of channels, with events that make the guest look there."""
+        g = machine.area.geometry
+        for _ in range(self._random.choice((1, 4))):
+            lane = self._random.randrange(8) * CHANNEL_RING_STRIDE
+            inward, outward = g.channels_to_driver + lane, g.channels_to_device + lane
+            where = self._random.choice((inward, outward + 64, *(inward + 128 + 4 * n for n in range(64))))
+            struct.pack_into("<I", machine.area._view, where, self._value())
+        for peer in self._connector.peers:
+            assert isinstance(peer, IvshmemPeer)
+            for rings in peer.rings._lanes:
+                if rings.signal is not None and self._random.random() < 0.5:
+                    rings.signal.notify()
 
     def _header(self, machine: Any) -> None:
         if self._random.random() < 0.2:
@@ -226,6 +244,13 @@ def test_functions_that_are_not_ours(stranger: Callable[[str, bytes], Stranger])
         vm.run("rmmod vbus_ivshmem")
 
 
+def answer(event: Event, heard: list[int], place: int) -> None:
+    """Count an event, and answer it while there is room."""
+    heard[place] += 1
+    with contextlib.suppress(ChannelFullError, ChannelClosedError):
+        event.reply(event.data)
+
+
 def test_a_hostile_bus_harms_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = int(os.environ.get("VBUS_HOSTILE_SEED", "0")) or random.getrandbits(32)
     print(f"VBUS_HOSTILE_SEED={seed}")
@@ -234,21 +259,42 @@ def test_a_hostile_bus_harms_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
         bus.plug(Rng(), "rng0", priority=6)
         bus.plug(Blk(tmp_path / "disk.img"), "disk0")
         bus.plug(Console(f"unix:{tmp_path}/console.sock"), "console0", priority=0)
+        talk = [bus.open_channel(f"talk{n}", priority=n, memory="64 KiB") for n in (0, 4, 7)]
+        heard = [0, 0, 0]
+        for n, channel in enumerate(talk):
+            channel.on_event(lambda event, n=n: answer(event, heard, n))  # type: ignore[misc]
         connector = bus.connect(Ivshmem(tmp_path / "bus.sock"), "function")
         honest = IvshmemPeer.transmit
+        honest_on_channel = IvshmemPeer.transmit_on_channel
         with Hostile(connector, seed) as hostile:
             monkeypatch.setattr(
                 IvshmemPeer,
                 "transmit",
                 lambda peer, message, priority: honest(peer, hostile.message(message), priority),
             )
+            monkeypatch.setattr(
+                IvshmemPeer,
+                "transmit_on_channel",
+                lambda peer, priority, message: honest_on_channel(peer, priority, hostile.message(message)),
+            )
             modules: list[str | Path] = ["virtio_rng", "virtio_blk", "virtio_console", *bus_modules()]
             with Guest(
-                args=function_args(connector), modules=modules, cpus=2, append="slub_debug=FZPU", backports=BACKPORTS
+                args=function_args(connector),
+                modules=modules,
+                files=programs(tmp_path, "channel_steps"),
+                cpus=2,
+                append="slub_debug=FZPU",
+                backports=BACKPORTS,
             ) as vm:
                 vm.run(
                     "(while :; do timeout 2 head -c 512 /dev/hwrng; timeout 2 dd if=/dev/vda of=/dev/null bs=64k "
                     "count=8 iflag=direct; sleep 0.05; done) >/dev/null 2>&1 &"
+                )
+                steps = "map=65536 put=0,x nonblock fill=4000 hear pollin=100 hear hear get=0,4"
+                vm.run(
+                    "for c in talk0 talk4 talk7; do (while ! test -e /tmp/stop; do "
+                    f"timeout 2 channel_steps /dev/vbus/$c {steps}; sleep 0.02; done) & done >/dev/null 2>&1; "
+                    "(while ! test -e /tmp/stop; do timeout 2 cat /dev/vbus/talk4; sleep 0.1; done) >/dev/null 2>&1 &"
                 )
                 deadline = time.monotonic() + SECONDS
                 while time.monotonic() < deadline:
@@ -258,9 +304,12 @@ def test_a_hostile_bus_harms_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
                     # A while to attach again, so that there is something to be hostile to.
                     wait_until(lambda: any(peer.greeted for peer in connector.peers), 10)
                     bus.plug(Blk(memory="1 MiB"), "hot0")
+                    coming = bus.open_channel("hot.channel", memory=5000)
                     vm.run("true")
+                    coming.close()
                     bus.unplug("hot0", surprise=True)
-                assert {"_slots", "_words", "_link", "_header", "_ring", "messages"} <= set(hostile.done)
+                assert {"_slots", "_words", "_link", "_lanes", "_header", "_ring", "messages"} <= set(hostile.done)
+                assert all(heard), heard
                 hostile.be(False)
                 for peer in list(connector.peers):
                     peer.part("from here on it is honest")
@@ -270,10 +319,18 @@ def test_a_hostile_bus_harms_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
                         seconds=90,
                     )
                 vm.run("ls /sys/bus/vbus/devices/*/virtio*/block && head -c 64 /dev/hwrng >/dev/null")
+                vm.wait_for('test "$(echo $(ls /dev/vbus))" = "talk0 talk4 talk7"', seconds=60)
+                before = list(heard)
+                for name in ("talk0", "talk4", "talk7"):
+                    vm.run(f"printf honest >/dev/vbus/{name}")
+                assert wait_until(lambda: all(now > then for now, then in zip(heard, before, strict=True)), 30)
+                vm.run("touch /tmp/stop")
                 said = vm.run("dmesg")
                 assert [line for line in said.splitlines() if CONCERNS.search(line)] == []
                 assert "the bus broke the protocol" in said
-                vm.run("rmmod vbus_ivshmem virtio_vbus vbus_proxy", seconds=60)
+                vm.run("rmmod vbus_ivshmem virtio_vbus", seconds=60)
+                # Whoever has a channel open, if only for a moment more, needs what its file is.
+                vm.wait_for("rmmod vbus_proxy", seconds=60)
 
 
 def lies(chance: random.Random) -> tuple[int, ...]:

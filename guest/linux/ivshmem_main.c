@@ -61,6 +61,7 @@ static int map(struct ivshmem *iv)
 		return -ENOMEM;
 	iv->connector.area = iv->memory;
 	iv->connector.size = iv->size;
+	iv->connector.where = pci_resource_start(pdev, 2);
 	return 0;
 }
 

@@ -36,16 +36,32 @@ struct vbus_layout {
 
 int vbus_area_read(const void *area, size_t size, u32 *version, struct vbus_layout *layout);
 
-/* proxy_link.c: messages. */
+/* proxy_messages.c: rings of messages. */
+
+struct vbus_out {
+	struct vbus_link_ring *ring;
+	u32 tail;
+};
+
+struct vbus_in {
+	struct vbus_link_ring *ring;
+	u32 head;
+	u32 taken;			/* bytes since the sender was told */
+};
+
+int vbus_out_has_room(const struct vbus_out *out, size_t size);
+void vbus_out_put(struct vbus_out *out, const struct vbus_msg *header, const void *body,
+		  size_t size, const void *more, size_t more_size);
+int vbus_in_next(struct vbus_in *in, struct vbus_msg *message);
+bool vbus_in_made_room(struct vbus_in *in);
+
+/* proxy_link.c: questions, answers, and what the bus says by itself. */
 
 struct vbus_link {
-	struct vbus_link_ring *out;
-	struct vbus_link_ring *in;
-	struct mutex send_lock;		/* guards @tail and the ring towards the device */
-	u32 tail;
-	u32 head;			/* @work's alone, as is @message */
-	u32 taken_since_ring;
-	u8 *message;
+	struct mutex send_lock;		/* guards @out */
+	struct vbus_out out;
+	struct vbus_in in;		/* @work's alone, as is @message */
+	struct vbus_msg *message;
 	wait_queue_head_t room;
 	struct work_struct work;
 	spinlock_t calls_lock;		/* guards @calls and @token */
@@ -101,6 +117,60 @@ void vbus_events_interrupt(struct vbus_proxy *proxy, unsigned int priority);
 void vbus_events_read_in(struct vbus_queue *queue, u64 *signalled, u64 *sent, u64 *rung);
 u32 vbus_events_taken_out(struct vbus_queue *queue);
 
+/* proxy_lanes.c: what is said on channels. */
+
+struct vbus_lane {
+	struct vbus_queue queue;	/* the event source */
+	spinlock_t lock;		/* guards @out */
+	struct vbus_out out;
+	bool wanted;			/* room, by an end that found none */
+	struct vbus_in in;		/* the work's alone */
+	wait_queue_head_t room;
+};
+
+struct vbus_lanes {
+	struct vbus_lane lane[VBUS_PRIORITIES];
+	unsigned long due;		/* lanes of which an event came */
+	struct work_struct work;
+	struct vbus_msg *message;	/* @work's alone */
+};
+
+int vbus_lanes_init(struct vbus_proxy *proxy, const struct vbus_layout *layout);
+int vbus_lanes_open(struct vbus_proxy *proxy);
+void vbus_lanes_lost(struct vbus_proxy *proxy);
+void vbus_lanes_stop(struct vbus_proxy *proxy);
+int vbus_lane_send(struct vbus_lane *lane, const struct vbus_msg *header, const void *body,
+		   size_t size);
+int vbus_lane_send_waiting(struct vbus_lane *lane, const struct vbus_msg *header, const void *body,
+			   size_t size, long timeout);
+
+/* proxy_channels.c: channels that come and go. */
+
+struct vbus_channels {
+	struct workqueue_struct *queue;
+	struct work_struct scan;
+	struct list_head list;		/* @scan's alone: of channels, by name */
+	unsigned int count;
+	struct xarray ends;		/* by number: those that the bus knows */
+	u32 next_number;
+	bool over;
+	bool told;			/* of channels that find no place */
+};
+
+int vbus_channels_register(void);
+void vbus_channels_unregister(void);
+int vbus_channels_init(struct vbus_proxy *proxy, const struct vbus_layout *layout);
+void vbus_channels_changed(struct vbus_proxy *proxy);
+void vbus_channels_stop(struct vbus_proxy *proxy);
+void vbus_channels_free(struct vbus_proxy *proxy);
+
+/* proxy_ends.c: channels that are open. */
+
+const char *vbus_ends_heard(struct vbus_proxy *proxy, const struct vbus_msg *message);
+void vbus_ends_room(struct vbus_proxy *proxy, unsigned int priority);
+void vbus_ends_lost(struct vbus_proxy *proxy);
+void vbus_ends_stop(struct vbus_proxy *proxy);
+
 /* proxy_discovery.c: devices that come and go. */
 
 struct vbus_discovery {
@@ -132,12 +202,17 @@ struct vbus_proxy {
 	void *area;
 	u32 max_msg;
 	u8 memory_kind;
+	u64 regions;			/* of channels: where in the area */
 	bool broken;			/* by the other side, or over: look at nothing of its */
 	struct vbus_link link;
 	struct vbus_events events;
+	struct vbus_lanes lanes;
+	struct vbus_channels channels;
 	struct vbus_discovery discovery;
 };
 
+void vbus_born(void);
+void vbus_died(void);
 void vbus_broken(struct vbus_proxy *proxy, const char *why);
 struct vbus_device *vbus_device_create(struct vbus_proxy *proxy, u16 number,
 				       const struct vbus_device_info *info,

@@ -99,7 +99,7 @@ static bool is_due(struct vbus_ring *ring)
  */
 void vbus_queue_signal(struct vbus_queue *queue)
 {
-	struct vbus_proxy *proxy = queue->device->proxy;
+	struct vbus_proxy *proxy = queue->proxy;
 	struct vbus_events *events = &proxy->events;
 	struct vbus_ring *ring;
 	bool rings = false;
@@ -301,7 +301,7 @@ static int use_ring(struct vbus_proxy *proxy, struct vbus_ring *ring)
 /* What the device's side counted: for people, since it may say anything. */
 void vbus_events_read_in(struct vbus_queue *queue, u64 *signalled, u64 *sent, u64 *rung)
 {
-	const struct vbus_stats *stats = &queue->device->proxy->events.stats_in[queue->source];
+	const struct vbus_stats *stats = &queue->proxy->events.stats_in[queue->source];
 
 	*signalled += le64_to_cpu(READ_ONCE(stats->signalled)) - queue->before[0];
 	*sent += le64_to_cpu(READ_ONCE(stats->sent)) - queue->before[1];
@@ -379,7 +379,7 @@ EXPORT_SYMBOL_GPL(vbus_device_sources);
  */
 int vbus_queue_open(struct vbus_queue *queue)
 {
-	struct vbus_proxy *proxy = queue->device->proxy;
+	struct vbus_proxy *proxy = queue->proxy;
 	struct vbus_events *events = &proxy->events;
 	struct vbus_ring *ring = &events->rings[queue->priority];
 	int err;
@@ -414,7 +414,7 @@ EXPORT_SYMBOL_GPL(vbus_queue_open);
  */
 void vbus_queue_close(struct vbus_queue *queue)
 {
-	struct vbus_events *events = &queue->device->proxy->events;
+	struct vbus_events *events = &queue->proxy->events;
 	struct vbus_ring *ring = &events->rings[queue->priority];
 	bool open;
 
@@ -433,7 +433,7 @@ EXPORT_SYMBOL_GPL(vbus_queue_close);
 /* Events of this generation that the device's side took. */
 u32 vbus_events_taken_out(struct vbus_queue *queue)
 {
-	return le32_to_cpu(READ_ONCE(queue->device->proxy->events.taken_out[queue->source]));
+	return le32_to_cpu(READ_ONCE(queue->proxy->events.taken_out[queue->source]));
 }
 
 /* The beginning and the end. */

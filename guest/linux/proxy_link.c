@@ -9,8 +9,8 @@
  *	vbus_ask()  --> ring to device --> doorbell            the device's side answers
  *	    sleeps <--- complete() <------ link_work() <------ interrupt
  *
- * A message is copied before anybody looks at it, and lengths are those of the copy. Both counters
- * are kept here too, and the own one is never read back.
+ * A question that is asked on a channel travels in the ring of the channel's priority instead
+ * (proxy_lanes.c); its answer comes here.
  */
 #include <linux/jiffies.h>
 #include <linux/module.h>
@@ -24,8 +24,6 @@ MODULE_PARM_DESC(answer_seconds, "Seconds that the bus may take for an answer");
 
 /* Messages that are handled before others who want the processor have their turn. */
 #define READ_BUDGET	64
-/* A reader that has taken so much rings back: a sender may wait for room. */
-#define RING_BACK	(VBUS_LINK_BYTES / 4)
 
 /* A question that waits, on the stack of whoever asks. */
 struct call {
@@ -36,57 +34,15 @@ struct call {
 	int result;
 };
 
-static u32 aligned(size_t size)
-{
-	return ALIGN(size, 8);
-}
-
 /* Sending. */
 
-static void put(struct vbus_link_ring *ring, u32 *tail, const void *data, size_t size)
+/* Whether there is nothing to wait for: room, or an error. */
+static bool has_room(struct vbus_link *link, size_t size, int *err)
 {
-	u32 at = *tail % VBUS_LINK_BYTES;
-	size_t first = min_t(size_t, size, VBUS_LINK_BYTES - at);
+	int room = vbus_out_has_room(&link->out, size);
 
-	memcpy(ring->data + at, data, first);
-	memcpy(ring->data, data + first, size - first);
-	*tail += size;
-}
-
-/* Bytes that find room now; an error when the head cannot be true. */
-static int room(struct vbus_link *link)
-{
-	/* What the reader read before it moved its head is not written over before that is seen. */
-	u32 head = le32_to_cpu(virt_load_acquire(&link->out->head));
-	u32 used = link->tail - head;
-
-	if (used > VBUS_LINK_BYTES || used % 8)
-		return -EPROTO;
-	return VBUS_LINK_BYTES - used;
-}
-
-/* Put one message into the ring, which has room. */
-static void put_message(struct vbus_proxy *proxy, const struct vbus_msg *header, const void *body,
-			size_t size, const void *more, size_t more_size)
-{
-	struct vbus_link *link = &proxy->link;
-	u32 start = link->tail, tail = start;
-
-	put(link->out, &tail, header, sizeof(*header));
-	put(link->out, &tail, body, size);
-	put(link->out, &tail, more, more_size);
-	link->tail = start + aligned(tail - start);
-	/* Whoever sees the new tail sees the message. */
-	virt_store_release(&link->out->tail, cpu_to_le32(link->tail));
-	proxy->connector->ops->ring_link(proxy->connector);
-}
-
-static bool has_room(struct vbus_link *link, u32 size, int *err)
-{
-	int free = room(link);
-
-	*err = READ_ONCE(link->lost) ? -ENODEV : min(free, 0);
-	return *err || free >= size;
+	*err = READ_ONCE(link->lost) ? -ENODEV : min(room, 0);
+	return *err || room;
 }
 
 static int send(struct vbus_proxy *proxy, struct vbus_request *request, u16 token)
@@ -104,13 +60,17 @@ static int send(struct vbus_proxy *proxy, struct vbus_request *request, u16 toke
 
 	if (size > READ_ONCE(proxy->max_msg))
 		return -EMSGSIZE;
+	if (request->lane)
+		return vbus_lane_send_waiting(request->lane, &header, request->body, request->size,
+					      answer_seconds * HZ);
 	mutex_lock(&link->send_lock);
-	if (!wait_event_timeout(link->room, has_room(link, aligned(size), &err),
-				answer_seconds * HZ))
+	if (!wait_event_timeout(link->room, has_room(link, size, &err), answer_seconds * HZ))
 		err = -ETIMEDOUT;
-	if (!err)
-		put_message(proxy, &header, request->body, request->size, request->more,
-			    request->more_size);
+	if (!err) {
+		vbus_out_put(&link->out, &header, request->body, request->size, request->more,
+			     request->more_size);
+		proxy->connector->ops->ring_link(proxy->connector);
+	}
 	mutex_unlock(&link->send_lock);
 	return err;
 }
@@ -266,8 +226,10 @@ static void pong(struct vbus_proxy *proxy, const struct vbus_msg *message, size_
 	header.type |= VBUS_MSG_RESPONSE;
 	if (!mutex_trylock(&link->send_lock))
 		return;
-	if (room(link) >= (int)aligned(sizeof(header) + size))
-		put_message(proxy, &header, message + 1, size, NULL, 0);
+	if (vbus_out_has_room(&link->out, sizeof(header) + size) > 0) {
+		vbus_out_put(&link->out, &header, message + 1, size, NULL, 0);
+		proxy->connector->ops->ring_link(proxy->connector);
+	}
 	mutex_unlock(&link->send_lock);
 }
 
@@ -287,6 +249,14 @@ static const char *heard_of_bus(struct vbus_proxy *proxy, const struct vbus_msg 
 			return "a malformed EVENT_DEVICE";
 		vbus_discovery_event(proxy, le16_to_cpu(event->dev_num), le16_to_cpu(event->state));
 		return NULL;
+	case VBUS_EVENT_CHANNELS:
+		if (size)
+			return "a malformed EVENT_CHANNELS";
+		vbus_channels_changed(proxy);
+		return NULL;
+	case VBUS_CHANNEL_CLOSED:
+		/* Where the ring of its priority had no room for it. */
+		return vbus_ends_heard(proxy, message);
 	case VBUS_ERROR:
 		if (!message->token)
 			return "the bus does not let this side in";
@@ -330,69 +300,29 @@ static const char *heard(struct vbus_proxy *proxy, const struct vbus_msg *messag
 	return heard_of_device(proxy, message, size);
 }
 
-static void get(const struct vbus_link_ring *ring, u32 head, void *data, size_t size)
-{
-	u32 at = head % VBUS_LINK_BYTES;
-	size_t first = min_t(size_t, size, VBUS_LINK_BYTES - at);
-
-	memcpy(data, ring->data + at, first);
-	memcpy(data + first, ring->data, size - first);
-}
-
-/* The next message, copied; NULL when there is none, an error when what is there cannot be. */
-static const struct vbus_msg *next_message(struct vbus_link *link)
-{
-	/* The bytes below it are those of messages. */
-	u32 tail = le32_to_cpu(virt_load_acquire(&link->in->tail));
-	u32 available = tail - link->head;
-	struct vbus_msg *message = (void *)link->message;
-	u16 size;
-
-	if (available > VBUS_LINK_BYTES || available % 8)
-		return ERR_PTR(-EPROTO);
-	if (!available)
-		return NULL;
-	get(link->in, link->head, message, sizeof(*message));
-	/* From here on the length is the copy's, whatever the ring says meanwhile. */
-	barrier();
-	size = le16_to_cpu(message->size);
-	if (size < sizeof(*message) || size > VBUS_MAX_MSG || aligned(size) > available)
-		return ERR_PTR(-EPROTO);
-	get(link->in, link->head + sizeof(*message), message + 1, size - sizeof(*message));
-	barrier();
-	link->head += aligned(size);
-	link->taken_since_ring += aligned(size);
-	/* The copy is complete before the bus may write over it. */
-	virt_store_release(&link->in->head, cpu_to_le32(link->head));
-	return message;
-}
-
 static void link_work(struct work_struct *work)
 {
 	struct vbus_link *link = container_of(work, struct vbus_link, work);
 	struct vbus_proxy *proxy = container_of(link, struct vbus_proxy, link);
-	const struct vbus_msg *message;
 	const char *wrong;
-	int count;
+	int count, found;
 
 	for (count = 0; !READ_ONCE(link->lost) && !READ_ONCE(proxy->broken); count++) {
 		if (count == READ_BUDGET) {
 			queue_work(system_highpri_wq, &link->work);
 			break;
 		}
-		message = next_message(link);
-		if (!message)
+		found = vbus_in_next(&link->in, link->message);
+		if (!found)
 			break;
-		wrong = IS_ERR(message) ? "a message that cannot be" : heard(proxy, message);
+		wrong = found < 0 ? "a message that cannot be" : heard(proxy, link->message);
 		if (wrong) {
 			vbus_broken(proxy, wrong);
 			return;
 		}
 	}
-	if (link->taken_since_ring >= RING_BACK) {
-		link->taken_since_ring = 0;
+	if (vbus_in_made_room(&link->in))
 		proxy->connector->ops->ring_link(proxy->connector);
-	}
 }
 
 void vbus_link_interrupt(struct vbus_proxy *proxy)
@@ -407,8 +337,8 @@ int vbus_link_init(struct vbus_proxy *proxy, const struct vbus_layout *layout)
 {
 	struct vbus_link *link = &proxy->link;
 
-	link->out = proxy->area + layout->link_to_device;
-	link->in = proxy->area + layout->link_to_driver;
+	link->out.ring = proxy->area + layout->link_to_device;
+	link->in.ring = proxy->area + layout->link_to_driver;
 	mutex_init(&link->send_lock);
 	init_waitqueue_head(&link->room);
 	INIT_WORK(&link->work, link_work);

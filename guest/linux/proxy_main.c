@@ -7,8 +7,9 @@
  *		name address uuid device_id vendor_id priority
  *		to_device/ to_driver/		signalled sent rung taken
  *
- * The parts of a proxy: the link (messages), the event rings, the discovery. Whatever the other
- * side says is checked in the part that hears it; what cannot be ends the session (vbus_broken()).
+ * The parts of a proxy: the link (messages), the event rings, the discovery; and for channels the
+ * lanes (messages again), the ends of those that are open, and their files. Whatever the other side
+ * says is checked in the part that hears it; what cannot be ends the session (vbus_broken()).
  */
 #include <linux/ctype.h>
 #include <linux/idr.h>
@@ -20,8 +21,19 @@
 #include "proxy.h"
 
 static DEFINE_IDA(ids);
-/* Devices that have not been freed yet: their release is code of this module. */
+/* Devices and channels that have not been freed yet: their release is code of this module. */
 static atomic_t living = ATOMIC_INIT(0);
+
+void vbus_born(void)
+{
+	atomic_inc(&living);
+}
+
+void vbus_died(void)
+{
+	if (atomic_dec_and_test(&living))
+		wake_up_var(&living);
+}
 
 /* What sysfs shows. */
 
@@ -223,8 +235,7 @@ static void vbus_device_release(struct device *dev)
 
 	kvfree(device->queues);
 	kfree(device);
-	if (atomic_dec_and_test(&living))
-		wake_up_var(&living);
+	vbus_died();
 }
 
 /* Names are shown to people and their tools: nothing in them that is not plain. */
@@ -253,7 +264,7 @@ struct vbus_device *vbus_device_create(struct vbus_proxy *proxy, u16 number,
 	device = kzalloc(sizeof(*device), GFP_KERNEL);
 	if (!device)
 		return ERR_PTR(-ENOMEM);
-	atomic_inc(&living);
+	vbus_born();
 	device_initialize(&device->dev);
 	device->dev.parent = proxy->connector->parent;
 	device->dev.bus = &vbus_type;
@@ -277,6 +288,7 @@ struct vbus_device *vbus_device_create(struct vbus_proxy *proxy, u16 number,
 		goto fail;
 	}
 	for (i = 0; i < device->num_queues; i++) {
+		device->queues[i].proxy = proxy;
 		device->queues[i].device = device;
 		spin_lock_init(&device->queues[i].lock);
 	}
@@ -457,7 +469,17 @@ struct vbus_proxy *vbus_proxy_create(struct vbus_connector *connector)
 	err = vbus_events_init(proxy, &layout);
 	if (err)
 		goto no_events;
+	err = vbus_lanes_init(proxy, &layout);
+	if (err)
+		goto no_lanes;
+	err = vbus_channels_init(proxy, &layout);
+	if (err)
+		goto no_channels;
 	return proxy;
+no_channels:
+	vbus_lanes_stop(proxy);
+no_lanes:
+	vbus_events_stop(proxy);
 no_events:
 	vbus_discovery_free(proxy);
 no_discovery:
@@ -470,12 +492,19 @@ no_id:
 }
 EXPORT_SYMBOL_GPL(vbus_proxy_create);
 
-/* Say HELLO, and discover the devices. */
+/* Say HELLO, and discover the devices and channels. */
 int vbus_proxy_start(struct vbus_proxy *proxy)
 {
-	int err = introduce(proxy);
+	int err;
 
-	return err ? err : vbus_discovery_scan(proxy);
+	err = vbus_lanes_open(proxy);
+	if (!err)
+		err = introduce(proxy);
+	if (!err)
+		err = vbus_discovery_scan(proxy);
+	if (!err)
+		vbus_channels_changed(proxy);
+	return err;
 }
 EXPORT_SYMBOL_GPL(vbus_proxy_start);
 
@@ -497,13 +526,16 @@ EXPORT_SYMBOL_GPL(vbus_proxy_events_interrupt);
 void vbus_proxy_lost(struct vbus_proxy *proxy)
 {
 	vbus_link_lost(proxy);
+	vbus_lanes_lost(proxy);
+	vbus_ends_lost(proxy);
 	vbus_discovery_lost(proxy);
 }
 EXPORT_SYMBOL_GPL(vbus_proxy_lost);
 
-/* Unregister the devices. */
+/* Unregister the channels and the devices. */
 void vbus_proxy_stop(struct vbus_proxy *proxy)
 {
+	vbus_channels_stop(proxy);
 	vbus_discovery_stop(proxy);
 }
 EXPORT_SYMBOL_GPL(vbus_proxy_stop);
@@ -512,6 +544,8 @@ void vbus_proxy_destroy(struct vbus_proxy *proxy)
 {
 	vbus_link_stop(proxy);
 	vbus_discovery_free(proxy);
+	vbus_channels_free(proxy);
+	vbus_lanes_stop(proxy);
 	vbus_events_stop(proxy);
 	ida_free(&ids, proxy->id);
 	kvfree(proxy);
@@ -520,13 +554,23 @@ EXPORT_SYMBOL_GPL(vbus_proxy_destroy);
 
 static int __init proxy_init(void)
 {
-	return bus_register(&vbus_type);
+	int err;
+
+	err = bus_register(&vbus_type);
+	if (err)
+		return err;
+	err = vbus_channels_register();
+	if (err)
+		bus_unregister(&vbus_type);
+	return err;
 }
 
 static void __exit proxy_exit(void)
 {
-	bus_unregister(&vbus_type);
 	wait_var_event(&living, !atomic_read(&living));
+	/* Ends are freed behind a grace period, by the kernel itself. */
+	vbus_channels_unregister();
+	bus_unregister(&vbus_type);
 	ida_destroy(&ids);
 }
 

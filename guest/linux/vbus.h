@@ -23,6 +23,7 @@
 #include "vbus_wire.h"
 
 struct vbus_device;
+struct vbus_lane;
 struct vbus_proxy;
 
 /* Connectors. */
@@ -34,6 +35,7 @@ struct vbus_proxy;
  * @area: the shared area, mapped
  * @size: bytes that may be looked at from @area on
  * @hello_flags: VBUS_HELLO_*
+ * @where: the address of the area's first byte, by which programs are given pages of it
  */
 struct vbus_connector {
 	const struct vbus_connector_ops *ops;
@@ -41,6 +43,7 @@ struct vbus_connector {
 	void *area;
 	size_t size;
 	u32 hello_flags;
+	phys_addr_t where;
 };
 
 /**
@@ -81,7 +84,7 @@ int vbus_area_check(const void *area, size_t size, u32 *version, size_t *total);
  *	start		says HELLO and discovers; may fail
  *	lost		the device's side is gone, and touches no buffers any more; optional, from
  *			any process context
- *	stop		unregisters the devices: orderly while the device's side answers
+ *	stop		unregisters devices and channels: orderly while the device's side answers
  *			(interrupts have to be told until here, and not any more from here on)
  *	destroy
  */
@@ -96,8 +99,9 @@ void vbus_proxy_destroy(struct vbus_proxy *proxy);
 /* Devices. */
 
 /**
- * struct vbus_queue - a queue of a device, as far as events go
- * @device: whose it is
+ * struct vbus_queue - a queue of a device, or a lane of channels, as far as events go
+ * @proxy: the bus
+ * @device: whose it is; NULL: a lane
  * @heard: called, in hard or soft interrupt, when the device's side used buffers; set by the driver
  * @data: the driver's
  * @source: the event source, the same both ways
@@ -115,6 +119,7 @@ void vbus_proxy_destroy(struct vbus_proxy *proxy);
  * @taken_total: events that ever came
  */
 struct vbus_queue {
+	struct vbus_proxy *proxy;
 	struct vbus_device *device;
 	void (*heard)(struct vbus_queue *queue);
 	void *data;
@@ -227,6 +232,7 @@ u8 vbus_device_memory(struct vbus_device *device);
  * @size: bytes of @body
  * @more: what follows @body
  * @more_size: bytes of @more
+ * @lane: where it travels; NULL: on the link. Without @more
  * @answer: where the answer's body goes
  * @least: bytes of it that there must be; a shorter one is an error
  * @room: bytes of it that there may be; a longer one is an error
@@ -239,6 +245,7 @@ struct vbus_request {
 	size_t size;
 	const void *more;
 	size_t more_size;
+	struct vbus_lane *lane;
 	void *answer;
 	size_t least;
 	size_t room;

@@ -105,9 +105,9 @@ struct vbus_msg {
 #define VBUS_REVISION		1
 /*
  * The largest message that this side takes, and sends: a quarter of what would fit into half of a
- * ring.
+ * ring, and twice what a channel's event wants.
  */
-#define VBUS_MAX_MSG		4096
+#define VBUS_MAX_MSG		8192
 #define VBUS_NAME_MAX		63
 
 /* About a device. */
@@ -131,10 +131,17 @@ struct vbus_msg {
 #define VBUS_NAME		0x83
 #define VBUS_SOURCES		0x84
 #define VBUS_RELEASE		0x85
+#define VBUS_CHANNEL_OPEN	0x86
+#define VBUS_CHANNEL_CLOSE	0x87
+#define VBUS_NEXT_CHANNEL	0x8b
 #define VBUS_RAM_RANGE		0x8c
 #define VBUS_RAM_PROOF		0x8d
 #define VBUS_USE_MEMORY		0x8e
+#define VBUS_CHANNEL_EVENT	0xc4
 #define VBUS_ERROR		0xc5
+#define VBUS_EVENT_CHANNELS	0xc6
+#define VBUS_CHANNEL_CLOSED	0xc7
+#define VBUS_CHANNEL_CREDIT	0xc8
 
 struct vbus_device_info {
 	__le32 device_id;
@@ -261,6 +268,51 @@ struct vbus_ram_proof {
 
 struct vbus_use_memory {
 	__le32 memory_kind;
+};
+
+/* Channels. */
+
+#define VBUS_MAX_EVENT		4096
+#define VBUS_EVENT_COST		64
+#define VBUS_WINDOW		16384
+
+struct vbus_next_channel {
+	u8 name_length;
+	u8 name[VBUS_NAME_MAX];
+};
+
+struct vbus_next_channel_answer {
+	u8 priority;
+	u8 zero[3];
+	__le32 memory;
+	struct vbus_next_channel name;
+};
+
+/* A name follows. */
+struct vbus_channel_open {
+	u8 priority;
+	u8 flags;
+	__le16 zero;
+	__le32 memory;
+	__le32 channel;
+};
+
+struct vbus_channel_open_answer {
+	u8 priority;
+	u8 zero[3];
+	__le32 window;
+	__le64 memory_offset;
+	__le64 memory_size;
+};
+
+/* In CHANNEL_EVENT, bytes follow; in CHANNEL_CLOSED, text. */
+struct vbus_channel_number {
+	__le32 channel;
+};
+
+struct vbus_channel_credit {
+	__le32 channel;
+	__le32 consumed;
 };
 
 struct vbus_error {
