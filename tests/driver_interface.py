@@ -419,7 +419,7 @@ def what_is_masked_is_not_negotiated(stage: Stage) -> None:
 @behaviour
 def a_disk_gives_back_what_was_written(stage: Stage) -> None:
     oracle = bytearray(random.Random(1).randbytes(MIB))
-    image = stage.image(oracle)
+    image = stage.image(bytes(oracle))
     stage.plug(Blk(image), "disk0")
     disk = stage.side.disk("disk0")
     rng = random.Random(2)

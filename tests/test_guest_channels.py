@@ -19,7 +19,7 @@ from guests import BACKPORTS, bus_modules, function_args, programs
 from vbus.bus import Bus, Channel
 from vbus.channel import EVENT_COST, MAX_EVENT, WINDOW, ChannelEnd
 from vbus.connectors import Ivshmem
-from vbus.connectors.ivshmem import IvshmemPeer
+from vbus.connectors.ivshmem_peer import IvshmemPeer
 from vbus.devices import Rng
 from vbus.vm import Guest
 
@@ -45,7 +45,9 @@ class Running:
 
     def function(self, signal: str) -> str:
         """A function's directory in sysfs."""
-        return self.vm.wait_for(f"d=$(grep -lx {signal} /sys/bus/vbus/devices/*/name) && realpath $(dirname $d)/..").strip()
+        return self.vm.wait_for(
+            f"d=$(grep -lx {signal} /sys/bus/vbus/devices/*/name) && realpath $(dirname $d)/.."
+        ).strip()
 
 
 class Place:
@@ -140,7 +142,7 @@ def opened(here: Running, signal: str) -> Iterator[Callable[..., Place]]:
     yield make
     for channel in channels:
         channel.close()
-    here.vm.wait_for("test -z \"$(ls /sys/class/vbus)\"", seconds=30)
+    here.vm.wait_for('test -z "$(ls /sys/class/vbus)"', seconds=30)
 
 
 def heard(channel: Channel) -> bytes:
@@ -407,7 +409,7 @@ def test_channels_come_and_go(here: Running, signal: str, opened: Callable[..., 
     first = opened("same", priority=1)
     first.channel.close()
     second = opened("same", priority=6)
-    here.vm.wait_for(f"test \"$(cat {second.directory}/priority)\" = 6", seconds=30)
+    here.vm.wait_for(f'test "$(cat {second.directory}/priority)" = 6', seconds=30)
     assert second.steps("say=here") == ["4"]
     assert heard(second.channel) == b"here"
 
@@ -421,7 +423,7 @@ def test_hundreds_of_channels(here: Running, signal: str) -> None:
     assert heard(channels[299]) == b"one of them"
     for channel in channels:
         channel.close()
-    here.vm.wait_for("test -z \"$(ls /sys/class/vbus)\"", seconds=60)
+    here.vm.wait_for('test -z "$(ls /sys/class/vbus)"', seconds=60)
 
 
 def test_a_channel_that_goes_while_it_is_open(here: Running, opened: Callable[..., Place]) -> None:
@@ -462,7 +464,7 @@ def test_a_session_that_ends_while_channels_are_open(here: Running, signal: str,
     assert wait_until(lambda: place.attribute("received") == "1", 30)
     here.peer(signal).part("the test ends it")
     assert waiting() == ["0", "4", "0", "last words", "ENODEV", "ENODEV", "...."]
-    # The next session has it again.
+    # Whoever comes next has it again.
     again = Place(here, signal, place.channel)
     assert again.steps("map=65536", "get=0,4", "say=back") == ["0", "....", "4"]
     assert heard(again.channel) == b"back"
@@ -481,7 +483,7 @@ def test_the_most_there_may_be(here: Running) -> None:
     finally:
         for channel in channels:
             channel.close()
-    here.vm.wait_for("test -z \"$(ls /sys/class/vbus)\"", seconds=120)
+    here.vm.wait_for('test -z "$(ls /sys/class/vbus)"', seconds=120)
 
 
 def test_modules_that_go_while_channels_are_open(here: Running) -> None:
@@ -499,7 +501,9 @@ def test_modules_that_go_while_channels_are_open(here: Running) -> None:
     here.vm.run(f"touch {' '.join(flags)}")
     assert [result() for result in far] == [["ENODEV", "0"]] * 2
     here.vm.wait_for("rmmod vbus_proxy", seconds=30)
-    here.vm.run("".join(f"insmod /modules/{name}.ko && " for name in ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")) + "true")
+    here.vm.run(
+        "".join(f"insmod /modules/{name}.ko && " for name in ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")) + "true"
+    )
     for signal in SIGNALS:
         assert Place(here, signal, channel).steps("say=again") == ["5"]
         assert heard(channel) == b"again"

@@ -142,7 +142,16 @@ class Hostile:
             machine = next(iter(self._connector._machines), None)
             if machine is None or not self._on.is_set():
                 continue
-            deeds = (self._slots, self._slots, self._words, self._link, self._lanes, self._lanes, self._header, self._ring)
+            deeds = (
+                self._slots,
+                self._slots,
+                self._words,
+                self._link,
+                self._lanes,
+                self._lanes,
+                self._header,
+                self._ring,
+            )
             deed = self._random.choice(deeds)
             deed(machine)
             self._count(deed.__name__)
