@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from command import vbus
+from command import VBUS, vbus
+from conftest import wait_until
 
 STEPS = [
     "disks",
@@ -37,7 +39,7 @@ HOST_TOOLS = ("mkfs.ext4", "e2fsck", "ip")
 GUEST_TOOLS = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
 TOOLS = {name: shutil.which(name, path=PATH) for name in HOST_TOOLS + GUEST_TOOLS}
 GUEST_STEPS = ["disks", "bus", "guest", "entropy", "files", "grow", "offloads", "http", "link", "keys", "end"]
-FUNCTION_STEPS = [*GUEST_STEPS[:3], "arrival", *GUEST_STEPS[3:-1], "hotplug", "signals", "end"]
+FUNCTION_STEPS = [*GUEST_STEPS[:3], "arrival", *GUEST_STEPS[3:-1], "hotplug", "signals", "end", "compare"]
 LOOPBACK = "a loopback stands in for two kernels' networks"
 NO_IP = f"replaced: ip is missing (package iproute2): {LOOPBACK}"
 NO_RIGHT = f"replaced: no right to make network namespaces (run as root): {LOOPBACK}"
@@ -134,6 +136,22 @@ def test_without_a_check_it_compares(folder: Path) -> None:
     check_table(lines)
     assert lines[-3] == "replaced: e2fsck is missing: the copy's checksum stands in for the check"
     assert lines[-2:] == [NO_IP, "demo: ok (2 replaced)"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or None in (TOOLS[name] for name in HOST_TOOLS), reason="needs root and tools")
+def test_who_is_stopped_leaves_nothing_behind(folder: Path) -> None:
+    with_tools(folder, *HOST_TOOLS)
+    env = os.environ | {"PATH": str(folder / "bin"), "TMPDIR": str(folder / "tmp")}
+    with subprocess.Popen([*VBUS, "demo"], cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        # Its network comes last of all.
+        while not process.stdout.readline().startswith("containers "):
+            assert process.poll() is None
+        assert wait_until(lambda: namespaces() != [], 20)
+        process.terminate()
+        assert process.wait(30) != 0
+    assert list((folder / "tmp").iterdir()) == []
+    assert namespaces() == []
 
 
 def test_a_step_that_fails_is_named(folder: Path) -> None:

@@ -114,6 +114,8 @@ struct vbus_events {
 int vbus_events_init(struct vbus_proxy *proxy, const struct vbus_layout *layout);
 void vbus_events_stop(struct vbus_proxy *proxy);
 void vbus_events_interrupt(struct vbus_proxy *proxy, unsigned int priority);
+int vbus_queue_use(struct vbus_queue *queue);
+int vbus_queue_listen(struct vbus_queue *queue);
 void vbus_events_read_in(struct vbus_queue *queue, u64 *signalled, u64 *sent, u64 *rung);
 u32 vbus_events_taken_out(struct vbus_queue *queue);
 

@@ -439,6 +439,12 @@ static int take_region(struct vbus_end *end, u64 offset, u64 size)
 	return 0;
 }
 
+/* The vector of its priority is taken when the first channel of it is opened. */
+static int use_lane(struct vbus_end *end, u8 priority)
+{
+	return vbus_queue_use(&end->proxy->lanes.lane[priority].queue);
+}
+
 static int take_answer(struct vbus_end *end, const struct vbus_channel_open_answer *answer)
 {
 	u32 window = le32_to_cpu(answer->window);
@@ -449,6 +455,9 @@ static int take_answer(struct vbus_end *end, const struct vbus_channel_open_answ
 		return -EPROTO;
 	err = take_region(end, le64_to_cpu(answer->memory_offset),
 			  le64_to_cpu(answer->memory_size));
+	/* Another channel may have that name by now. What was said on it waits in its lane. */
+	if (!err)
+		err = use_lane(end, answer->priority);
 	spin_lock(&end->lock);
 	end->priority = answer->priority;
 	end->window = window;
@@ -493,6 +502,11 @@ struct vbus_end *vbus_end_open(struct vbus_channel *channel)
 	if (!end)
 		return ERR_PTR(-ENOMEM);
 	init_end(end, channel);
+	err = use_lane(end, end->priority);
+	if (err) {
+		vbus_end_put(end);
+		goto failed;
+	}
 	/* Events may come before the answer. */
 	err = xa_alloc_cyclic(&channels->ends, &end->number, end, XA_LIMIT(1, U32_MAX - 1),
 			      &channels->next_number, GFP_KERNEL);

@@ -379,14 +379,27 @@ EXPORT_SYMBOL_GPL(vbus_device_sources);
  */
 int vbus_queue_open(struct vbus_queue *queue)
 {
-	struct vbus_proxy *proxy = queue->proxy;
-	struct vbus_events *events = &proxy->events;
-	struct vbus_ring *ring = &events->rings[queue->priority];
 	int err;
 
-	err = use_ring(proxy, ring);
+	err = vbus_queue_use(queue);
 	if (err)
 		return err;
+	return vbus_queue_listen(queue);
+}
+EXPORT_SYMBOL_GPL(vbus_queue_open);
+
+/* From now on doorbells of a queue's priority are listened to. May sleep. */
+int vbus_queue_use(struct vbus_queue *queue)
+{
+	return use_ring(queue->proxy, &queue->proxy->events.rings[queue->priority]);
+}
+
+/* As vbus_queue_open(); but until its priority is used, events wait in the ring. */
+int vbus_queue_listen(struct vbus_queue *queue)
+{
+	struct vbus_events *events = &queue->proxy->events;
+	struct vbus_ring *ring = &events->rings[queue->priority];
+
 	spin_lock_irq(&ring->lock);
 	if (rcu_access_pointer(events->listeners[queue->source])) {
 		/* The bus gave a source twice. */
@@ -404,7 +417,6 @@ int vbus_queue_open(struct vbus_queue *queue)
 	spin_unlock_irq(&queue->lock);
 	return 0;
 }
-EXPORT_SYMBOL_GPL(vbus_queue_open);
 
 /**
  * vbus_queue_close() - hear and signal no more

@@ -183,14 +183,17 @@ int vbus_lanes_init(struct vbus_proxy *proxy, const struct vbus_layout *layout)
 	return lanes->message ? 0 : -ENOMEM;
 }
 
-/* Before HELLO: what is signalled before anybody listens is lost. */
+/*
+ * Before HELLO: what is signalled before anybody listens is lost. No vector is taken for that: see
+ * vbus_end_open().
+ */
 int vbus_lanes_open(struct vbus_proxy *proxy)
 {
 	unsigned int i;
 	int err = 0;
 
 	for (i = 0; i < VBUS_PRIORITIES && !err; i++)
-		err = vbus_queue_open(&proxy->lanes.lane[i].queue);
+		err = vbus_queue_listen(&proxy->lanes.lane[i].queue);
 	return err;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from vbus.cli import serving
 from vbus.errors import UsageError
 
 
@@ -21,14 +22,15 @@ def demo_command(vm: bool, kvm: bool) -> int:
     """
     if vm and kvm:
         raise UsageError("--vm and --kvm are two demos: write one of them")
-    if kvm:
-        from vbus.demo.function import main as function
+    with serving.interruptible():
+        if kvm:
+            from vbus.demo.function import main as function
 
-        return function()
-    if vm:
-        from vbus.demo.machine import main as machine
+            return function()
+        if vm:
+            from vbus.demo.machine import main as machine
 
-        return machine()
-    from vbus.demo import main
+            return machine()
+        from vbus.demo import main
 
-    return main()
+        return main()

@@ -4,15 +4,19 @@
                                                                                    virtio_vbus, the kernel's drivers
 
 The guest does what it does in `vbus demo --vm`; the function has the devices in it that QEMU has options for there.
-Besides, a disk comes and goes without QEMU being asked, and it is counted what the signals of all that work took.
+Besides, a disk comes and goes without QEMU being asked, and it is counted what the signals of all that work took. In
+the end another guest reads from disks that it has in several ways, which `vbus bench exits` does at length.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
 
+from vbus.bench.guest_machine import GuestMachine, Load
+from vbus.bench.guest_side import DIRECT, PCI, TUNNELLED
 from vbus.connectors import Ivshmem
 from vbus.demo.machine import NAMES, SETTLE_SECONDS, Machine, why_no_guest
 from vbus.demo.machine import main as machine_main
@@ -27,6 +31,8 @@ CONNECTOR = '\n[connector.guest]\ntype = "ivshmem"\nsocket = "guest.sock"\n'
 COMER = "disk2"
 """The disk that comes and goes."""
 COMER_SIZE = 8 << 20
+DISKS, DEPTH, READS = 4, 4, 500
+"""Disks that are compared, reads of each at once, and in all."""
 DEVICES = "/sys/bus/vbus/devices"
 COUNTED = ("signalled", "sent", "rung")
 
@@ -116,6 +122,22 @@ class FunctionMachine(Machine):
             f"towards the guest {outward['signalled']} rang {outward['rung']}: {bells} interrupts"
         )
 
+    def compare(self) -> str:
+        """What reads of several disks take of interrupts and doorbells, over virtio-pci and behind a function."""
+        folder = self.folder / "compare"
+        folder.mkdir()
+        said = []
+        with contextlib.closing(GuestMachine(folder, DISKS, 0)) as machine:
+            for kind, name in ((PCI, "virtio-pci over vhost-user"), (DIRECT, "direct"), (TUNNELLED, "tunnelled")):
+                told = machine.run(kind, Load("read", DISKS, DEPTH, READS))
+                if told["wrong"] or told["requests"] != DISKS * READS:
+                    raise StepFailed(f"{name}: {told['requests']} reads, {told['wrong']} of them wrong")
+                vectors = [count for of, count in told["interrupts"].items() if of.startswith(("virtio", "vbus"))]
+                bells = told["bus"]["rung_to_device"]
+                each = f"{sum(vectors) / told['requests']:.2f} and {bells / told['requests']:.2f}"
+                said.append(f"{name} {each}")
+        return f"{DISKS} disks, {DEPTH} reads of each at once: interrupts and doorbells a read, {'; '.join(said)}"
+
     def set_link(self, up: bool) -> None:
         """The device's own word reaches the guest: nobody is between them."""
         self._bus.set("net0", "link", "on" if up else "off")
@@ -135,6 +157,7 @@ class FunctionMachine(Machine):
             ("hotplug", self.hotplug),
             ("signals", self.signals),
             steps[-1],
+            ("compare", self.compare),
         ]
 
     # What the guest's bus says.

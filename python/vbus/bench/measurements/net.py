@@ -192,6 +192,7 @@ then {burst:.0f} at once, again and again, takes the time of the first of each.
 Against DPDK's own back-end (`net_vhost`, forwarding mode `io`), the same driver gets {rate_split:.2f} times as many
 frames a second through split rings and {rate_packed:.2f} times through packed ones, for {busy_split:.2f} and
 {busy_packed:.2f} times the back-end's time a frame (both count turns in which they found something alone). {lost}
+[Where the time of a frame goes](benchmarks/profile.md).
 """
     needs = (TESTPMD,)
     peers = (TESTPMD,)
