@@ -106,6 +106,21 @@ def served(folder: Path, address: str, inside: Sequence[str]) -> Iterator[None]:
         server.wait(20)
 
 
+def files_each_way(vm: Guest, folder: Path, size: int, here: str, there: str, inside: Sequence[str]) -> None:
+    """A file goes over HTTP from the host, which has the address `here` inside, to the guest, and back; whole."""
+    vm.run(f"ip addr add {there}/24 dev eth0 && ip link set eth0 up")
+    with file_served(folder, size, here, inside) as digest:
+        vm.wait_for(f"wget -q -O /tmp/file http://{here}:8000/file", seconds=60)
+        assert vm.run("sha256sum /tmp/file").split()[0] == digest
+    vm.run("httpd -p 8000 -h /tmp")
+    program = "import sys, urllib.request as r; sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read())"
+    fetched = subprocess.run(
+        [*inside, sys.executable, "-c", program, f"http://{there}:8000/file"], capture_output=True, check=True
+    )
+    assert hashlib.sha256(fetched.stdout).hexdigest() == digest
+    vm.run("killall httpd; rm /tmp/file")
+
+
 @contextlib.contextmanager
 def running(text: str, folder: Path) -> Iterator[Bus]:
     """The bus of a file's text, served and controlled as `vbus run` does."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -98,6 +98,23 @@ def session(page: str) -> str:
     return "\n".join(lines)
 
 
+def run_page(folder: Path, page: str, *, timeout: float, inside: Sequence[str] = ()) -> str:
+    """What a page's commands say, which are run in a folder that has the page's file; they succeed."""
+    (folder / "bus.toml").write_text(blocks(page, "toml")[0])
+    done = subprocess.run(
+        [*inside, "bash", "-c", script(page) + "\ncat log*"],
+        cwd=folder,
+        env=os.environ | {"PATH": PATH, "VBUS_RUNTIME_DIR": f"{folder}/run", "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_every_page_has_programs() -> None:
     assert {page for page, _, _ in PROGRAMS} == set(PAGES)
 
@@ -113,40 +130,17 @@ def namespace() -> Iterator[str]:
 
 def test_the_commands_of_channels() -> None:
     with tempfile.TemporaryDirectory(prefix="vbus-docs-") as folder:
-        (Path(folder) / "bus.toml").write_text(blocks("channels.md", "toml")[0])
-        done = subprocess.run(
-            ["bash", "-c", script("channels.md") + "\ncat log*"],
-            cwd=folder,
-            env=os.environ | {"PATH": PATH, "VBUS_RUNTIME_DIR": f"{folder}/run", "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^bus +alarm +0 +65536 +- +1 ", done.stdout, re.MULTILINE)
-    assert "1 driver heard it" in done.stdout
-    assert re.search(r"bus: fire\n.*bus: all clear\n", done.stdout)
+        said = run_page(Path(folder), "channels.md", timeout=90)
+    assert re.search(r"^bus +alarm +0 +65536 +- +1 ", said, re.MULTILINE)
+    assert "1 driver heard it" in said
+    assert re.search(r"bus: fire\n.*bus: all clear\n", said)
 
 
 @pytest.mark.timeout(300)
 def test_the_commands_of_the_kvm_connector() -> None:
     with tempfile.TemporaryDirectory(prefix="vbus-docs-") as folder:
         shutil.copy(DOCS.parent / "examples" / "rng.py", folder)
-        (Path(folder) / "bus.toml").write_text(blocks("kvm-connector.md", "toml")[0])
-        done = subprocess.run(
-            ["bash", "-c", script("kvm-connector.md") + "\ncat log*"],
-            cwd=folder,
-            env=os.environ | {"PATH": PATH, "VBUS_RUNTIME_DIR": f"{folder}/run"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-    said = done.stdout
-    assert done.returncode == 0, said + done.stderr
+        said = run_page(Path(folder), "kvm-connector.md", timeout=280)
     assert re.search(r"==> /sys/bus/vbus/devices/vbus0-2/name <==\ndisk0\n", said)
     assert re.search(r"==> /sys/bus/vbus/devices/vbus0-1/priority <==\n2\n", said)
     assert re.search(r"^00000000: ([0-9a-f]{4} ){8}", said, re.MULTILINE)
@@ -184,19 +178,7 @@ def commands(block: str, label: str = "") -> list[str]:
 def test_the_commands_of_containers(namespace: str) -> None:
     # A short path, for the socket in it.
     with tempfile.TemporaryDirectory(prefix="vbus-docs-") as folder:
-        (Path(folder) / "bus.toml").write_text(blocks("containers.md", "toml")[0])
-        done = subprocess.run(
-            ["ip", "netns", "exec", namespace, "bash", "-c", script("containers.md")],
-            cwd=folder,
-            env=os.environ | {"PATH": PATH, "VBUS_RUNTIME_DIR": f"{folder}/run", "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
-        )
-    said = done.stdout
-    assert done.returncode == 0, said + done.stderr
+        said = run_page(Path(folder), "containers.md", timeout=90, inside=["ip", "netns", "exec", namespace])
     assert re.search(r"^eth0 ", said, re.MULTILINE)
     assert "3 packets transmitted, 3 received, 0% packet loss" in said
     assert re.search(r"carrier; .*\n0\n", said)

@@ -11,7 +11,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 
 from conftest import wait_until
-from guests import BACKPORTS, bus_modules, file_served, function_args, namespace
+from guests import BACKPORTS, bus_modules, files_each_way, function_args, namespace
 from vbus.bus import Bus, Queue, Request
 from vbus.connectors import Ivshmem
 from vbus.devices import Blk, Console, Net, Rng
@@ -270,18 +269,8 @@ def test_direct_is_one_notification_one_doorbell(here: Running) -> None:
 
 
 def test_a_network_each_way(here: Running) -> None:
-    vm, net = here.vm, here.bus.get("net0", Net)
-    vm.run(f"ip addr add {THERE}/24 dev eth0 && ip link set eth0 up")
-    with file_served(here.folder, 8 * MIB, HERE, here.inside) as digest:
-        vm.wait_for(f"wget -q -O /tmp/file http://{HERE}:8000/file", seconds=60)
-        assert vm.run("sha256sum /tmp/file").split()[0] == digest
-    vm.run("httpd -p 8000 -h /tmp")
-    program = "import sys, urllib.request as r; sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read())"
-    fetched = subprocess.run(
-        [*here.inside, sys.executable, "-c", program, f"http://{THERE}:8000/file"], capture_output=True, check=True
-    )
-    assert hashlib.sha256(fetched.stdout).hexdigest() == digest
-    vm.run("killall httpd; rm /tmp/file")
+    net = here.bus.get("net0", Net)
+    files_each_way(here.vm, here.folder, 8 * MIB, HERE, THERE, here.inside)
     assert net.rx_packets > 0
     assert net.tx_packets > 0
 

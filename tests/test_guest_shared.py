@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import pytest
 
 from command import out, vbus
 from conftest import wait_until
-from guests import BACKPORTS, Served, bus_modules, file_served, namespace, served
+from guests import BACKPORTS, Served, bus_modules, files_each_way, namespace, served
 from qmp_server import QmpServer, backend, tree
 from vbus.shmem import ivshmem
 from vbus.virtio.features import ACCESS_PLATFORM, RING_PACKED
@@ -222,18 +221,7 @@ def test_a_tree_is_copied_and_found_whole(here: Running) -> None:
 
 
 def test_a_network_each_way(here: Running) -> None:
-    vm = here.vm
-    vm.run(f"ip addr add {THERE}/24 dev eth0 && ip link set eth0 up")
-    with file_served(here.folder, 8 * MIB, HERE, here.inside) as digest:
-        vm.wait_for(f"wget -q -O /tmp/file http://{HERE}:8000/file", seconds=60)
-        assert vm.run("sha256sum /tmp/file").split()[0] == digest
-    vm.run("httpd -p 8000 -h /tmp")
-    program = "import sys, urllib.request as r; sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read())"
-    fetched = subprocess.run(
-        [*here.inside, sys.executable, "-c", program, f"http://{THERE}:8000/file"], capture_output=True, check=True
-    )
-    assert hashlib.sha256(fetched.stdout).hexdigest() == digest
-    vm.run("killall httpd; rm /tmp/file")
+    files_each_way(here.vm, here.folder, 8 * MIB, HERE, THERE, here.inside)
 
 
 def reads_without_an_end(here: Running, name: str) -> None:

@@ -3,6 +3,7 @@
 #ifndef VBUS_IVSHMEM_H
 #define VBUS_IVSHMEM_H
 
+#include <linux/dma-direction.h>
 #include <linux/interrupt.h>
 #include <linux/list.h>
 #include <linux/notifier.h>
@@ -14,6 +15,7 @@
 #include "vbus.h"
 
 struct pci_dev;
+struct scatterlist;
 struct window_page;
 
 /* ivshmem_window.c: memory of the function, into which buffers are copied. */
@@ -81,6 +83,17 @@ struct ram {
 
 int ram_share(struct ram *ram, struct vbus_proxy *proxy, struct device *dev);
 void ram_setup_dma(struct vbus_device *device);
+
+/* ivshmem_sg.c: lists of buffers, as operations for DMA. */
+
+int sg_map(struct device *dev, struct scatterlist *list, int count,
+	   enum dma_data_direction direction, unsigned long attrs);
+void sg_unmap(struct device *dev, struct scatterlist *list, int count,
+	      enum dma_data_direction direction, unsigned long attrs);
+void sg_sync_for_cpu(struct device *dev, struct scatterlist *list, int count,
+		     enum dma_data_direction direction);
+void sg_sync_for_device(struct device *dev, struct scatterlist *list, int count,
+			enum dma_data_direction direction);
 
 /* ivshmem_session.c: sessions with the bus, and the words and interrupts that make them. */
 

@@ -22,7 +22,6 @@
 #include <linux/memory_hotplug.h>
 #include <linux/mm.h>
 #include <linux/pfn.h>
-#include <linux/scatterlist.h>
 #include <linux/sizes.h>
 #include <linux/version.h>
 
@@ -308,42 +307,6 @@ static void ram_sync_for_cpu(struct device *dev, dma_addr_t address, size_t size
 		void_buffer(dev, address, size);
 }
 
-static void ram_unmap_sg(struct device *dev, struct scatterlist *list, int count,
-			 enum dma_data_direction direction, unsigned long attrs)
-{
-	struct scatterlist *part;
-	int i;
-
-	for_each_sg(list, part, count, i)
-		ram_unmap_page(dev, sg_dma_address(part), sg_dma_len(part), direction, attrs);
-}
-
-static int ram_map_sg(struct device *dev, struct scatterlist *list, int count,
-		      enum dma_data_direction direction, unsigned long attrs)
-{
-	struct scatterlist *part;
-	int i;
-
-	for_each_sg(list, part, count, i) {
-		part->dma_address = ram_map_page(dev, sg_page(part), part->offset, part->length,
-						 direction, attrs);
-		if (part->dma_address == DMA_MAPPING_ERROR)
-			return -ENOMEM;
-		sg_dma_len(part) = part->length;
-	}
-	return count;
-}
-
-static void ram_sync_sg_for_cpu(struct device *dev, struct scatterlist *list, int count,
-				enum dma_data_direction direction)
-{
-	struct scatterlist *part;
-	int i;
-
-	for_each_sg(list, part, count, i)
-		ram_sync_for_cpu(dev, sg_dma_address(part), sg_dma_len(part), direction);
-}
-
 static void *ram_alloc(struct device *dev, size_t size, dma_addr_t *address, gfp_t gfp,
 		       unsigned long attrs)
 {
@@ -369,10 +332,10 @@ static const struct dma_map_ops ram_ops = {
 	.free = ram_release,
 	.map_page = ram_map_page,
 	.unmap_page = ram_unmap_page,
-	.map_sg = ram_map_sg,
-	.unmap_sg = ram_unmap_sg,
+	.map_sg = sg_map,
+	.unmap_sg = sg_unmap,
 	.sync_single_for_cpu = ram_sync_for_cpu,
-	.sync_sg_for_cpu = ram_sync_sg_for_cpu,
+	.sync_sg_for_cpu = sg_sync_for_cpu,
 };
 
 void ram_setup_dma(struct vbus_device *device)

@@ -21,7 +21,6 @@
 #include <linux/dma-map-ops.h>
 #include <linux/highmem.h>
 #include <linux/list.h>
-#include <linux/scatterlist.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
 
@@ -321,54 +320,6 @@ static void window_sync_for_device(struct device *dev, dma_addr_t address, size_
 	copy(window->memory + offset, origin->memory + (offset - begin), size, true);
 }
 
-static void window_unmap_sg(struct device *dev, struct scatterlist *list, int count,
-			    enum dma_data_direction direction, unsigned long attrs)
-{
-	struct scatterlist *part;
-	int i;
-
-	for_each_sg(list, part, count, i)
-		window_unmap_page(dev, sg_dma_address(part), sg_dma_len(part), direction, attrs);
-}
-
-static int window_map_sg(struct device *dev, struct scatterlist *list, int count,
-			 enum dma_data_direction direction, unsigned long attrs)
-{
-	struct scatterlist *part;
-	int i;
-
-	for_each_sg(list, part, count, i) {
-		part->dma_address = window_map_page(dev, sg_page(part), part->offset, part->length,
-						    direction, attrs);
-		if (part->dma_address == DMA_MAPPING_ERROR) {
-			window_unmap_sg(dev, list, i, direction, attrs | DMA_ATTR_SKIP_CPU_SYNC);
-			return -ENOMEM;
-		}
-		sg_dma_len(part) = part->length;
-	}
-	return count;
-}
-
-static void window_sync_sg_for_cpu(struct device *dev, struct scatterlist *list, int count,
-				   enum dma_data_direction direction)
-{
-	struct scatterlist *part;
-	int i;
-
-	for_each_sg(list, part, count, i)
-		window_sync_for_cpu(dev, sg_dma_address(part), sg_dma_len(part), direction);
-}
-
-static void window_sync_sg_for_device(struct device *dev, struct scatterlist *list, int count,
-				      enum dma_data_direction direction)
-{
-	struct scatterlist *part;
-	int i;
-
-	for_each_sg(list, part, count, i)
-		window_sync_for_device(dev, sg_dma_address(part), sg_dma_len(part), direction);
-}
-
 /* Rings: memory that both sides see all the time. */
 static void *window_alloc(struct device *dev, size_t size, dma_addr_t *address, gfp_t gfp,
 			  unsigned long attrs)
@@ -412,12 +363,12 @@ static const struct dma_map_ops window_ops = {
 	.free = window_release,
 	.map_page = window_map_page,
 	.unmap_page = window_unmap_page,
-	.map_sg = window_map_sg,
-	.unmap_sg = window_unmap_sg,
+	.map_sg = sg_map,
+	.unmap_sg = sg_unmap,
 	.sync_single_for_cpu = window_sync_for_cpu,
 	.sync_single_for_device = window_sync_for_device,
-	.sync_sg_for_cpu = window_sync_sg_for_cpu,
-	.sync_sg_for_device = window_sync_sg_for_device,
+	.sync_sg_for_cpu = sg_sync_for_cpu,
+	.sync_sg_for_device = sg_sync_for_device,
 	.max_mapping_size = window_max_mapping_size,
 };
 

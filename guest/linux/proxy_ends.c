@@ -517,8 +517,10 @@ struct vbus_end *vbus_end_open(struct vbus_channel *channel)
 	err = ask_to_open(end, &answer);
 	if (!err) {
 		err = take_answer(end, &answer);
+		/* Also without a vector: the bus has it open, and would not be heard there. */
 		if (err)
-			vbus_broken(end->proxy, "a channel that cannot be");
+			vbus_broken(end->proxy, err == -EPROTO ? "a channel that cannot be" :
+				    "a channel of a priority that has no vector here");
 	}
 	if (!err)
 		return end;

@@ -15,7 +15,7 @@ use vbus_ring::signal::Notify;
 use crate::memory::{Mapping, Memory};
 use crate::request::{complete, Request};
 use crate::scheduler::Scheduler;
-use crate::serve::{Others, Server, Vain};
+use crate::serve::{By, Others, Server, Vain};
 use crate::signal::Signal;
 use crate::violation::to_error;
 
@@ -129,11 +129,13 @@ impl DeviceQueue {
         charge: Option<&Bound<'_, PyAny>>,
         others: Option<(PyRef<'_, Scheduler>, u64, u32)>,
     ) -> PyResult<bool> {
-        if handler.is_none() && !batch {
-            return Err(PyValueError::new_err("without a handler there are only batches"));
-        }
+        let by = match handler {
+            Some(handler) if !batch => By::Each(handler),
+            None if !batch => return Err(PyValueError::new_err("without a handler there are only batches")),
+            handler => By::Batch(handler),
+        };
         let others = others.map(|(scheduler, actor, priority)| Others::new(scheduler.0.clone(), actor, priority));
-        Server { py, shared: &self.shared, handler, queue, limit, batch, charge, others, vain: &self.vain }.serve()
+        Server { py, shared: &self.shared, by, queue, limit, charge, others, vain: &self.vain }.serve()
     }
 
     fn complete(&self, py: Python<'_>, requests: Vec<Bound<'_, Request>>) -> PyResult<()> {

@@ -102,16 +102,23 @@ impl Vain {
     }
 }
 
-/// Serves what a queue holds: by `handler(queue, request)` or, for a `batch`, `handler(queue, requests)`.
+/// Who answers requests.
+#[derive(Clone, Copy)]
+pub enum By<'a, 'py> {
+    /// `handler(queue, request)`.
+    Each(&'a Bound<'py, PyAny>),
+    /// `handler(queue, requests)`; without one, each is completed with nothing, and no Python is run.
+    Batch(Option<&'a Bound<'py, PyAny>>),
+}
+
+/// Serves what a queue holds.
 pub struct Server<'a, 'py> {
     pub py: Python<'py>,
     pub shared: &'a Arc<Queue>,
-    /// None, which is for a batch alone: each is completed with nothing, and no Python is run.
-    pub handler: Option<&'a Bound<'py, PyAny>>,
+    pub by: By<'a, 'py>,
     pub queue: &'a Bound<'py, PyAny>,
     /// How many are taken off the ring at once.
     pub limit: usize,
-    pub batch: bool,
     /// Told how many requests and bytes were taken off the ring, before they are handled.
     pub charge: Option<&'a Bound<'py, PyAny>>,
     pub others: Option<Others>,
@@ -132,10 +139,11 @@ impl Server<'_, '_> {
         let mut patience = None;
         loop {
             let Some((turn, first)) = self.begin(spare, patience)? else { return Ok(false) };
-            if self.batch {
-                self.together(&turn, first)?;
-            } else if !self.each(&turn, first)? {
-                return Ok(true);
+            let by = self.by;
+            match by {
+                By::Batch(handler) => self.together(&turn, first, handler)?,
+                By::Each(handler) if self.each(&turn, first, handler)? => (),
+                By::Each(_) => return Ok(true),
             }
             let alone = || self.others.as_ref().is_some_and(|others| !others.wait());
             let spent = began.elapsed();
@@ -186,17 +194,16 @@ impl Server<'_, '_> {
     }
 
     /// One after the other; false when something more urgent waits.
-    fn each(&mut self, turn: &Arc<Turn>, first: usize) -> PyResult<bool> {
+    fn each(&mut self, turn: &Arc<Turn>, first: usize, handler: &Bound<'_, PyAny>) -> PyResult<bool> {
         let mut next = first;
-        let result = self.each_until(turn, &mut next);
+        let result = self.each_until(turn, &mut next, handler);
         if next < turn.burst.len() {
             self.shared.put_off(turn.run, turn.burst.clone(), next);
         }
         result
     }
 
-    fn each_until(&mut self, turn: &Arc<Turn>, next: &mut usize) -> PyResult<bool> {
-        let Some(handler) = self.handler else { return Ok(true) };
+    fn each_until(&mut self, turn: &Arc<Turn>, next: &mut usize, handler: &Bound<'_, PyAny>) -> PyResult<bool> {
         let mut known: Option<Bound<'_, Request>> = None;
         while *next < turn.burst.len() {
             let request = match known.take() {
@@ -214,8 +221,8 @@ impl Server<'_, '_> {
         Ok(true)
     }
 
-    fn together(&self, turn: &Arc<Turn>, first: usize) -> PyResult<()> {
-        let Some(handler) = self.handler else { return turn.complete(self.py, first) };
+    fn together(&self, turn: &Arc<Turn>, first: usize, handler: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let Some(handler) = handler else { return turn.complete(self.py, first) };
         let batch = Bound::new(self.py, Batch { turn: turn.clone(), first, list: OnceLock::new() })?;
         call(handler, self.queue, batch.as_any())?;
         batch.get().complete(self.py)
