@@ -578,6 +578,9 @@ def test_an_address_follows_from_the_uuid_or_is_set(near: tuple[Bus, Remote]) ->
     bus.unplug("net0")
     net = bus.plug(Net(), "net0", uuid=uuid)
     assert net.mac == mac.hex(":")
+    # The driver's side may have heard of neither yet.
+    number = bus.slot("net0").number
+    assert wait_until(lambda: ("net0", number) in [(device.name, device.address) for device in remote])
     driver = drive(remote, "MAC", "CTRL_VQ", "CTRL_MAC_ADDR")
     assert driver.config.mac == mac
     bus.set("net0", "mac", "52-54-00-01-02-03")
