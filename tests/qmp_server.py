@@ -59,6 +59,17 @@ class QmpServer:
         self._thread.join(10)
         self._listener.close()
 
+    def tell(self, event: Mapping[str, Any]) -> None:
+        """Tell the client of now, who has shaken hands, an event."""
+        assert self._client is not None
+        stamp = {"timestamp": {"seconds": 1, "microseconds": 0}}
+        self._client.sendall(json.dumps(dict(event) | stamp).encode() + b"\n")
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody is connected."""
+        return self._client is None
+
     def _serve(self) -> None:
         while True:
             try:
@@ -67,6 +78,7 @@ class QmpServer:
                 return
             with self._client, contextlib.suppress(OSError, ValueError):
                 self._talk(self._client)
+            self._client = None
 
     def _talk(self, client: socket.socket) -> None:
         def say(message: dict[str, Any], asked: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
+import queue
 import shutil
 import struct
 import subprocess
@@ -24,8 +25,9 @@ from models import Echo, EchoDriver
 from qmp_server import QmpServer, backend, tree
 from vbus import msg
 from vbus.bus import Bus
-from vbus.connectors import Ivshmem, guest_ram, ivshmem_peer
-from vbus.connectors.guest_ram import Finder, GuestRam, RamError, find
+from vbus.connectors import Ivshmem, guest_monitor, ivshmem_peer
+from vbus.connectors.guest_monitor import Finder
+from vbus.connectors.guest_ram import GuestRam, RamError
 from vbus.connectors.ivshmem import LOOK_AGAIN
 from vbus.connectors.memory_tree import Range
 from vbus.errors import DriverError, UsageError
@@ -79,11 +81,36 @@ def write_nonce(path: Path, offset: int, nonce: int) -> None:
 # Finding.
 
 
+class Asker(Finder):
+    """A finder that counts resets."""
+
+    def __init__(self, ram: Path, socket: Path) -> None:
+        super().__init__(ram, socket, lambda: self.resets.append(1))
+        self.resets: list[int] = []
+
+    def found(self) -> GuestRam:
+        """What is found; RamError is raised."""
+        heard: queue.Queue[GuestRam | RamError] = queue.Queue()
+        self.ask(heard.put)
+        found = heard.get(timeout=30)
+        if isinstance(found, RamError):
+            raise found
+        return found
+
+
+def find(ram: Path, socket: Path) -> GuestRam:
+    """What is found by somebody who then leaves."""
+    asker = Asker(ram, socket)
+    try:
+        return asker.found()
+    finally:
+        asker.close()
+
+
 def test_ranges_are_found(ram: Path, qmp: QmpServer, tmp_path: Path) -> None:
     found = find(ram, tmp_path / "qmp")
     assert found.ranges == LAYOUT
     assert len(set(found.nonces)) == len(LAYOUT)
-    # It parted: a monitor has one client at a time.
     again = find(ram, tmp_path / "qmp")
     assert set(again.nonces).isdisjoint(found.nonces)
     assert set(qmp.asked) == {"qmp_capabilities", "query-memdev", "qom-get", "human-monitor-command"}
@@ -118,7 +145,7 @@ def test_a_backend_that_begins_somewhere_in_its_file(tmp_path: Path, ram: Path) 
 def test_what_qemu_says_otherwise_is_one_line(
     ram: Path, tmp_path: Path, change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest_ram, "ASK_SECONDS", 0.5)
+    monkeypatch.setattr(guest_monitor, "ASK_SECONDS", 0.5)
     with QmpServer(tmp_path / "qmp", answers(**change)), pytest.raises(RamError) as error:
         find(ram, tmp_path / "qmp")
     assert said in str(error.value)
@@ -140,8 +167,8 @@ def test_what_is_not_there_is_said(tmp_path: Path, ram: Path) -> None:
 def test_one_question_at_a_time_and_the_last_one_counts(
     ram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest_ram, "ASK_SECONDS", 0.3)
-    finder = Finder(ram, tmp_path / "qmp")
+    monkeypatch.setattr(guest_monitor, "ASK_SECONDS", 0.3)
+    finder = Asker(ram, tmp_path / "qmp")
     heard: list[tuple[int, object]] = []
     with QmpServer(tmp_path / "qmp", answers(query_memdev=None)) as server:
         for number in range(20):
@@ -152,7 +179,41 @@ def test_one_question_at_a_time_and_the_last_one_counts(
         server.answers |= answers()
         finder.ask(lambda found: heard.append((20, found)))
         assert wait_until(lambda: heard[-1][0] == 20)
+    finder.close()
     assert isinstance(heard[-1][1], GuestRam)
+
+
+def test_all_who_share_memory_hear_that_their_guest_was_reset(ram: Path, qmp: QmpServer, tmp_path: Path) -> None:
+    """A monitor has one client at a time, so that the functions of one QEMU ask and hear over one connection."""
+    one, other, wrong = (Asker(path, tmp_path / "qmp") for path in (ram, ram, tmp_path / "none"))
+    assert one.found().ranges == other.found().ranges == LAYOUT
+    with pytest.raises(RamError, match="No such file"):
+        wrong.found()
+    for event in ("STOP", "RESET"):
+        qmp.tell({"event": event, "data": {"guest": False, "reason": "host-qmp-system-reset"}})
+    assert wait_until(lambda: len(one.resets) == len(other.resets) == 1)
+    other.close()
+    assert one.found().ranges == LAYOUT
+    qmp.tell({"event": "RESET", "data": {"guest": True, "reason": "guest-reset"}})
+    assert wait_until(lambda: len(one.resets) == 2)
+    one.close()
+    # Now the monitor is somebody else's.
+    assert wait_until(lambda: qmp.is_free)
+    assert (one.resets, other.resets, wrong.resets) == ([1, 1], [1], [])
+    assert qmp.asked.count("qmp_capabilities") == 1
+    assert find(ram, tmp_path / "qmp").ranges == LAYOUT
+
+
+def test_a_monitor_that_goes_is_asked_anew(ram: Path, tmp_path: Path) -> None:
+    asker = Asker(ram, tmp_path / "qmp")
+    with QmpServer(tmp_path / "qmp", answers()):
+        assert asker.found().ranges == LAYOUT
+    (tmp_path / "qmp").unlink()
+    with QmpServer(tmp_path / "qmp", answers()) as server:
+        assert asker.found().ranges == LAYOUT
+        server.tell({"event": "RESET", "data": {"guest": True, "reason": "guest-reset"}})
+        assert wait_until(lambda: asker.resets == [1])
+        asker.close()
 
 
 def asked(ram: Path, socket: Path) -> GuestRam:
@@ -390,11 +451,27 @@ def test_without_qemu_there_is_the_window(served: tuple[Bus, Ivshmem], begin: Be
     assert "QMP at" in peer_row(connector)["not_shared"]
 
 
+def test_a_guest_that_is_reset_is_parted_from(served: tuple[Bus, Ivshmem], begin: Begin, qmp: QmpServer) -> None:
+    """It cannot say that its memory is its own again, and the next kernel's it is at once."""
+    _, connector = served
+    session = begin()
+    for index in range(len(LAYOUT)):
+        session.prove(index)
+    session.use()
+    assert peer_row(connector)["memory"] == "shared"
+    qmp.tell({"event": "RESET", "data": {"guest": True, "reason": "guest-reset"}})
+    assert wait_until(lambda: not connector.peers)
+    assert connector.describe()["departed"][-1]["reason"] == "its guest was reset"
+    again = begin()
+    again.range(0)
+    assert wait_until(lambda: len(connector.peers) == 1)
+
+
 def test_qemu_that_does_not_answer_holds_nobody(
     served: tuple[Bus, Ivshmem], begin: Begin, qmp: QmpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus, connector = served
-    monkeypatch.setattr(guest_ram, "ASK_SECONDS", 1.0)
+    monkeypatch.setattr(guest_monitor, "ASK_SECONDS", 1.0)
     qmp.answers["human-monitor-command"] = None
     session = begin()
     question = session.connector.ask(msg.RamRange(0), msg.RamRangeResponse)

@@ -282,7 +282,9 @@ def test_a_guest_that_starts_anew_shares_its_memory_again(here: Running) -> None
     here.vm.reset()
     assert here.memory("disk0") == "shared"
     here.vm.run(f"dd if=/dev/{here.block('disk0')} of=/dev/null bs=64k count=16")
-    assert len(here.connectors()["shared"]["departed"]) == departed + 1
+    # It could not say so itself, and devices have let go of its memory nonetheless before it had a kernel again.
+    [reason] = [row["reason"] for row in here.connectors()["shared"]["departed"][departed:]]
+    assert reason == "its guest was reset"
 
 
 @pytest.mark.parametrize("way", ["reboot -f", "echo c >/proc/sysrq-trigger"], ids=["restarts", "panics"])

@@ -138,6 +138,19 @@ def test_what_names_no_channel_is_dropped(bus: Bus, connector: Connector, raw: R
     assert not raw.is_parted()
 
 
+def test_events_need_room_in_messages(raw: RawChannels) -> None:
+    for takes in (4107, 128):
+        raw.hello(takes)
+        answer = raw.ask(msg.ChannelOpen(0, 1, 0, 2, "other"))
+        assert isinstance(answer, msg.Error)
+        assert (answer.errno, answer.text) == (
+            errno.EMSGSIZE,
+            f"events come in messages of up to 4108 bytes; this link takes {takes}",
+        )
+    raw.hello(4108)
+    assert isinstance(raw.ask(msg.ChannelOpen(0, 1, 0, 2, "other")), msg.ChannelOpenResponse)
+
+
 def test_a_number_twice_is_refused(raw: RawChannels) -> None:
     answer = raw.ask(msg.ChannelOpen(0, 1, 0, 1, "other"))
     assert isinstance(answer, msg.Error)

@@ -63,8 +63,8 @@ class RawPeer:
         assert wait_until(look, 10), f"no answer to {body}"
         return answers[0]
 
-    def hello(self) -> None:
-        self.ask(msg.Hello(1, 4096, 0))
+    def hello(self, takes: int = 8192) -> None:
+        self.ask(msg.Hello(1, takes, 0))
 
     def send_fd(self, fd: int, cookie: int = 1) -> None:
         handshake.send_packet(self.sock, handshake.pack_cookie(cookie), [fd])

@@ -197,6 +197,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         "channels that one driver's side has open; the next is refused": peer_channels.MAX_CHANNELS,
         "bytes of regions of one driver's channels, each rounded up to a power of two": area.REGIONS_SIZE,
         "bytes of a channel's event": channel.MAX_EVENT,
+        "smallest `max_msg_size` of a link with channels": peer_channels.EVENT_MESSAGE,
         "window of a channel": channel.WINDOW,
         "ranges of a guest's memory": memory_tree.MAX_RANGES,
         "bytes of a guest's memory that are mapped": guest_ram.MAX_GUEST_RAM,

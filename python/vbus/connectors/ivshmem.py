@@ -34,7 +34,7 @@ from typing import Any, ClassVar, Literal
 
 from vbus import _core, rundir
 from vbus.bus import Account, Actor, Bus, peer_credentials, reserve_all
-from vbus.connectors.guest_ram import Finder
+from vbus.connectors.guest_monitor import Finder
 from vbus.connectors.ivshmem_peer import IvshmemPeer
 from vbus.connectors.peer_host import PeerHost
 from vbus.errors import UsageError
@@ -61,7 +61,7 @@ class Ivshmem(PeerHost):
     `socket` is where QEMU connects (`vbus qemu-args` says with which options); by default a path that is printed.
     `memory` is how large the function's memory is, in bytes or as "64 MiB": a power of two, 32 MiB or more; what the
     bus's own area leaves of it is the window for buffers. With `ram`, the file that QEMU has its guest's memory in, and
-    `qmp`, a socket of QEMU's where nobody else stays connected, devices reach buffers where they are, and the window is
+    `qmp`, a socket of QEMU's that nobody else uses, devices reach buffers where they are, and the window is
     for guests of which that cannot be. With `keep`, guests outlive this process: the one that serves the same socket
     next goes on with them. UsageError for a `signal` other than `tunnelled` or `direct`, a `memory` that cannot be, or
     one of `ram` and `qmp` without the other.
@@ -281,7 +281,6 @@ class Machine:
         self.gone = False
         self._parts = parts
         self._sock = parts.sock
-        self.finder = Finder(host.ram, host.qmp) if host.ram is not None and host.qmp is not None else None
         self._peer: IvshmemPeer | None = None
         self._began = 0.0
         refusing = reserve_all(accounts, "memory", host.memory)
@@ -301,6 +300,9 @@ class Machine:
             parts.close(but_socket=True)
             self.actor.close()
             raise
+        self.finder: Finder | None = None
+        if host.ram is not None and host.qmp is not None:
+            self.finder = Finder(host.ram, host.qmp, lambda: self.actor.post(self._reset_turn))
         self.inward, self.outward = bells[: ivshmem.VECTORS], bells[ivshmem.VECTORS :]
         self._sock.setblocking(False)
         self._session_key = self.actor.key(self._session_turn, 0)
@@ -347,6 +349,11 @@ class Machine:
         self.outward[ivshmem.LINK_VECTOR].ring()
         return False
 
+    def _reset_turn(self) -> None:
+        """Its guest is no more, and could not say so: what devices write from now on is the next one's memory."""
+        if self._peer is not None and not self.gone:
+            self._peer.part("its guest was reset")
+
     def ended(self, peer: IvshmemPeer) -> None:
         """A session is over: its guest shall hear of it, unless it began another."""
         if peer.shares:
@@ -377,6 +384,8 @@ class Machine:
             self.gone = True
             if not kept:
                 self.host.forget(self._parts.key)
+            if self.finder is not None:
+                self.finder.close()
             if self._peer is not None:
                 self._peer.part(reason)
             self.actor.mark(self._end_key)

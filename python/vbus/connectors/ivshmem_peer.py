@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from vbus import _core, msg
 from vbus.bus import reserve_all
 from vbus.connectors.area_peer import AreaPeer
-from vbus.connectors.guest_ram import ASK_SECONDS, MAX_GUEST_RAM, GuestRam, RamError
+from vbus.connectors.guest_monitor import ASK_SECONDS
+from vbus.connectors.guest_ram import MAX_GUEST_RAM, GuestRam, RamError
 from vbus.errors import Violation
 from vbus.shmem import ivshmem
 from vbus.shmem.area import PRIORITIES

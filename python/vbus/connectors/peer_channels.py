@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vbus import msg
 from vbus.bus import Channel, ChannelExistsError, ChannelTakenError, NoSuchChannelError, check_name, reserve_all
-from vbus.channel import WINDOW, ChannelClosedError, ChannelEnd, Mirror
+from vbus.channel import MAX_EVENT, WINDOW, ChannelClosedError, ChannelEnd, Mirror
 from vbus.errors import UsageError
 from vbus.shmem.area import REGION_ALIGN, REGIONS_SIZE
 from vbus.shmem.buddy import Buddy
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_CHANNELS = 4096
 """Channels that one driver's side may have open."""
+EVENT_MESSAGE = msg.FRAME_HEADER_SIZE + 4 + MAX_EVENT
+"""Bytes of the largest CHANNEL_EVENT: a driver's side that takes less cannot open channels."""
 
 
 class PeerChannels:
@@ -95,6 +97,10 @@ class PeerChannels:
 
     def _open(self, frame: msg.Frame, wanted: msg.ChannelOpen) -> None:
         peer = self._peer
+        if peer.limit < EVENT_MESSAGE:
+            text = f"events come in messages of up to {EVENT_MESSAGE} bytes; this link takes {peer.limit}"
+            peer.refuse(frame, errno.EMSGSIZE, text)
+            return
         if len(self._ends) >= MAX_CHANNELS:
             peer.refuse(frame, errno.EMFILE, f"{MAX_CHANNELS} channels are open, the most for one driver")
             return
