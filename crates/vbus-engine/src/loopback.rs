@@ -4,13 +4,16 @@
 //! buffer there is copied twice, and kept for a while.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{fence, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vbus_ring::ring::{Burst, HEAVY};
+use vbus_ring::ring::{Burst, Shown, HEAVY};
 use vbus_ring::signal::Notify;
 
-use crate::net::{answer, count, packet, wrong, Backlog, Counters, Frame, Header, Laid, Packet, Receiver, Rules};
+use crate::net::{
+    count, count_answered, packet, wrong, Backlog, Counters, Frame, Header, Laid, Packet, Receiver, Rules,
+};
 use crate::outbox::{Fault, Outbox};
 use crate::queue::{Queue, Running};
 use crate::worker::{Engine, Turn};
@@ -32,6 +35,14 @@ struct State {
     receiver: Receiver,
     backlog: Backlog,
     written: Vec<u32>,
+}
+
+impl State {
+    /// Nothing is to be done: hold on to no memory that its driver may take back.
+    fn rest(&mut self) {
+        self.sent.clear();
+        self.receiver.rest();
+    }
 }
 
 /// The engine of one pair.
@@ -97,10 +108,27 @@ impl Loopback {
         }
         let room = receive.as_mut().filter(|_| !self.receive.held());
         let result = self.exchange(state, room, transmit.as_mut().filter(|_| !self.transmit.held()), ask, &mut after);
-        // Whatever went wrong, what was laid into buffers is the driver's.
+        // Whatever went wrong, what was laid into buffers is the driver's. Both rings show theirs, at the price of one fence.
+        let State { sent, receiver, written, .. } = state;
+        let mut shown = [None; 2];
         let mut fault = result.err();
         if let Some(running) = receive.as_mut() {
-            match state.receiver.show(running) {
+            match receiver.show_unfenced(running) {
+                Ok(some) => shown[RECEIVE] = Some(some),
+                Err(violation) => fault = Some(Fault::of(RECEIVE, &violation)),
+            }
+        }
+        if let Some(Running { ring, .. }) = transmit.as_mut().filter(|_| !written.is_empty()) {
+            match ring.show_burst(sent, 0, written) {
+                Ok(some) => shown[TRANSMIT] = Some(some),
+                Err(violation) => fault = Some(Fault::of(TRANSMIT, &violation)),
+            }
+        }
+        if shown.iter().flatten().any(|shown| *shown != Shown::Nothing) {
+            fence(Ordering::SeqCst);
+        }
+        if let (Some(running), Some(shown)) = (receive.as_mut(), shown[RECEIVE]) {
+            match receiver.say(running, shown) {
                 Ok((notify, chains, bytes)) => {
                     self.receive.count(chains, 0, bytes);
                     after.notify[RECEIVE] = notify.then(|| running.signal.clone());
@@ -108,14 +136,17 @@ impl Loopback {
                 Err(violation) => fault = Some(Fault::of(RECEIVE, &violation)),
             }
         }
-        if let Some(running) = transmit.as_mut() {
-            match answer(&self.transmit, running, &state.sent, &state.written) {
-                Ok(signal) => after.notify[TRANSMIT] = signal,
+        if let (Some(Running { ring, signal, .. }), Some(shown)) = (transmit.as_mut(), shown[TRANSMIT]) {
+            match ring.say_burst(shown, sent, 0, written) {
+                Ok(notify) => {
+                    count_answered(&self.transmit, sent, written);
+                    after.notify[TRANSMIT] = notify.then(|| signal.clone());
+                }
                 Err(violation) => fault = Some(Fault::of(TRANSMIT, &violation)),
             }
         }
-        state.written.clear();
-        state.sent.clear();
+        written.clear();
+        sent.reuse();
         after.fault = fault.map(|fault| {
             // At once: the driver is told by whoever hears of the fault.
             let (queue, current) =
@@ -167,7 +198,17 @@ impl Loopback {
         after.full = taken == BATCH;
         let (mut packets, mut bytes, mut answered) = (0, 0, 0);
         let mut result = Ok(());
-        for chain in 0..taken {
+        while answered < taken {
+            if backlog.is_empty() && receive.is_some() {
+                let (frames, size) = receiver.put_whole(sent, answered, rules, counters);
+                answered += frames as usize;
+                packets += frames;
+                bytes += size;
+                if answered == taken {
+                    break;
+                }
+            }
+            let chain = answered;
             let (header, pieces, size) = match packet(sent, chain, TRANSMIT) {
                 Ok(packet) => packet,
                 Err(fault) => {
@@ -186,10 +227,6 @@ impl Loopback {
             }
             packets += 1;
             bytes += size;
-            // Before a packet is put together: it would be waited for, behind whatever is on its way into memory.
-            if backlog.is_empty() && receive.is_some() && receiver.put_whole([0; 3], pieces, size, rules, counters) {
-                continue;
-            }
             let packet = Packet::finished(Frame::Pieces(pieces), size);
             let mut wanted = false;
             if backlog.is_empty() {
@@ -231,6 +268,9 @@ impl Engine for Loopback {
             }
             if let Some((run, fault)) = fault {
                 self.outbox.fault(run, fault);
+            }
+            if !worked {
+                self.lock().rest();
             }
             turn.worked |= worked;
             // With `ask`, notifications come when a look has found nothing, and not before.

@@ -1,10 +1,10 @@
 //! What network engines have in common (virtio 1.4, section 5.1): headers, rules, filters, and laying frames into buffers.
 
 use std::collections::{HashSet, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{fence, AtomicU64, Ordering};
 use std::sync::Arc;
 
-use vbus_ring::ring::{read_words, Burst, Chain, Piece};
+use vbus_ring::ring::{read_words, Burst, Chain, Piece, Shown};
 use vbus_ring::signal::Notify;
 use vbus_ring::violation::Violation;
 
@@ -194,8 +194,14 @@ pub fn answer(
         return Ok(None);
     }
     let notify = running.ring.complete_burst(sent, 0, written)?;
-    queue.count(written.len() as u64, (0..written.len()).map(|chain| sent.readable_total(chain)).sum(), 0);
+    count_answered(queue, sent, written);
     Ok(notify.then(|| running.signal.clone()))
+}
+
+/// Count what was sent and is given back, the first of a burst, as many as there are in `written`.
+#[inline]
+pub fn count_answered(queue: &Queue, sent: &Burst, written: &[u32]) {
+    queue.count(written.len() as u64, (0..written.len()).map(|chain| sent.readable_total(chain)).sum(), 0);
 }
 
 /// What is wrong with a frame of `size` bytes that a driver sent with this header, in words, if anything (section
@@ -211,11 +217,16 @@ pub fn wrong<'a>(header: [u32; 3], size: u64, rules: &Rules, counters: &'a Count
     if !rules.in_use {
         return Some(&counters.queue);
     }
-    // All but the last two bytes, which mean nothing from a driver.
-    if header[0] | header[1] | (header[2] & 0xffff) == 0 {
+    if !asks(header) {
         return None;
     }
     wrong_offload(header, size, rules, counters)
+}
+
+/// Whether a header that a driver sent says anything: all but its last two bytes, which mean nothing from a driver.
+#[inline(always)]
+fn asks([first, second, third]: Header) -> bool {
+    first | second | (third & 0xffff) != 0
 }
 
 /// As `wrong`, of a header that asks for something.
@@ -471,38 +482,38 @@ impl Receiver {
         Ok(self.filled < self.burst.len() || self.take(running, more, ask)? > 0)
     }
 
-    /// As `put`, of a frame that lies in the memory of whoever sent it behind a header, as it usually is: in one piece, and
-    /// there is a buffer at hand that is one piece, too. False when it is not so; then nothing was done.
-    #[inline(always)]
-    pub fn put_whole(
-        &mut self,
-        [first, second, third]: Header,
-        pieces: &[Piece],
-        size: u64,
-        rules: &Rules,
-        counters: &Counters,
-    ) -> bool {
-        let [from] = pieces else { return false };
-        if self.filled >= self.burst.len() || !rules.filter.is_open() {
-            return false;
+    /// As `put`, of frames that were sent, from the chain `first` on, for as long as each is as nearly all are: in one piece
+    /// behind a header that asks for nothing, wanted, and there is a buffer at hand that is one piece, too. How many frames,
+    /// and their bytes; whatever is with the one behind them, nothing was done with it.
+    pub fn put_whole(&mut self, sent: &Burst, first: usize, rules: &Rules, counters: &Counters) -> (u64, u64) {
+        let (mut frames, mut bytes) = (0, 0);
+        if !(rules.in_use && rules.link && rules.filter.is_open()) {
+            return (frames, bytes);
         }
-        let Some(to) = self.burst.one_writable(self.filled) else { return false };
-        let total = size as usize + HEADER;
-        if to.size() < total || from.size() != total {
-            return false;
+        for (from, to) in sent.single_readable(first).zip(self.burst.single_writable(self.filled)) {
+            let (Some(from), Some(to)) = (from, to) else { break };
+            let total = from.size();
+            let size = total.saturating_sub(HEADER);
+            if size < ETHERNET as usize || size > LONGEST as usize || to.size() < total {
+                break;
+            }
+            if read_words(std::slice::from_ref(from)).is_none_or(asks) {
+                break;
+            }
+            // SAFETY: both are mapped, and have `total` bytes.
+            unsafe {
+                let (to, from) = (to.as_ptr(), from.as_ptr());
+                head(to, 0, (1u32 << 16).to_le());
+                copy(from.add(HEADER), to.add(HEADER), size);
+            }
+            self.written.push(total as u32);
+            frames += 1;
+            bytes += size as u64;
         }
-        let front = u64::from(second) << 32 | u64::from(first);
-        // SAFETY: both are mapped, and have `total` bytes.
-        unsafe {
-            let (to, from) = (to.as_ptr(), from.as_ptr());
-            head(to, front.to_le(), (third & 0xffff | 1 << 16).to_le());
-            copy(from.add(HEADER), to.add(HEADER), size as usize);
-        }
-        self.written.push(total as u32);
-        self.filled += 1;
-        self::count(&counters.rx_packets, 1);
-        self::count(&counters.rx_bytes, size);
-        true
+        self.filled += frames as usize;
+        self::count(&counters.rx_packets, frames);
+        self::count(&counters.rx_bytes, bytes);
+        (frames, bytes)
     }
 
     /// Lay a frame into buffers, behind its header. `more`: how many may come with it, itself included. `wanted`: it was
@@ -576,18 +587,45 @@ impl Receiver {
 
     /// Give the driver all that was laid into buffers; whether it is to be notified, and how many chains, and bytes.
     pub fn show(&mut self, running: &mut Running) -> Result<(bool, u64, u64), Violation> {
+        let shown = self.show_unfenced(running)?;
+        if shown != Shown::Nothing {
+            fence(Ordering::SeqCst);
+        }
+        self.say(running, shown)
+    }
+
+    /// The first half of `show`. A full fence comes behind it, if anything was shown, and then `say`.
+    #[inline]
+    pub fn show_unfenced(&mut self, running: &mut Running) -> Result<Shown, Violation> {
+        if self.written.is_empty() {
+            return Ok(Shown::Nothing);
+        }
+        running.ring.show_burst(&self.burst, self.shown, &self.written)
+    }
+
+    /// The second half of `show`.
+    #[inline]
+    pub fn say(&mut self, running: &mut Running, shown: Shown) -> Result<(bool, u64, u64), Violation> {
         if self.written.is_empty() {
             return Ok((false, 0, 0));
         }
-        let notify = running.ring.complete_burst(&self.burst, self.shown, &self.written)?;
+        let notify = running.ring.say_burst(shown, &self.burst, self.shown, &self.written)?;
         let bytes = self.written.iter().map(|written| u64::from(*written)).sum();
         let chains = self.written.len() as u64;
         self.written.clear();
         self.shown = self.filled;
         if self.filled == self.burst.len() {
-            self.reset();
+            self.burst.reuse();
+            (self.shown, self.filled) = (0, 0);
         }
         Ok((notify, chains, bytes))
+    }
+
+    /// Let go of memory in which there is no buffer at hand.
+    pub fn rest(&mut self) {
+        if self.burst.is_empty() {
+            self.burst.clear();
+        }
     }
 }
 

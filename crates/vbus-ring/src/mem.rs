@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{fence, AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{fence, AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use smallvec::SmallVec;
@@ -281,6 +281,16 @@ impl Window {
     word!(load32, store32, AtomicU32, u32);
     word!(load64, store64, AtomicU64, u64);
 
+    /// As many words from here on, to be loaded one by one: little-endian, whatever this machine is.
+    #[inline(always)]
+    pub fn words64(&self, offset: usize, count: usize) -> &[AtomicU64] {
+        let first = self.word::<u64>(offset);
+        assert!(count <= (self.size - offset) / size_of::<u64>(), "words outside their window");
+        // SAFETY: inside the mapping and aligned (`word` checks the first, and the others follow it); it lives while `self`
+        // does. To load atomics takes no more than that others access them as such, or not at all.
+        unsafe { std::slice::from_raw_parts(first.cast(), count) }
+    }
+
     /// Have the cache lines near that begin among these bytes, as far as they are inside, to be read or written soon.
     #[inline]
     pub fn prepare(&self, offset: usize, size: usize, write: bool) {
@@ -465,6 +475,42 @@ impl Region {
     }
 }
 
+/// Finds pieces of a table's regions, and first where the last one was.
+pub(crate) struct Finder<'a> {
+    table: &'a Table,
+    index: usize,
+    /// Of the region: driver address and bytes, none before one was found; whether it may be written, its first byte.
+    address: u64,
+    size: u64,
+    writable: bool,
+    base: *mut u8,
+}
+
+impl Finder<'_> {
+    /// As `Table::piece`.
+    #[inline(always)]
+    pub fn piece(&mut self, address: u64, size: u32, write: bool) -> Option<(usize, *mut u8)> {
+        // Below its beginning it wraps, above any size.
+        let skip = address.wrapping_sub(self.address);
+        let bytes = u64::from(size);
+        if skip < self.size && bytes <= self.size - skip && bytes > 0 && (self.writable || !write) {
+            // SAFETY: inside the region, which the table keeps.
+            return Some((self.index, unsafe { self.base.add(skip as usize) }));
+        }
+        self.elsewhere(address, size, if write { Access::Write } else { Access::Read })
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn elsewhere(&mut self, address: u64, size: u32, access: Access) -> Option<(usize, *mut u8)> {
+        let found = self.table.piece(address, size, access)?;
+        let region = &self.table.regions[found.0];
+        (self.index, self.address, self.size) = (found.0, region.address, region.size);
+        (self.writable, self.base) = (region.writable, region.byte(0));
+        Some(found)
+    }
+}
+
 /// A snapshot of a memory's regions.
 #[derive(Debug, Default)]
 pub struct Table {
@@ -561,6 +607,12 @@ impl Table {
         (fits && size > 0 && (access == Access::Read || region.writable)).then(|| (index, region.byte(skip)))
     }
 
+    /// As `piece`, for one after the other: nearly always they are in one region.
+    #[inline(always)]
+    pub(crate) fn finder(&self) -> Finder<'_> {
+        Finder { table: self, index: 0, address: 0, size: 0, writable: false, base: std::ptr::null_mut() }
+    }
+
     /// As `translate`, for whoever holds this table for as long: tells the region by its number, the first byte, its
     /// driver address, and how many there are. Something may have been told when it fails.
     #[inline]
@@ -644,8 +696,9 @@ impl Table {
 #[derive(Debug)]
 pub struct Memory {
     table: RwLock<Arc<Table>>,
-    /// That of the table: what is looked at while it does not change.
+    /// That of the table, and which it is: what is looked at while it does not change.
     generation: AtomicU64,
+    current: AtomicPtr<Table>,
     log: RwLock<Option<Log>>,
     /// Whether there is a log: what is looked at while there is none.
     logged: AtomicBool,
@@ -659,9 +712,11 @@ impl Memory {
     /// No regions yet; at most so many, and so many bytes of them. Mapped are at most twice as many: with those that were
     /// removed and are still in use.
     pub fn new(max_regions: usize, max_bytes: u64) -> Self {
+        let table = Arc::<Table>::default();
         Self {
-            table: RwLock::default(),
             generation: AtomicU64::new(0),
+            current: AtomicPtr::new(Arc::as_ptr(&table).cast_mut()),
+            table: RwLock::new(table),
             log: RwLock::default(),
             logged: AtomicBool::new(false),
             removed: Mutex::default(),
@@ -681,6 +736,13 @@ impl Memory {
     pub fn generation(&self) -> u64 {
         // Acquire: whoever sees a generation finds its table, or a later one.
         self.generation.load(Ordering::Acquire)
+    }
+
+    /// Whether a table is what `snapshot` gives, without its lock.
+    #[inline]
+    pub fn is_current(&self, table: &Arc<Table>) -> bool {
+        // Whoever has the table keeps its place from being another's. Acquire: as above.
+        std::ptr::eq(Arc::as_ptr(table), self.current.load(Ordering::Acquire))
     }
 
     /// Copy bytes out. Violation: address-outside-memory, region-lost.
@@ -865,6 +927,7 @@ impl Memory {
             change(&mut regions)?;
             let generation = table.generation + 1;
             let new = Arc::new(Table { regions, generation, sound: AtomicU64::new(0) });
+            self.current.store(Arc::as_ptr(&new).cast_mut(), Ordering::Release);
             let old = std::mem::replace(&mut *table, new);
             self.generation.store(generation, Ordering::Release);
             old

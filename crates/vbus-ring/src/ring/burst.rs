@@ -105,6 +105,24 @@ impl Burst {
         self.pieces.len() + (self.bytes / PIECE_BYTES) as usize
     }
 
+    /// Forget all chains, and keep the last one's memory at hand, for whoever soon takes the next, or calls `clear`: it
+    /// saves taking hold of it anew.
+    #[inline]
+    pub fn reuse(&mut self) {
+        self.entries.clear();
+        self.pieces.clear();
+        self.tables.drain(..self.tables.len().saturating_sub(1));
+        self.bytes = 0;
+    }
+
+    /// Have the memory of this table stay mapped.
+    #[inline]
+    fn keep(&mut self, table: &Arc<Table>) {
+        if !self.tables.last().is_some_and(|known| Arc::ptr_eq(known, table)) {
+            self.tables.push(table.clone());
+        }
+    }
+
     /// Forget all chains, and let go of their memory.
     #[inline]
     pub fn clear(&mut self) {
@@ -164,18 +182,24 @@ impl Burst {
         self.entries[first..first + count].iter().map(|entry| entry.head)
     }
 
-    /// The one piece of a chain that the device may read; None when it has others, or none.
+    /// Of the chains from `first` on, the one piece of each that the device may read; None when it has others, or none.
     #[inline(always)]
-    pub fn one_readable(&self, chain: usize) -> Option<&Piece> {
-        let entry = &self.entries[chain];
-        (entry.count == 1 && entry.readable == 1).then(|| &self.pieces[entry.first as usize])
+    pub fn single_readable(&self, first: usize) -> impl Iterator<Item = Option<&Piece>> {
+        self.single(first, 1)
     }
 
-    /// As above, of one that it may write.
+    /// As above, of those that it may write.
     #[inline(always)]
-    pub fn one_writable(&self, chain: usize) -> Option<&Piece> {
-        let entry = &self.entries[chain];
-        (entry.count == 1 && entry.readable == 0).then(|| &self.pieces[entry.first as usize])
+    pub fn single_writable(&self, first: usize) -> impl Iterator<Item = Option<&Piece>> {
+        self.single(first, 0)
+    }
+
+    #[inline(always)]
+    fn single(&self, first: usize, readable: u32) -> impl Iterator<Item = Option<&Piece>> {
+        self.entries.get(first..).unwrap_or_default().iter().map(move |entry| {
+            let single = entry.count == 1 && entry.readable == readable;
+            self.pieces.get(entry.first as usize).filter(|_| single)
+        })
     }
 
     /// What keeps the memory of a chain mapped.
@@ -327,29 +351,48 @@ impl Chains for Burst {
 
     #[inline]
     fn open(&mut self, table: &Arc<Table>, name: u16) {
-        if !self.tables.last().is_some_and(|known| Arc::ptr_eq(known, table)) {
-            self.tables.push(table.clone());
-        }
+        self.keep(table);
         let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
         self.entries.push(Entry { head: name, span: 1, table, first, readable: 0, count: 0, rules: Rules::default() });
     }
 
+    const SINGLES: bool = true;
+
+    #[inline]
+    fn kept(&self) -> Option<&Arc<Table>> {
+        self.tables.last()
+    }
+
     #[inline(always)]
-    fn open_single(&mut self, table: &Arc<Table>, single: &Single) -> bool {
-        let &Single { head, address, size, write } = single;
-        let access = if write { Access::Write } else { Access::Read };
-        // Empty buffers are in no region.
-        let Some((region, base)) = table.piece(address, size, access) else { return false };
-        near(base, size, write, self.front);
-        if !self.tables.last().is_some_and(|known| Arc::ptr_eq(known, table)) {
-            self.tables.push(table.clone());
+    fn open_singles(&mut self, table: &Arc<Table>, singles: &[Single], light: usize) -> usize {
+        self.keep(table);
+        let (number, front, mut finder) = (self.tables.len() as u32 - 1, self.front, table.finder());
+        let Self { entries, pieces, bytes, .. } = self;
+        let first = pieces.len();
+        let room = light.saturating_sub(first);
+        let (mut total, heavy) = (*bytes, room as u64 * PIECE_BYTES);
+        for &Single { address, size, write, .. } in singles.iter().take(room) {
+            if total >= heavy {
+                break;
+            }
+            // Empty buffers are in no region.
+            let Some((region, base)) = finder.piece(address, size, write) else { break };
+            near(base, size, write, front);
+            total += u64::from(size);
+            pieces.push(Piece { base, address, size, region: region as u32 });
         }
-        let (table, first) = (self.tables.len() as u32 - 1, self.pieces.len() as u32);
-        self.pieces.push(Piece { base, address, size, region: region as u32 });
-        let rules = Rules::single(size, write);
-        self.bytes += u64::from(size);
-        self.entries.push(Entry { head, span: 1, table, first, readable: u32::from(!write), count: 1, rules });
-        true
+        *bytes = total;
+        let count = pieces.len() - first;
+        entries.extend(singles[..count].iter().enumerate().map(|(piece, &Single { head, size, write, .. })| Entry {
+            head,
+            span: 1,
+            table: number,
+            first: (first + piece) as u32,
+            readable: u32::from(!write),
+            count: 1,
+            rules: Rules::single(size, write),
+        }));
+        count
     }
 }
 

@@ -16,8 +16,22 @@ pub const MAX_BUFFERS: usize = 1 << 20;
 /// The weight of a burst at which it takes no further chain: long ones shall not keep others waiting.
 pub const HEAVY: usize = 4096;
 
+/// What came of completing chains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// None of them was in flight.
+    Nothing,
+    /// All wait for one before them.
+    Waits,
+    /// Some are used now.
+    Used,
+}
+
+/// Chains of one descriptor that are taken at once.
+const SINGLES: usize = 32;
+
 /// A chain that is used, as a layout shows it to the driver.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Used {
     /// By what the driver knows it.
     pub head: u16,
@@ -30,7 +44,7 @@ pub struct Used {
 }
 
 /// A chain of one descriptor, as it was read, once.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Single {
     /// By what the driver knows it.
     pub head: u16,
@@ -68,11 +82,14 @@ pub trait Layout {
     /// Read the next chain, which `look` has seen, into one that is new and has its name.
     fn chain(&mut self, table: &Table, setup: &Setup, chain: &mut impl Gather) -> Result<(), Violation>;
 
-    /// The next chain, which `look` has seen, when it is one descriptor with a buffer of its own. Otherwise, and whatever
-    /// is wrong with it, it is to be read by `chain`, anew.
-    fn single(&self) -> Option<Single>;
+    /// Read the next chains, the first of which `look` has seen, as far as they are one descriptor each with a buffer of
+    /// its own, and there is room for them; how many. What is wrong with one is told when it is read by `chain`, anew.
+    fn singles(&mut self, into: &mut [Single]) -> usize;
 
-    /// It was good, and is taken.
+    /// They were good, and are taken.
+    fn took(&mut self, singles: &[Single]);
+
+    /// The chain was good, and is taken.
     fn taken(&mut self, chain: Taken);
 
     /// Ask for notifications, from the next chain on, or for none. Whether anything was written for it.
@@ -87,11 +104,8 @@ pub trait Layout {
     /// and again for the first of them: it would only take that back.
     fn prepare(&self, count: usize);
 
-    /// Write a chain as used, not yet to be seen.
-    fn put(&mut self, used: Used);
-
-    /// Let the driver see what was put; false when that is nothing.
-    fn show(&mut self) -> bool;
+    /// Let the driver see chains as used, all at once; false when that are none.
+    fn show(&mut self, used: &[Used]) -> bool;
 
     /// Driver addresses and bytes of what was written for what was shown last.
     fn shown(&self) -> [(u64, u64); 3];
@@ -122,10 +136,18 @@ pub(super) trait Chains: Gather {
     /// A new chain of this name, in memory of this table.
     fn open(&mut self, table: &Arc<Table>, name: u16);
 
-    /// A new chain of one descriptor, whose buffer keeps all rules and lies in one region; false when it does not, or
-    /// when nothing is gained by that.
-    fn open_single(&mut self, _table: &Arc<Table>, _single: &Single) -> bool {
-        false
+    /// Whether `open_singles` takes any.
+    const SINGLES: bool = false;
+
+    /// New chains of one descriptor each, as long as each keeps all rules and its buffer lies in one region, and they weigh
+    /// less than `light`; how many.
+    fn open_singles(&mut self, _table: &Arc<Table>, _singles: &[Single], _light: usize) -> usize {
+        0
+    }
+
+    /// The table that the last ones were in, when it is kept at hand.
+    fn kept(&self) -> Option<&Arc<Table>> {
+        None
     }
 
     /// How long serving them takes, where as many are taken together as that allows.
@@ -151,6 +173,16 @@ const TAKEN: u16 = 1;
 const DONE: u16 = 2;
 const WRITABLE: u16 = 4;
 
+impl Slot {
+    /// It is shown: nothing of it is in flight any more.
+    #[inline(always)]
+    fn used(&mut self, head: u16, written: u32) -> Used {
+        let writable = self.state & WRITABLE != 0;
+        self.state = 0;
+        Used { head, span: self.span, writable, written }
+    }
+}
+
 /// What is in flight.
 struct Book {
     /// By head. In a packed ring that is any number of the driver's choice: as long as the largest that was seen.
@@ -166,16 +198,6 @@ struct Book {
     order: Option<Box<[u16]>>,
     /// How many are completed and wait for one before them.
     waiting: usize,
-}
-
-/// What comes of a completion.
-enum Completed {
-    /// It is of nothing that is in flight.
-    Unknown,
-    /// It waits for one before it.
-    Waits,
-    /// It is to be shown.
-    Shown(Used),
 }
 
 impl Book {
@@ -209,6 +231,32 @@ impl Book {
         Ok(())
     }
 
+    /// As `begin`, of chains of one descriptor each, for as long as nothing is wrong with them; how many.
+    #[inline(always)]
+    fn begin_singles(&mut self, singles: &[Single]) -> usize {
+        let Self { slots, count, .. } = self;
+        let room = MAX_BUFFERS - self.buffers;
+        let mut begun = 0;
+        for single in singles.iter().take(room) {
+            let Some(slot) = slots.get_mut(usize::from(single.head)).filter(|slot| slot.state & TAKEN == 0) else {
+                break;
+            };
+            let state = if single.write { TAKEN | WRITABLE } else { TAKEN };
+            *slot = Slot { number: count.wrapping_add(begun as u32), cost: 1, written: 0, span: 1, state };
+            begun += 1;
+        }
+        if let Some(order) = &mut self.order {
+            let mask = order.len() - 1;
+            for (ahead, single) in singles[..begun].iter().enumerate() {
+                order[count.wrapping_add(ahead as u32) as usize & mask] = single.head;
+            }
+        }
+        self.buffers += begun;
+        self.in_flight += begun;
+        *count = count.wrapping_add(begun as u32);
+        begun
+    }
+
     #[cold]
     #[inline(never)]
     fn grow(&mut self, head: usize) {
@@ -224,52 +272,60 @@ impl Book {
         Violation::new(Rule::TooManyBuffers, format!("more than {MAX_BUFFERS} in flight"))
     }
 
-    /// The number of the oldest in flight, if there is one.
+    /// Chains are completed, each with the bytes written: put into `used` what is to be shown, and tell how many that are.
+    /// What is not in flight is left out; None when there was nothing else. There is room in `used` for all in flight.
     #[inline(always)]
-    fn oldest(&self) -> u32 {
-        self.count.wrapping_sub(self.in_flight as u32)
-    }
-
-    /// A chain is completed. With IN_ORDER only the oldest is to be shown before all others.
-    #[inline(always)]
-    fn complete(&mut self, head: u16, written: u32) -> Completed {
-        let oldest = self.oldest();
-        match self.slots.get_mut(usize::from(head)) {
-            Some(slot) if slot.state & (TAKEN | DONE) == TAKEN => {
-                slot.written = written;
-                if self.order.is_some() && slot.number != oldest {
+    fn complete(&mut self, heads: impl Iterator<Item = (u16, u32)>, used: &mut [Used]) -> Option<usize> {
+        let Self { slots, overtaken, .. } = self;
+        let oldest = self.count.wrapping_sub(self.in_flight as u32);
+        let (mut shown, mut cost, mut waiting) = (0, 0, 0);
+        for (head, written) in heads {
+            let Some(slot) = slots.get_mut(usize::from(head)).filter(|slot| slot.state & (TAKEN | DONE) == TAKEN)
+            else {
+                continue;
+            };
+            if slot.number != oldest.wrapping_add(shown as u32) {
+                if self.order.is_some() {
+                    slot.written = written;
                     slot.state |= DONE;
-                    self.waiting += 1;
-                    return Completed::Waits;
+                    waiting += 1;
+                    continue;
                 }
-                Completed::Shown(self.end(head))
+                *overtaken = true;
             }
-            _ => Completed::Unknown,
+            used[shown] = slot.used(head, written);
+            cost += slot.cost as usize;
+            shown += 1;
         }
+        let any = shown + waiting > 0;
+        self.buffers -= cost;
+        self.in_flight -= shown;
+        self.overtaken &= self.in_flight > 0;
+        self.waiting += waiting;
+        if self.waiting > 0 {
+            shown += self.complete_in_order(&mut used[shown..]);
+        }
+        any.then_some(shown)
     }
 
-    /// A completed chain is to be shown.
-    #[inline(always)]
-    fn end(&mut self, head: u16) -> Used {
-        let oldest = self.oldest();
-        let slot = &mut self.slots[usize::from(head)];
-        let writable = slot.state & WRITABLE != 0;
-        slot.state = 0;
-        self.in_flight -= 1;
-        self.overtaken = self.in_flight > 0 && (self.overtaken || slot.number != oldest);
-        self.buffers -= slot.cost as usize;
-        Used { head, span: slot.span, writable, written: slot.written }
-    }
-
-    /// With IN_ORDER: the next chain to be shown, when it is completed.
-    fn next_in_order(&mut self) -> Option<Used> {
-        let order = self.order.as_ref().filter(|_| self.waiting > 0 && self.in_flight > 0)?;
-        let head = order[self.oldest() as usize & (order.len() - 1)];
-        if self.slots[usize::from(head)].state & DONE == 0 {
-            return None;
+    /// With IN_ORDER: those that have waited, and are the oldest now.
+    #[inline(never)]
+    fn complete_in_order(&mut self, used: &mut [Used]) -> usize {
+        let Some(order) = &self.order else { return 0 };
+        let mut shown = 0;
+        while self.waiting > 0 && self.in_flight > 0 {
+            let head = order[self.count.wrapping_sub(self.in_flight as u32) as usize & (order.len() - 1)];
+            let slot = &mut self.slots[usize::from(head)];
+            if slot.state & DONE == 0 {
+                break;
+            }
+            used[shown] = slot.used(head, slot.written);
+            self.buffers -= slot.cost as usize;
+            self.in_flight -= 1;
+            self.waiting -= 1;
+            shown += 1;
         }
-        self.waiting -= 1;
-        Some(self.end(head))
+        shown
     }
 
     /// Nothing is in flight any more.
@@ -288,6 +344,9 @@ pub struct Ring<L> {
     setup: Setup,
     layout: L,
     book: Book,
+    /// Those that are being taken, and shown: nothing in between.
+    singles: [Single; SINGLES],
+    used: Box<[Used]>,
     /// Whether what we asked for was written and is not in the log of written pages.
     asked: bool,
     /// Why this ring gives nothing any more, until it was told.
@@ -323,7 +382,10 @@ impl<L: Layout> Ring<L> {
         }
         let layout = find(table, &setup)?;
         let book = Book::new(setup.size as u16, setup.features.in_order);
-        let mut ring = Self { memory, setup, layout, book, asked: false, violation: None, broken: false };
+        let singles = [Single::default(); SINGLES];
+        let used = vec![Used::default(); setup.size as usize].into();
+        let mut ring =
+            Self { memory, setup, layout, book, singles, used, asked: false, violation: None, broken: false };
         ring.asked = ring.layout.ask(true);
         // See `Memory::written`.
         fence(Ordering::SeqCst);
@@ -427,30 +489,20 @@ impl<L: Layout> Ring<L> {
             }
         }
         self.asked |= self.layout.ask(false);
-        let table = table.get_or_insert_with(|| self.memory.snapshot());
+        let table = table.get_or_insert_with(|| {
+            chains.kept().filter(|kept| self.memory.is_current(kept)).cloned().unwrap_or_else(|| self.memory.snapshot())
+        });
         // It may have changed at this very moment: chains and the ring are found in one and the same.
         self.layout.follow(table, &self.setup)?;
         let light = chains.weight() + HEAVY;
         let first = chains.count();
         self.layout.approach(limit);
-        for _ in 0..limit {
-            if chains.weight() >= light || !self.layout.look()? {
-                break;
+        while chains.count() - first < limit && chains.weight() < light && self.layout.look()? {
+            let before = chains.count();
+            if self.take_singles(table, limit - (before - first), light, chains) > 0 {
+                continue;
             }
             let Self { layout, book, setup, .. } = self;
-            let before = chains.count();
-            // As nearly all are of a network.
-            if let Some(single) = layout.single() {
-                if chains.open_single(table, &single) {
-                    let taken = Taken { head: single.head, span: 1, cost: 1, writable: single.write };
-                    if let Err(violation) = book.begin(taken) {
-                        chains.truncate(before);
-                        return Err(violation);
-                    }
-                    layout.taken(taken);
-                    continue;
-                }
-            }
             chains.open(table, layout.name());
             let begun = layout.chain(table, setup, chains).and_then(|()| book.begin(chains.taken()));
             if let Err(violation) = begun {
@@ -461,6 +513,27 @@ impl<L: Layout> Ring<L> {
         }
         self.layout.prepare(chains.count() - first);
         Ok(())
+    }
+
+    /// Take chains of one descriptor, as nearly all are of a network, all at once: they are read, then found in memory,
+    /// then remembered, each of which is a loop that has its few words in registers. How many; what is wrong with the one
+    /// behind them, or what it is otherwise, is for `take_some` to find.
+    #[inline(always)]
+    fn take_singles<C: Chains>(&mut self, table: &Arc<Table>, limit: usize, light: usize, chains: &mut C) -> usize {
+        if !C::SINGLES {
+            return 0;
+        }
+        let Self { layout, book, singles, .. } = self;
+        let most = limit.min(singles.len());
+        let read = layout.singles(&mut singles[..most]);
+        let before = chains.count();
+        let opened = chains.open_singles(table, &singles[..read], light);
+        let begun = book.begin_singles(&singles[..opened]);
+        if begun < opened {
+            chains.truncate(before + begun);
+        }
+        layout.took(&singles[..begun]);
+        begun
     }
 
     /// Whether all memory that this ring uses, this table's or the present one's, is still that of its files.
@@ -491,9 +564,21 @@ impl<L: Layout> Ring<L> {
     /// As `complete_chains`, for the chains of a burst from `first` on, as many as there are numbers of bytes written.
     #[must_use = "the driver may be waiting for a notification"]
     pub fn complete_burst(&mut self, burst: &Burst, first: usize, written: &[u32]) -> Result<bool, Violation> {
-        let last = first + written.len();
-        let ranges = (first..last).flat_map(|chain| burst.ranges(chain));
-        self.put(burst.heads(first, written.len()).zip(written.iter().copied()), ranges)
+        let shown = self.show_burst(burst, first, written)?;
+        fence(Ordering::SeqCst);
+        self.say_burst(shown, burst, first, written)
+    }
+
+    /// The first half of `complete_burst`. A full fence comes behind it, if anything was completed, and then `say_burst`.
+    #[inline]
+    pub fn show_burst(&mut self, burst: &Burst, first: usize, written: &[u32]) -> Result<Shown, Violation> {
+        self.show(burst.heads(first, written.len()).zip(written.iter().copied()))
+    }
+
+    /// The second half of `complete_burst`.
+    #[inline]
+    pub fn say_burst(&mut self, shown: Shown, burst: &Burst, first: usize, written: &[u32]) -> Result<bool, Violation> {
+        self.say(shown, (first..first + written.len()).flat_map(|chain| burst.ranges(chain)))
     }
 
     /// As `complete_chains` by their heads, where nobody logs what is written: of that, only the ring's own is said.
@@ -508,6 +593,15 @@ impl<L: Layout> Ring<L> {
         heads: impl IntoIterator<Item = (u16, u32)>,
         buffers: impl Iterator<Item = (u64, u64)>,
     ) -> Result<bool, Violation> {
+        let shown = self.show(heads.into_iter())?;
+        // What was shown must be out before we look whether the driver waits for it; the driver does the reverse. See
+        // `take_some` for why nothing less than a full fence will do.
+        fence(Ordering::SeqCst);
+        self.say(shown, buffers)
+    }
+
+    #[inline(always)]
+    fn show(&mut self, heads: impl Iterator<Item = (u16, u32)>) -> Result<Shown, Violation> {
         if self.memory.generation() != self.layout.generation() {
             if let Err(violation) = self.layout.follow(&self.memory.snapshot(), &self.setup) {
                 self.broken = true;
@@ -516,27 +610,18 @@ impl<L: Layout> Ring<L> {
                 return Err(violation);
             }
         }
-        let mut any = false;
-        for (head, written) in heads {
-            match self.book.complete(head, written) {
-                Completed::Unknown => continue,
-                Completed::Waits => (),
-                Completed::Shown(used) => self.layout.put(used),
-            }
-            any = true;
-        }
-        if !any {
+        let Some(count) = self.book.complete(heads, &mut self.used) else { return Ok(Shown::Nothing) };
+        Ok(if self.layout.show(&self.used[..count]) { Shown::Used } else { Shown::Waits })
+    }
+
+    /// Behind the fence, and so after what is shown: see `Memory::written`. What a chain wrote that has to wait for one
+    /// before it is in its memory, too.
+    #[inline(always)]
+    fn say(&mut self, shown: Shown, buffers: impl Iterator<Item = (u64, u64)>) -> Result<bool, Violation> {
+        if shown == Shown::Nothing {
             return Ok(false);
         }
-        while let Some(used) = self.book.next_in_order() {
-            self.layout.put(used);
-        }
-        let shown = self.layout.show();
-        // What was shown must be out before we look whether the driver waits for it; the driver does the reverse. See
-        // `take_some` for why nothing less than a full fence will do.
-        fence(Ordering::SeqCst);
-        // Behind the fence, and so after what is shown: see `Memory::written`. What a chain wrote that has to wait for
-        // one before it is in its memory, too.
+        let shown = shown == Shown::Used;
         let ring = shown.then(|| self.layout.shown()).into_iter().flatten();
         let said = self.memory.written(|| buffers.chain(ring));
         if let Err(violation) = self.sound(None).and(said) {

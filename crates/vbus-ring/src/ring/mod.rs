@@ -27,7 +27,7 @@ use crate::violation::Violation;
 
 pub use burst::{copy_in, copy_out, read_once, read_words, Burst, Piece};
 pub use chain::Chain;
-pub use device::{HEAVY, MAX_BUFFERS};
+pub use device::{Shown, HEAVY, MAX_BUFFERS};
 pub use driver::{AddError, INDIRECT_ENTRIES};
 
 /// Bytes that the region takes in which a ring of `size` keeps what is in flight.
@@ -168,6 +168,20 @@ impl DeviceRing {
     #[must_use = "the driver may be waiting for a notification"]
     pub fn complete_burst(&mut self, burst: &Burst, first: usize, written: &[u32]) -> Result<bool, Violation> {
         either!(self, ring => ring.complete_burst(burst, first, written))
+    }
+
+    /// The first half of `complete_burst`: for whoever has chains of several rings to give back, and does so at the price of
+    /// one full fence, which comes behind this, and before `say_burst` of the same chains. (A fence waits until all stores
+    /// before it are seen, by a processor that may have their lines.)
+    #[inline]
+    pub fn show_burst(&mut self, burst: &Burst, first: usize, written: &[u32]) -> Result<Shown, Violation> {
+        either!(self, ring => ring.show_burst(burst, first, written))
+    }
+
+    /// The second half of `complete_burst`: true when the driver is to be notified.
+    #[inline]
+    pub fn say_burst(&mut self, shown: Shown, burst: &Burst, first: usize, written: &[u32]) -> Result<bool, Violation> {
+        either!(self, ring => ring.say_burst(shown, burst, first, written))
     }
 
     /// As `complete_chains`, by their heads; `buffers`: driver address and bytes of all that may have been written.

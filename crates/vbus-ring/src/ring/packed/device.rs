@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use super::inflight::{Again, Inflight, Left};
 use super::{
-    is_awaited, Place, Rest, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, EVENT_BYTES, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE,
+    is_awaited, Place, Rest, DESC_AVAIL, DESC_INDIRECT, DESC_NEXT, DESC_USED, DESC_WRITE, EVENT_BYTES, EVENT_DESC,
+    EVENT_DISABLE, EVENT_ENABLE,
 };
 use crate::mem::{Access, Mapping, Memory, Table, Window};
 use crate::ring::chain::{Gather, Taken};
@@ -41,15 +42,6 @@ impl Parts {
     }
 }
 
-/// A used descriptor that is not in the ring yet.
-#[derive(Clone, Copy)]
-struct Pending {
-    place: Place,
-    rest: Rest,
-    /// With IN_ORDER, one that the next may stand for: nothing is lost of what it says.
-    merges: bool,
-}
-
 /// The layout, from the device's side.
 pub struct Packed {
     parts: Parts,
@@ -66,11 +58,7 @@ pub struct Packed {
     span: u16,
     /// The second word of the descriptor at `next`, once it was seen to be available.
     seen: Option<Rest>,
-    /// The first used descriptor of the batch, whose store shows all of it; the last, if it is another.
-    first: Option<Pending>,
-    last: Option<Pending>,
-    /// Descriptors of the batch that is put, and where the one began that was shown last, and how many it has.
-    put: u16,
+    /// Where the batch began that was shown last, and how many descriptors it has.
     before: Place,
     shown: u16,
     /// What our event suppression says.
@@ -157,9 +145,6 @@ impl Packed {
             used,
             span,
             seen: None,
-            first: None,
-            last: None,
-            put: 0,
             before: used,
             shown: 0,
             event: None,
@@ -212,7 +197,7 @@ impl Packed {
             if rest.is_used(place.wrap) {
                 any = true;
                 let rest = Rest::new(rest.size(), rest.id(), place.available());
-                self.store(Pending { place, rest, merges: false }, Ordering::Release);
+                self.store(place, rest, Ordering::Release);
             }
             place = place.after(1, self.size);
         }
@@ -320,9 +305,9 @@ impl Packed {
         Ok(())
     }
 
-    #[inline]
-    fn store(&self, pending: Pending, order: Ordering) {
-        self.parts.desc.store64(DESC_BYTES * usize::from(pending.place.index) + 8, pending.rest.0, order);
+    #[inline(always)]
+    fn store(&self, place: Place, rest: Rest, order: Ordering) {
+        self.parts.desc.store64(DESC_BYTES * usize::from(place.index) + 8, rest.0, order);
     }
 }
 
@@ -391,15 +376,42 @@ impl Layout for Packed {
     }
 
     #[inline(always)]
-    fn single(&self) -> Option<Single> {
-        let rest = self.seen?;
+    fn singles(&mut self, into: &mut [Single]) -> usize {
         // What is kept for others is kept of every descriptor.
-        if rest.has(DESC_NEXT | DESC_INDIRECT) || self.tracked.is_some() {
-            return None;
+        if self.tracked.is_some() {
+            return 0;
         }
-        // Relaxed: written before the flags, see `look`.
-        let address = self.parts.desc.load64(DESC_BYTES * usize::from(self.next.index), Ordering::Relaxed);
-        Some(Single { head: rest.id(), address, size: rest.size(), write: rest.has(DESC_WRITE) })
+        let most = into.len().min(usize::from(self.size - self.span));
+        let (mut free, mut count, mut seen) = (into[..most].iter_mut(), 0, self.seen);
+        // To the end of the ring, and from its beginning, in the next lap.
+        let (before, behind) =
+            self.parts.desc.words64(0, 2 * usize::from(self.size)).split_at(2 * usize::from(self.next.index));
+        let available = self.next.available();
+        for (words, available) in [(behind, available), (before, available ^ (DESC_AVAIL | DESC_USED))] {
+            for words in words.chunks_exact(2) {
+                let Some(single) = free.next() else { return count };
+                // Acquire: as in `look`, of which each is the next.
+                let rest = seen.take().unwrap_or_else(|| Rest(u64::from_le(words[1].load(Ordering::Acquire))));
+                if !rest.is(available) || rest.has(DESC_NEXT | DESC_INDIRECT) {
+                    return count;
+                }
+                // Relaxed: written before the flags.
+                let address = u64::from_le(words[0].load(Ordering::Relaxed));
+                *single = Single { head: rest.id(), address, size: rest.size(), write: rest.has(DESC_WRITE) };
+                count += 1;
+            }
+        }
+        count
+    }
+
+    #[inline(always)]
+    fn took(&mut self, singles: &[Single]) {
+        if !singles.is_empty() {
+            let count = singles.len() as u16;
+            self.seen = None;
+            self.span += count;
+            self.next = self.next.after(count, self.size);
+        }
     }
 
     #[inline(always)]
@@ -444,51 +456,46 @@ impl Layout for Packed {
     }
 
     #[inline(always)]
-    fn put(&mut self, used: Used) {
-        let place = self.used;
-        self.used = place.after(used.span, self.size);
-        self.span -= used.span;
-        self.put += used.span;
-        if let Some(tracked) = &mut self.tracked {
-            tracked.inflight.link(used.head);
-            tracked.moved &= self.span > 0;
-        }
-        // A length is one only where something could be written.
-        let flags = place.used() | if used.written > 0 { DESC_WRITE } else { 0 };
-        let pending =
-            Pending { place, rest: Rest::new(used.written, used.head, flags), merges: self.in_order && !used.writable };
-        // The driver reads no used descriptor before those that come before it, and skips as many as the chain of each
-        // had: all but the first may be written at once, and are seen when that one is.
-        match (&mut self.first, &mut self.last) {
-            (None, _) => self.first = Some(pending),
-            (Some(first), None) if first.merges => *first = pending.at(first.place),
-            (Some(_), None) => self.last = Some(pending),
-            (Some(_), Some(last)) if last.merges => *last = pending.at(last.place),
-            (Some(_), Some(last)) => {
-                let done = std::mem::replace(last, pending);
-                // Relaxed: the first one's store releases it.
-                self.store(done, Ordering::Relaxed);
+    fn show(&mut self, used: &[Used]) -> bool {
+        let (mut place, mut first, mut chains) = (self.used, None, used.iter());
+        while let Some(mut used) = chains.next() {
+            let at = place;
+            place = place.after(used.span, self.size);
+            // With IN_ORDER the next may stand for one of which nothing is lost by that.
+            while self.in_order && !used.writable {
+                let Some(next) = chains.next() else { break };
+                place = place.after(next.span, self.size);
+                used = next;
+            }
+            // A length is one only where something could be written.
+            let flags = at.used() | if used.written > 0 { DESC_WRITE } else { 0 };
+            let rest = Rest::new(used.written, used.head, flags);
+            // The driver reads no used descriptor before those that come before it, and skips as many as the chain of each
+            // had: all but the first may be written at once, and are seen when that one is, whose store releases them.
+            match first {
+                None => first = Some((at, rest)),
+                Some(_) => self.store(at, rest, Ordering::Relaxed),
             }
         }
-    }
-
-    #[inline]
-    fn show(&mut self) -> bool {
-        let Some(first) = self.first.take() else {
+        if first.is_none() {
             return false;
-        };
-        if let Some(last) = self.last.take() {
-            self.store(last, Ordering::Relaxed);
         }
-        if let Some(tracked) = &self.tracked {
-            tracked.inflight.show(self.used);
-        }
-        // Release: whoever sees these flags sees the used descriptors behind it, and what was written into the buffers.
-        self.store(first, Ordering::Release);
+        let span = used.iter().map(|used| used.span).sum();
+        (self.before, self.used) = (self.used, place);
+        self.shown = span;
+        self.span -= span;
         if let Some(tracked) = &mut self.tracked {
-            tracked.inflight.shown(self.used);
+            used.iter().for_each(|used| tracked.inflight.link(used.head));
+            tracked.moved &= self.span > 0;
+            tracked.inflight.show(place);
         }
-        (self.before, self.shown) = (first.place, std::mem::take(&mut self.put));
+        if let Some((at, rest)) = first {
+            // Release: whoever sees these flags sees the used descriptors behind it, and what was written into the buffers.
+            self.store(at, rest, Ordering::Release);
+        }
+        if let Some(tracked) = &mut self.tracked {
+            tracked.inflight.shown(place);
+        }
         true
     }
 
@@ -526,13 +533,5 @@ impl Layout for Packed {
     fn unused(&self, _in_flight: usize) -> Option<u32> {
         let moved = self.tracked.as_ref().is_some_and(|tracked| tracked.moved);
         (!moved).then(|| u32::from(self.used.word()) * 0x1_0001)
-    }
-}
-
-impl Pending {
-    /// In the place of one that it stands for.
-    fn at(self, place: Place) -> Self {
-        let flags = place.used() | if self.rest.has(DESC_WRITE) { DESC_WRITE } else { 0 };
-        Self { place, rest: Rest::new(self.rest.size(), self.rest.id(), flags), ..self }
     }
 }

@@ -53,16 +53,22 @@ impl Rest {
         (self.0 >> 48) as u16 & flag != 0
     }
 
+    /// Whether these are its flags, of those two that say what a descriptor is.
+    #[inline(always)]
+    const fn is(self, flags: u16) -> bool {
+        (self.0 >> 48) as u16 & (DESC_AVAIL | DESC_USED) == flags
+    }
+
     /// Whether it is available to a side that is in the lap of `wrap`.
     #[inline(always)]
     const fn is_available(self, wrap: bool) -> bool {
-        self.has(DESC_AVAIL) == wrap && self.has(DESC_USED) != wrap
+        self.is(if wrap { DESC_AVAIL } else { DESC_USED })
     }
 
     /// Whether it says that a buffer is used, to a side that is in the lap of `wrap`.
     #[inline(always)]
     const fn is_used(self, wrap: bool) -> bool {
-        self.has(DESC_AVAIL) == wrap && self.has(DESC_USED) == wrap
+        self.is(if wrap { DESC_AVAIL | DESC_USED } else { 0 })
     }
 }
 

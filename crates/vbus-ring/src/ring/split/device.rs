@@ -56,8 +56,7 @@ pub struct Split {
     seen: u16,
     /// Our own used index; the one in memory is written, never read.
     used: u16,
-    /// What of it was shown, and what was before that.
-    shown: u16,
+    /// What it was before it was shown last.
     before: u16,
     /// Whether notifications are off: without EVENT_IDX, what the used ring's flags say.
     suppressing: bool,
@@ -138,7 +137,6 @@ impl Split {
             next,
             seen: next,
             used,
-            shown: used,
             before: used,
             suppressing: true,
             inflight,
@@ -178,6 +176,12 @@ impl Split {
         }
         let detail = format!("in the indirect table of the chain of {}", chain.head());
         Err(Violation::new(Rule::DescriptorLoop, detail))
+    }
+
+    /// An entry of the available ring: it was written before the index that `look` acquired.
+    #[inline(always)]
+    fn entry(&self, index: u16) -> u16 {
+        self.parts.avail.load16(ENTRIES + 2 * (usize::from(index) & self.mask), Ordering::Relaxed)
     }
 
     /// Read a descriptor, once.
@@ -242,8 +246,7 @@ impl Layout for Split {
     fn name(&self) -> u16 {
         match self.again.front() {
             Some(&head) => head,
-            // The entry was written before the index that `look` acquired.
-            None => self.parts.avail.load16(ENTRIES + 2 * (usize::from(self.next) & self.mask), Ordering::Relaxed),
+            None => self.entry(self.next),
         }
     }
 
@@ -272,14 +275,35 @@ impl Layout for Split {
     }
 
     #[inline(always)]
-    fn single(&self) -> Option<Single> {
-        let head = self.name();
-        if head >= self.size {
-            return None;
+    fn singles(&mut self, into: &mut [Single]) -> usize {
+        // What others left in flight comes before what the driver's index says.
+        if !self.again.is_empty() {
+            return 0;
         }
-        let desc = self.desc(head);
-        let plain = desc.flags & (DESC_NEXT | DESC_INDIRECT) == 0;
-        plain.then(|| Single { head, address: desc.address, size: desc.size, write: desc.has(DESC_WRITE) })
+        let words = self.parts.desc.words64(0, 2 * usize::from(self.size));
+        let load = |at: usize| u64::from_le(words[at].load(Ordering::Relaxed));
+        let most = into.len().min(usize::from(self.seen.wrapping_sub(self.next)));
+        for (ahead, single) in into[..most].iter_mut().enumerate() {
+            let head = self.entry(self.next.wrapping_add(ahead as u16));
+            if head >= self.size {
+                return ahead;
+            }
+            let at = 2 * usize::from(head);
+            let desc = Desc::from_words([load(at), load(at + 1)]);
+            if desc.has(DESC_NEXT | DESC_INDIRECT) {
+                return ahead;
+            }
+            *single = Single { head, address: desc.address, size: desc.size, write: desc.has(DESC_WRITE) };
+        }
+        most
+    }
+
+    #[inline(always)]
+    fn took(&mut self, singles: &[Single]) {
+        if let Some(inflight) = &mut self.inflight {
+            singles.iter().for_each(|single| inflight.take(single.head));
+        }
+        self.next = self.next.wrapping_add(singles.len() as u16);
     }
 
     #[inline(always)]
@@ -322,22 +346,19 @@ impl Layout for Split {
     }
 
     #[inline(always)]
-    fn put(&mut self, used: Used) {
-        let place = ENTRIES + USED_BYTES * (usize::from(self.used) & self.mask);
-        self.parts.used.store32(place, u32::from(used.head), Ordering::Relaxed);
-        self.parts.used.store32(place + 4, used.written, Ordering::Relaxed);
-        if let Some(inflight) = &mut self.inflight {
-            inflight.link(used.head);
-        }
-        self.used = self.used.wrapping_add(1);
-    }
-
-    #[inline]
-    fn show(&mut self) -> bool {
-        if self.used == self.shown {
+    fn show(&mut self, used: &[Used]) -> bool {
+        if used.is_empty() {
             return false;
         }
-        self.before = std::mem::replace(&mut self.shown, self.used);
+        for (ahead, used) in used.iter().enumerate() {
+            let place = ENTRIES + USED_BYTES * (usize::from(self.used.wrapping_add(ahead as u16)) & self.mask);
+            self.parts.used.store32(place, u32::from(used.head), Ordering::Relaxed);
+            self.parts.used.store32(place + 4, used.written, Ordering::Relaxed);
+        }
+        if let Some(inflight) = &mut self.inflight {
+            used.iter().for_each(|used| inflight.link(used.head));
+        }
+        (self.before, self.used) = (self.used, self.used.wrapping_add(used.len() as u16));
         // Release: whoever sees the index sees the elements, and what was written into the buffers.
         self.parts.used.store16(INDEX, self.used, Ordering::Release);
         if let Some(inflight) = &mut self.inflight {
@@ -349,7 +370,7 @@ impl Layout for Split {
     /// The entries, and the index.
     fn shown(&self) -> [(u64, u64); 3] {
         let place = self.before & (self.size - 1);
-        let count = self.shown.wrapping_sub(self.before);
+        let count = self.used.wrapping_sub(self.before);
         let first = count.min(self.size - place);
         let entries = self.device + ENTRIES as u64;
         [
@@ -363,7 +384,7 @@ impl Layout for Split {
     fn is_awaited(&self) -> bool {
         if self.event_idx {
             let event = self.parts.avail.load16(avail_bytes(self.size), Ordering::Relaxed);
-            passes(event, self.shown, self.before)
+            passes(event, self.used, self.before)
         } else {
             self.parts.avail.load16(0, Ordering::Relaxed) & SUPPRESS == 0
         }
