@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vbus.bench import children
-from vbus.bench.guest_side import COPIED, GUEST_OPTIONS, KINDS, PCI, SIGNALS, disk_name, mac_of, subnet_of
+from vbus.bench.guest_side import GUEST_OPTIONS, KINDS, PCI, SIGNALS, WINDOW, disk_name, mac_of, subnet_of
 from vbus.bench.work import threads_of
 from vbus.errors import UsageError
 from vbus.vm import Guest, GuestError, build
@@ -30,6 +31,8 @@ from vbus.vm.machine import fastest
 SOURCE = Path(__file__).parent / "guest" / "load.c"
 MEMORY = 512
 """MiB of the guest."""
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where a guest's memory is best: no disk is written to then."""
 CPUS = 2
 BLOCKS = 4096
 """Of 4 KiB, of each disk."""
@@ -114,7 +117,9 @@ class GuestMachine:
     def _start(self, folder: Path, program: Path, modules: Sequence[Path], disks: int, nets: int) -> None:
         within = namespace() if nets else []
         self._side = self._closing.enter_context(children.Child("vbus.bench.guest_side", within=within))
-        args = self._side.ask("serve", folder=str(folder), disks=disks, nets=nets, blocks=BLOCKS, urgent=self._urgent)
+        memory = Path(self._closing.enter_context(tempfile.TemporaryDirectory(dir=IN_MEMORY, prefix="vbus-"))) / "ram"
+        devices = {"disks": disks, "nets": nets, "blocks": BLOCKS, "urgent": self._urgent}
+        args = self._side.ask("serve", folder=str(folder), ram=str(memory), **devices)
         if nets:
             self._side.ask("answer", program=str(program))
         self._vm = self._closing.enter_context(
@@ -123,6 +128,7 @@ class GuestMachine:
                 modules=["virtio_blk", "virtio_net", *modules],
                 files={"load": program.read_bytes()},
                 memory=MEMORY,
+                memory_file=memory,
                 cpus=CPUS,
                 append=GUEST_OPTIONS,
                 wait=False,
@@ -136,6 +142,11 @@ class GuestMachine:
         self._nets = nets
         self._vm.wait_for(f"test $(ls /sys/block | grep -c ^vd) = {len(KINDS) * disks}")
         self.kernel = self._vm.run("uname -r").strip()
+        for kind, memory in self._side.ask("memory").items():
+            if memory != ("window" if kind == WINDOW else "shared"):
+                raise children.SideError(
+                    f"buffers of {kind} devices are reached otherwise than they shall be: {memory}"
+                )
         # One read, one request: neighbours that are under way together would become one.
         self._vm.run("for b in /sys/block/vd*; do echo 2 >$b/queue/nomerges; done")
         # The bus's names of disks that come through it; the others are in the order of their places.
@@ -145,7 +156,7 @@ class GuestMachine:
         ).split()
         found = {(name, where): disk for name, where, disk in zip(said[::3], said[1::3], said[2::3], strict=True)}
         in_order = [f"/dev/{found[key]}" for key in sorted(key for key in found if key[0] == "pci")]
-        self._disks[PCI], self._disks[COPIED] = in_order[:disks], in_order[disks:]
+        self._disks[PCI] = in_order
         places = {name: (where, disk) for (name, where), disk in found.items()}
         for kind in SIGNALS:
             self._disks[kind] = [f"/dev/{places[disk_name(kind, number)][1]}" for number in range(disks)]

@@ -20,22 +20,23 @@ from vbus.bus import Bus
 from vbus.connectors import Ivshmem, VhostUser
 from vbus.devices import Net
 from vbus.shmem import ivshmem
-from vbus.virtio import features
-from vbus.vm.options import VhostUserDevice, device_options, function_options
+from vbus.vm.options import VhostUserDevice, device_options, function_options, monitor_options
 
-PCI, COPIED, DIRECT, TUNNELLED = KINDS = ("virtio-pci", "copied", "direct", "tunnelled")
-"""How the guest has a device: as a function of virtio-pci, whose buffers are where the guest has them, or are copied as
-those behind ivshmem are; behind a function of ivshmem, with direct or with tunnelled signals.
+PCI, DIRECT, TUNNELLED, WINDOW = KINDS = ("virtio-pci", "direct", "tunnelled", "window")
+"""How the guest has a device: as a function of virtio-pci; behind a function of ivshmem, with direct or with tunnelled
+signals, and buffers where the guest has them, as behind virtio-pci; with tunnelled signals, and buffers in a window.
 """
-SIGNALS: dict[str, Literal["direct", "tunnelled"]] = {DIRECT: "direct", TUNNELLED: "tunnelled"}
+SIGNALS: dict[str, Literal["direct", "tunnelled"]] = {DIRECT: "direct", TUNNELLED: "tunnelled", WINDOW: "tunnelled"}
 """Of the function, where the devices are behind one."""
 PRIORITY = 4
 """Where none is more urgent than another."""
 FUNCTIONS = 8
 """Of a slot of PCI."""
 FIRST_SLOT = 0x10
-GUEST_OPTIONS = "swiotlb=force ipv6.disable=1"
-"""Of the guest's kernel: buffers of devices that do not see all of its memory are copied; no packets of IPv6."""
+GUEST_OPTIONS = "ipv6.disable=1"
+"""Of the guest's kernel: no packets of IPv6."""
+SPLIT = ("RING_PACKED",)
+"""What is not offered: QEMU does not take packed rings unless it is told to, and all ways shall have the same."""
 
 
 def disk_name(kind: str, number: int) -> str:
@@ -68,8 +69,8 @@ class GuestSide:
         self._clock = Clock()
         self._closing.callback(self._clock.close)
 
-    def serve(self, folder: str, disks: int, nets: int, blocks: int, urgent: bool = False) -> list[str]:
-        """Serve so many disks and networks of each kind; QEMU's options for all of them.
+    def serve(self, folder: str, ram: str, disks: int, nets: int, blocks: int, urgent: bool = False) -> list[str]:
+        """Serve so many disks and networks of each kind; QEMU's options for all of them. `ram`: its guest's memory.
 
         With `urgent`, the first network of a kind is the most urgent, all other devices are the least urgent, and disks
         are served natively and take no time of their own.
@@ -82,21 +83,26 @@ class GuestSide:
             names = [disk_name(kind, number) for number in range(disks)]
             for number, name in enumerate(names):
                 if urgent:
-                    bus.plug(NumberedDisk(blocks), name, priority=LEAST_URGENT)
+                    bus.plug(NumberedDisk(blocks), name, priority=LEAST_URGENT, mask=SPLIT)
                 else:
-                    bus.plug(PacedDisk(self._clock, blocks, number), name)
+                    bus.plug(PacedDisk(self._clock, blocks, number), name, mask=SPLIT)
             for number in range(nets):
                 name = net_name(kind, number)
                 names.append(name)
                 priority = (LEAST_URGENT if number else 0) if urgent else PRIORITY
-                bus.plug(Net(f"tap:{_tap(kind, number)}", mac=mac_of(kind, number)), name, priority=priority)
+                net = Net(f"tap:{_tap(kind, number)}", mac=mac_of(kind, number))
+                bus.plug(net, name, priority=priority, mask=SPLIT)
             if kind not in SIGNALS:
                 for name in names:
-                    words += self._device(bus, name, Path(folder), copied=kind == COPIED)
+                    words += self._device(bus, name, Path(folder))
             else:
-                socket = Path(folder) / f"{kind}.sock"
-                bus.connect(Ivshmem(socket, devices=names, signal=SIGNALS[kind], keep=False), kind)
+                socket, qmp = Path(folder) / f"{kind}.sock", Path(folder) / "qmp"
+                shares = (Path(ram), qmp) if kind != WINDOW else (None, None)
+                signal = SIGNALS[kind]
+                function = Ivshmem(socket, devices=names, signal=signal, ram=shares[0], qmp=shares[1], keep=False)
+                bus.connect(function, kind)
                 words += function_options(kind, socket, ivshmem.VECTORS)
+        words += monitor_options(Path(folder) / "qmp")
         bus.start()
         for kind in KINDS:
             for number in range(nets):
@@ -105,21 +111,18 @@ class GuestSide:
                 subprocess.run(["ip", "link", "set", tap, "up"], check=True)
         return words
 
-    def _device(self, bus: Bus, name: str, folder: Path, *, copied: bool) -> list[str]:
+    def _device(self, bus: Bus, name: str, folder: Path) -> list[str]:
         """A function of a slot that several share: a root bus has fewer slots than there are devices."""
         socket = folder / f"{name}.sock"
         slot = bus.slot(name)
         device, number = slot.device, self._functions
         self._functions += 1
-        if copied:
-            # The guest's kernel then uses what it has for devices that do not see its memory: it is told to copy.
-            slot.available |= 1 << features.ACCESS_PLATFORM
         bus.connect(VhostUser(name, socket))
         mac = device.mac if isinstance(device, Net) else None
         served = VhostUserDevice(name, int(device.device_id), socket, queues=len(device._queues), mac=mac)
         words = device_options(served, reconnect="no")
         place = f"{FIRST_SLOT + number // FUNCTIONS:#x}.{number % FUNCTIONS}"
-        words[-1] += f",addr={place},multifunction=on,disable-legacy=on{',iommu_platform=on' if copied else ''}"
+        words[-1] += f",addr={place},multifunction=on,disable-legacy=on"
         return words
 
     def answer(self, program: str) -> None:
@@ -129,6 +132,15 @@ class GuestSide:
         assert served.stdout is not None
         if served.stdout.readline() != b"ready\n":
             raise children.SideError("the other end of TCP did not start")
+
+    def memory(self) -> dict[str, str]:
+        """How buffers behind each function are reached: `shared` or `window`, and why not otherwise."""
+        assert self._bus is not None
+        found = {}
+        for kind in SIGNALS:
+            [peer] = self._bus.connectors[kind].describe()["peers"]
+            found[kind] = peer["memory"] if peer["not_shared"] is None else f"{peer['memory']}: {peer['not_shared']}"
+        return found
 
     def set_service(self, seconds: float) -> None:
         """How long each disk takes for a request from now on."""
@@ -172,7 +184,7 @@ def main() -> None:
     """Serve until standard input ends."""
     side = GuestSide()
     try:
-        names = ("serve", "answer", "set_service", "counters")
+        names = ("serve", "answer", "memory", "set_service", "counters")
         children.serve({name: getattr(side, name) for name in names})
     finally:
         side.close()

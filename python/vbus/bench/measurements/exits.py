@@ -4,9 +4,8 @@ A guest has the same disks and networks several times, in one boot: as functions
 queue with an eventfd and a vector; behind a function of ivshmem with direct signals; and behind one with tunnelled
 signals. One process serves all of them with the same threads and the same models. Ways take turns, within a round.
 
-Behind ivshmem the guest copies what devices shall see into the function's memory, which takes time of the guest's. So
-there is virtio-pci once more, told to copy as well (the kernel's bounce buffers): beside that one thing differs, how
-the two sides tell each other that there is something to do.
+Behind those functions the guest shares its memory, as vhost-user has it, so that one thing differs: how the two sides
+tell each other that there is something to do. What it costs to copy into a window is measured by a last function.
 
 A *case* is some load: reads of so many disks, requests and answers or streams over so many networks. The count of
 requests is found once, on virtio-pci, and is the same for all. A disk's service time is set: how often somebody sleeps
@@ -26,7 +25,7 @@ from typing import Any
 
 from vbus.bench import guest_machine
 from vbus.bench.guest_machine import GuestMachine, Load
-from vbus.bench.guest_side import COPIED, DIRECT, KINDS, PCI, SIGNALS, TUNNELLED
+from vbus.bench.guest_side import DIRECT, KINDS, PCI, SIGNALS, TUNNELLED, WINDOW
 from vbus.bench.measure import check_same_work
 from vbus.bench.measurement import Bar, Comparison, Factors, Figure, Measurement, Plan, Row, Sample
 from vbus.bench.measurements import exits_picture, exits_words
@@ -143,13 +142,12 @@ class Exits(Measurement[ExitsPlan, Case, Variant]):
         """Both ways of the bus against virtio-pci, and tunnelled against direct; bars are for tunnelled signals."""
         limit = OF_MANY if case.work == "read" and case.devices == MANY and case.offered == FULL else OF_OTHERS
         bars = (Bar("interrupts", "interrupts", limit), Bar("doorbells", "doorbells", limit))
-        pci, copied, direct, tunnelled = map(Variant, (PCI, COPIED, DIRECT, TUNNELLED))
+        pci, direct, tunnelled, window = map(Variant, (PCI, DIRECT, TUNNELLED, WINDOW))
         return [
             Comparison(tunnelled, pci, bars, GUARDS),
-            Comparison(tunnelled, copied, bars, GUARDS),
             Comparison(tunnelled, direct, guards=GUARDS),
-            Comparison(direct, copied, guards=GUARDS),
-            Comparison(copied, pci),
+            Comparison(direct, pci, guards=GUARDS),
+            Comparison(window, tunnelled),
         ]
 
     def prepare(self, plan: ExitsPlan, folder: Path) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vbus.bench.guest_side import COPIED, DIRECT, PCI, TUNNELLED
+from vbus.bench.guest_side import DIRECT, PCI, TUNNELLED, WINDOW
 from vbus.bench.plot import GREY, LIGHT, Drawing, Scale, linear, page, to_text
 
 Row = dict[str, Any]
 
-COLOURS = {PCI: "#c2410c", COPIED: "#b45309", DIRECT: "#15803d", TUNNELLED: "#1d4ed8"}
-NAMES = {PCI: "virtio-pci", COPIED: "virtio-pci, copying", DIRECT: "ivshmem, direct", TUNNELLED: "ivshmem, tunnelled"}
+COLOURS = {PCI: "#c2410c", DIRECT: "#15803d", TUNNELLED: "#1d4ed8", WINDOW: "#7e22ce"}
+NAMES = {PCI: "virtio-pci", DIRECT: "ivshmem, direct", TUNNELLED: "ivshmem, tunnelled", WINDOW: "tunnelled, copying"}
 FIGURES = (("interrupts", "Interrupts of the guest"), ("doorbells", "Doorbells of the guest"))
 PANEL_WIDTH, PANEL_HEIGHT = 460, 200
 LEFT, TOP, ACROSS, DOWN = 80, 165, 540, 310
