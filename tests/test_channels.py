@@ -414,8 +414,8 @@ def test_thousands_of_channels_work_and_one_more_is_refused(attached: Attached, 
     for channel in opened:
         channel.close()
     assert wait_until(lambda: len(bus.channels) == 0, 20)
-    assert not before.exceeds(leftovers())
-    assert leftovers().fds == before.fds
+    # Nothing was held for them: what there is more than now is none of them.
+    assert wait_until(lambda: leftovers().fds == before.fds and not before.exceeds(leftovers()))
 
 
 def test_the_urgent_overtakes_the_bulk(attached: Attached) -> None:

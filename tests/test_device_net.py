@@ -285,7 +285,7 @@ def test_bits_that_a_driver_must_not_set_do_not_come_back(near: tuple[Bus, Remot
 
 def violated(bus: Bus, driver: Raw, name: str) -> None:
     assert wait_until(lambda: bus.slot("net0").violations[name] == 1), bus.slot("net0").violations
-    assert bus.slot("net0").status & Status.DEVICE_NEEDS_RESET
+    assert wait_until(lambda: bus.slot("net0").status & Status.DEVICE_NEEDS_RESET)
 
 
 def test_a_receive_buffer_shorter_than_a_header_is_a_violation(attached: Attached) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import vbus
 from conftest import CONNECTORS, make_connector, needs_io_uring, wait_until
 from vbus import _core, virtio
 from vbus.bus import Bus
-from vbus.bus.workers import Workers
+from vbus.bus.workers import URGENT_NICE, Workers
 from vbus.devices import Blk, Net
 from vbus.errors import DriverError, UsageError
 from vbus.proxy import Driver, Remote, drivers
@@ -503,3 +504,27 @@ def test_workers_are_checked_and_share_the_load(make_bus: Callable[..., Bus]) ->
     bus.unplug("net0")
     bus.unplug("net2")
     assert sorted(worker.tasks for worker in bus.workers._workers) == [0, 2]
+
+
+def test_what_is_urgent_has_a_worker_of_its_own(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(workers=1)
+    for n, priority in enumerate((4, 3, 7, 0)):
+        bus.plug(Net(), f"net{n}", priority=priority)
+    assert [worker.tasks for worker in bus.workers._workers] == [2]
+    assert bus.workers._urgent is not None
+    assert bus.workers._urgent.tasks == 2
+    names = {Path(f"/proc/self/task/{t}/comm").read_text().strip(): int(t) for t in os.listdir("/proc/self/task")}
+    # What the system gives whoever asks for it.
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    words = ["nice", "-n", str(URGENT_NICE - own), "nice"]
+    given = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert os.getpriority(os.PRIO_PROCESS, names["vbus-native-urg"]) == int(given)
+    assert os.getpriority(os.PRIO_PROCESS, names["vbus-native-0"]) == own
+    assert len(bus.workers.counters()) == 2
+
+
+def test_workers_that_never_sleep_are_not_more_than_was_asked_for(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(workers=1, polling="always")
+    bus.plug(Net(), "net0", priority=0)
+    assert [worker.tasks for worker in bus.workers._workers] == [1]
+    assert bus.workers._urgent is None

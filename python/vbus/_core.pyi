@@ -414,10 +414,11 @@ class Worker:
     """A native thread that gives engines their turns, most urgent first; it never takes the interpreter's lock.
 
     `polling`: "notified" sleeps when there is nothing to do, "adaptive" waits a little first, as long as that paid,
-    "always" never sleeps. `cpus`: where it runs; anywhere when there are none. OSError when the system refuses.
+    "always" never sleeps. `cpus`: where it runs; anywhere when there are none. `nice`: for the system's scheduler,
+    where that is permitted. OSError when the system refuses.
     """
 
-    def __new__(cls, name: str, *, polling: str = "notified", cpus: Sequence[int] = ...) -> Worker: ...
+    def __new__(cls, name: str, *, polling: str = "notified", cpus: Sequence[int] = ..., nice: int = 0) -> Worker: ...
     def add(self, engine: Engine, priority: int = 0) -> Task:
         """Run an engine from now on; priority 0 is the most urgent of 8."""
     @property

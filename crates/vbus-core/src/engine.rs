@@ -27,15 +27,15 @@ pub struct Worker(worker::Worker);
 #[pymethods]
 impl Worker {
     #[new]
-    #[pyo3(signature = (name, *, polling = "notified", cpus = vec![]))]
-    fn new(py: Python<'_>, name: &str, polling: &str, cpus: Vec<usize>) -> PyResult<Self> {
+    #[pyo3(signature = (name, *, polling = "notified", cpus = vec![], nice = 0))]
+    fn new(py: Python<'_>, name: &str, polling: &str, cpus: Vec<usize>, nice: i32) -> PyResult<Self> {
         let polling = match polling {
             "notified" => Polling::Notified,
             "adaptive" => Polling::Adaptive,
             "always" => Polling::Always,
             _ => return Err(PyValueError::new_err("polling is notified, adaptive or always")),
         };
-        let started = py.detach(|| worker::Worker::start(name, polling, &cpus));
+        let started = py.detach(|| worker::Worker::start_nice(name, polling, &cpus, nice));
         started.map(Self).map_err(|error| os_error(py, error))
     }
 

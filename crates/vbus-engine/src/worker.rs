@@ -316,11 +316,20 @@ pub struct Worker {
 impl Worker {
     /// Start one, on these CPUs or on any.
     pub fn start(name: &str, polling: Polling, cpus: &[usize]) -> io::Result<Self> {
+        Self::start_nice(name, polling, cpus, 0)
+    }
+
+    /// As `start`, with a nice value for the system's scheduler, where that is permitted.
+    pub fn start_nice(name: &str, polling: Polling, cpus: &[usize], nice: i32) -> io::Result<Self> {
         let set = cpu_set(cpus)?;
         let shared = Arc::new(Shared::new(polling)?);
         let (theirs, told, ended) = (shared.clone(), channel(), channel());
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
             let begun = prepare(set.as_ref());
+            if nice != 0 {
+                // SAFETY: it takes numbers alone. 0: this thread; who is not permitted goes on as he is.
+                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+            }
             let failed = begun.is_err();
             // The other end waits for it.
             let _ = told.0.send(begun);

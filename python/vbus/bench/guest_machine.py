@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vbus.bench import children
-from vbus.bench.guest_side import GUEST_OPTIONS, KINDS, PCI, SIGNALS, WINDOW, disk_name, mac_of, subnet_of
+from vbus.bench.guest_side import CHANNEL, GUEST_OPTIONS, KINDS, PCI, SIGNALS, WINDOW, disk_name, mac_of, subnet_of
 from vbus.bench.work import threads_of
 from vbus.errors import UsageError
 from vbus.vm import Guest, GuestError, build
@@ -51,8 +51,8 @@ COUNTERS = [f"{counter}_{way}" for way in ("to_device", "to_driver") for counter
 class Load:
     """What is asked of devices: `count` requests of each (or of each connection), `depth` at once, of so many devices.
 
-    `work` is "read" (4 KiB at random places of disks), "ask" (64 bytes there and back by TCP) or "stream" (64 KiB each
-    by TCP). `service`: seconds that a disk takes for a request.
+    `work` is "read" (4 KiB at random places of disks), "ask" (64 bytes there and back by TCP), "stream" (64 KiB each by
+    TCP) or "tell" (64 bytes there and back over a channel). `service`: seconds that a disk takes for a request.
     """
 
     work: str
@@ -202,7 +202,12 @@ class GuestMachine:
 
     def _words(self, kind: str, load: Load, *, last: bool = False) -> list[str]:
         """The program's words for a load, of the first devices of a kind, or of the last."""
-        if load.work == "read":
+        if load.work == "tell":
+            # Of several channels of a name, all but the first are called by their bus, too.
+            name = f"/dev/vbus/{CHANNEL}"
+            where = [self._vm.run(f"ls {name}@{self._buses[kind]} 2>/dev/null || echo {name}").strip()]
+            seed = []
+        elif load.work == "read":
             where = self._disks[kind]
             seed = ["1"]
         else:

@@ -30,6 +30,7 @@ SIGNALS: dict[str, Literal["direct", "tunnelled"]] = {DIRECT: "direct", TUNNELLE
 """Of the function, where the devices are behind one."""
 PRIORITY = 4
 """Where none is more urgent than another."""
+CHANNEL = "urgent"
 FUNCTIONS = 8
 """Of a slot of PCI."""
 FIRST_SLOT = 0x10
@@ -73,7 +74,7 @@ class GuestSide:
         """Serve so many disks and networks of each kind; QEMU's options for all of them. `ram`: its guest's memory.
 
         With `urgent`, the first network of a kind is the most urgent, all other devices are the least urgent, and disks
-        are served natively and take no time of their own.
+        are served natively and take no time of their own; and a channel, as urgent, answers what it is told.
         """
         bus = Bus("bench", polling="notified")
         self._closing.callback(bus.stop)
@@ -103,6 +104,8 @@ class GuestSide:
                 bus.connect(function, kind)
                 words += function_options(kind, socket, ivshmem.VECTORS)
         words += monitor_options(Path(folder) / "qmp")
+        if urgent:
+            bus.open_channel(CHANNEL, priority=0).on_event(lambda event: event.reply(event.data))
         bus.start()
         for kind in KINDS:
             for number in range(nets):

@@ -23,6 +23,10 @@ POLLING = ("notified", "adaptive", "always")
 MAX_WORKERS = 64
 DEFAULT_WORKERS = 4
 """Or as many as there are CPUs, when those are fewer. A worker is started when there is an engine for it."""
+LEAST_URGENT = 3
+"""Of the priorities that are more urgent than what devices have by default."""
+URGENT_NICE = -10
+"""What whoever serves urgent devices wants of the system's scheduler: to run as soon as there is something to do."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,21 @@ class Workers:
         self.polling = polling
         self.affinity = tuple(affinity)
         self._workers: list[_core.Worker] = []
+        self._urgent: _core.Worker | None = None
         self._lock = threading.Lock()
 
     def add(self, engine: _core.Engine, priority: int) -> _core.Task:
         """Have a worker run an engine: one that is not started yet, or that with the fewest.
 
-        UsageError when one cannot be started.
+        Urgent engines have one beside those, which the system's scheduler prefers where that is permitted: they wait
+        for nobody's turn to end. Not where workers never sleep, since each takes a CPU there. UsageError when a worker
+        cannot be started.
         """
         with self._lock:
+            if priority <= LEAST_URGENT and self.polling != "always":
+                if self._urgent is None:
+                    self._urgent = self._start("vbus-native-urg", list(self.affinity), self.polling, URGENT_NICE)
+                return self._urgent.add(engine, priority)
             if len(self._workers) < self.count:
                 number = len(self._workers)
                 cpus = [self.affinity[number % len(self.affinity)]] if self.affinity else []
@@ -83,20 +94,24 @@ class Workers:
         """
         return self._start("vbus-native-own", [], "notified")
 
-    def _start(self, name: str, cpus: list[int], polling: str) -> _core.Worker:
+    def _start(self, name: str, cpus: list[int], polling: str, nice: int = 0) -> _core.Worker:
         try:
-            return _core.Worker(name, polling=polling, cpus=cpus)
+            return _core.Worker(name, polling=polling, cpus=cpus, nice=nice)
         except OSError as error:
             where = f" on CPU {cpus[0]}" if cpus else ""
             raise UsageError(f"bus {self.name}: no worker can be started{where}: {error.strerror}") from None
 
     def counters(self) -> list[tuple[int, int, int, int]]:
         """(turns with work, turns without, times asleep, nanoseconds in turns with work) of each worker."""
-        return [worker.counters for worker in self._workers]
+        urgent = [self._urgent] if self._urgent is not None else []
+        return [worker.counters for worker in [*self._workers, *urgent]]
 
     def close(self) -> None:
         """End all of them, with their engines."""
         with self._lock:
             workers, self._workers = self._workers, []
+            if self._urgent is not None:
+                workers.append(self._urgent)
+                self._urgent = None
         for worker in workers:
             worker.close()

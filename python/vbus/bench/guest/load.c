@@ -6,6 +6,8 @@
  *	load [-c NAME=GLOB]... ask COUNT DEPTH ADDRESS...	COUNT requests of 64 bytes a connection,
  *								DEPTH connections to each address
  *	load [-c NAME=GLOB]... stream COUNT DEPTH ADDRESS...	COUNT times 64 KiB a connection
+ *	load [-c NAME=GLOB]... tell COUNT 1 FILE...		COUNT events of 64 bytes to a channel, one
+ *								at a time, that it sends back
  *	load serve						the other end of the last two
  *
  * A thread for each disk or connection. What was done, how long it took and how many interrupts
@@ -144,6 +146,33 @@ static void *read_disk(void *data)
 			job->bytes += events[i].res;
 		}
 	}
+	return NULL;
+}
+
+/* An event channel, which answers what it is told. */
+
+static void *tell(void *data)
+{
+	struct job *job = data;
+	uint64_t event[QUESTION / 8], answer[QUESTION / 8], began;
+	int fd = open(job->where, O_RDWR);
+
+	if (fd < 0)
+		fail("%s", job->where);
+	memset(event, 0, sizeof(event));
+	pthread_barrier_wait(&all_are_there);
+	for (uint64_t done = 0; done < job->count; done++) {
+		event[0] = job->seed + done;
+		began = now();
+		if (write(fd, event, sizeof(event)) != sizeof(event))
+			fail("%s", job->where);
+		if (read(fd, answer, sizeof(answer)) != sizeof(answer))
+			fail("%s: no answer", job->where);
+		job->took[done] = now() - began;
+		job->wrong += memcmp(event, answer, sizeof(answer)) != 0;
+		job->bytes += sizeof(answer);
+	}
+	close(fd);
 	return NULL;
 }
 
@@ -438,10 +467,12 @@ int main(int argc, char **argv)
 		what = ask;
 	else if (!strcmp(argv[1], "stream"))
 		what = stream;
+	else if (!strcmp(argv[1], "tell"))
+		what = tell;
 	count = strtoull(argv[2], NULL, 10);
 	depth = strtoull(argv[3], NULL, 10);
 	if (!what || !count || !depth || depth > MAX_DEPTH) {
-		fprintf(stderr, "load: read, ask or stream, and 1 to %d at once\n", MAX_DEPTH);
+		fprintf(stderr, "load: read, ask, stream or tell, and 1 to %d at once\n", MAX_DEPTH);
 		return 2;
 	}
 	argv += 4;

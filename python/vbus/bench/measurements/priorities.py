@@ -1,9 +1,10 @@
-"""An urgent network of a guest beside a bulk disk and a bulk network at full load, against an idle bus.
+"""An urgent network and channel of a guest beside a bulk disk and a bulk network at full load, against an idle bus.
 
-Questions and answers of 64 bytes go over a network that is the most urgent of the bus, one at a time: alone, and while
-the same guest reads a disk and streams over another network, both the least urgent, as fast as they can. All are served
-by native engines. Behind a function of ivshmem priorities go all the way: an event ring, a doorbell and a vector each;
-virtio-pci is told of none, and the bus alone prefers what is urgent.
+Questions and answers of 64 bytes go over a network that is the most urgent of the bus, or over an event channel that
+is, one at a time: alone, and while the same guest reads a disk and streams over another network, both the least
+urgent, as fast as they can. All devices are served by native engines; who answers on the channel is Python. Behind a
+function of ivshmem priorities go all the way: an event ring, a doorbell and a vector each; virtio-pci is told of none,
+and the bus alone prefers what is urgent.
 
 Whoever asks in the guest has a real-time priority there, since the guest's scheduler is not what is measured.
 """
@@ -27,22 +28,24 @@ MOST_P99 = 2.0
 ENDLESS = 2_000_000
 """Requests of bulk load: more than there is time for."""
 IDLE, BULK = "nothing", "bulk"
+NETWORK, CHANNEL = "network", "channel"
 
 
 @dataclass(frozen=True)
 class PrioritiesPlan(Plan):
     """How much is measured."""
 
-    requests: int = 1000
+    requests: int = 3000
     depth: int = 16
     """Reads of the bulk disk that are under way."""
 
 
 @dataclass(frozen=True)
 class Case(Factors):
-    """How the guest has its devices."""
+    """How the guest has its devices, and which of them is asked."""
 
     signal: str
+    asked: str = NETWORK
 
 
 @dataclass(frozen=True)
@@ -53,21 +56,23 @@ class Variant(Factors):
 
 
 class Priorities(Measurement[PrioritiesPlan, Case, Variant]):
-    """An urgent network."""
+    """An urgent network and channel."""
 
     name = "priorities"
-    title = "Priorities: an urgent network of a guest beside bulk load"
+    title = "Priorities: an urgent network and channel of a guest beside bulk load"
     page_head = """\
 # Priorities in a guest
 
-What an urgent device of a guest notices of bulk load, measured by `vbus bench priorities`. This page is generated
-(`vbus bench report`) from the JSON beside it.
+What an urgent device or channel of a guest notices of bulk load, measured by `vbus bench priorities`. This page is
+generated (`vbus bench report`) from the JSON beside it.
 """
     template = """\
 Questions of 64 bytes go over the most urgent network of the bus, and come back from the host, one at a time; meanwhile
 the guest reads a disk with {depth} reads under way and streams over another network, both the least urgent, as fast as
 they can. The 99th percentile of a question and its answer is {tunnelled:.2f} times that of an idle bus behind tunnelled
-signals, {direct:.2f} times behind direct ones, and {pci:.2f} times on virtio-pci. At most {bar:g} times was wanted.
+signals, {direct:.2f} times behind direct ones, and {pci:.2f} times on virtio-pci. Over an event channel that is as
+urgent, and that a program in Python answers, it is {channel:.2f} and {channel_direct:.2f} times. At most {bar:g} times
+was wanted.
 
 Guest, hypervisor, the bus and the other end of TCP share the machine's CPUs here, and bulk load takes all that there
 are: so the figures hold the wait for a CPU, too.
@@ -92,7 +97,7 @@ are: so the figures hold the wait for a CPU, too.
 
     def cases(self, plan: PrioritiesPlan) -> list[Case]:
         """The ways that a guest has devices."""
-        return [Case(TUNNELLED), Case(DIRECT), Case(PCI)]
+        return [Case(TUNNELLED), Case(DIRECT), Case(PCI), Case(TUNNELLED, CHANNEL), Case(DIRECT, CHANNEL)]
 
     def variants(self, plan: PrioritiesPlan, case: Case) -> list[Variant]:
         """Alone, and beside bulk load."""
@@ -117,7 +122,7 @@ are: so the figures hold the wait for a CPU, too.
         """Ask, with or without something else."""
         assert self._machine is not None
         bulk = [Load("read", 1, plan.depth, ENDLESS), Load("stream", 1, 1, ENDLESS)]
-        asked = Load("ask", 1, 1, plan.requests)
+        asked = Load("ask" if case.asked == NETWORK else "tell", 1, 1, plan.requests)
         told = self._machine.run(case.signal, asked, bulk if variant.beside == BULK else [])
         work = {key: told[key] for key in ("requests", "bytes", "wrong")}
         check_same_work(str(case), [("the guest", work), ("what is right", {**work, "wrong": 0})])
@@ -140,12 +145,14 @@ are: so the figures hold the wait for a CPU, too.
 
     def numbers(self, result: Row) -> Mapping[str, Any]:
         """Of the comparisons."""
-        found = {row["case"]["signal"]: row["ratios"]["p99_us"] for row in result["comparisons"]}
+        found = {tuple(row["case"].values()): row["ratios"]["p99_us"] for row in result["comparisons"]}
         return {
             "depth": result["options"]["depth"],
-            "tunnelled": found[TUNNELLED],
-            "direct": found[DIRECT],
-            "pci": found[PCI],
+            "tunnelled": found[TUNNELLED, NETWORK],
+            "direct": found[DIRECT, NETWORK],
+            "pci": found[PCI, NETWORK],
+            "channel": found[TUNNELLED, CHANNEL],
+            "channel_direct": found[DIRECT, CHANNEL],
             "bar": MOST_P99,
         }
 
