@@ -82,7 +82,7 @@ int vbus_ask(struct vbus_proxy *proxy, struct vbus_request *request);
 struct vbus_ring {
 	struct vbus_proxy *proxy;
 	u8 priority;
-	bool used;			/* guarded by the events' @open_lock */
+	bool used;			/* written with the events' @open_lock */
 
 	/* Towards the device. */
 	struct vbus_slot *slots_out;

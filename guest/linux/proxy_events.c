@@ -96,10 +96,13 @@ static bool send(struct vbus_events *events, struct vbus_ring *ring, struct vbus
 	return true;
 }
 
-/* Whether our own consumer of a ring is awake: then its poll comes, or is there. */
+/*
+ * Whether our own consumer of a ring is awake: then its poll comes, or is there. A ring that is not
+ * used is not polled, though its sleep word says awake; one that is used is polled to the end.
+ */
 static bool is_awake(const struct vbus_ring *ring)
 {
-	return !(READ_ONCE(ring->sleep) & 1);
+	return READ_ONCE(ring->used) && !(READ_ONCE(ring->sleep) & 1);
 }
 
 /* Whether the consumer sleeps, and nobody has rung for this sleep yet. */
@@ -348,7 +351,8 @@ static int use_ring(struct vbus_proxy *proxy, struct vbus_ring *ring)
 	if (!ring->used) {
 		err = proxy->connector->ops->open_events(proxy->connector, proxy, ring->priority);
 		if (!err) {
-			ring->used = true;
+			/* Producers leave their doorbells to the poll from here on: it will come. */
+			WRITE_ONCE(ring->used, true);
 			/* It goes to sleep, so that the other side rings. */
 			tasklet_schedule(&ring->poll);
 		}
