@@ -82,14 +82,13 @@ int vbus_ask(struct vbus_proxy *proxy, struct vbus_request *request);
 struct vbus_ring {
 	struct vbus_proxy *proxy;
 	u8 priority;
-	bool used;			/* written with the events' @open_lock */
+	bool used;			/* guarded by the events' @open_lock */
 
 	/* Towards the device. */
 	struct vbus_slot *slots_out;
 	const __le32 *sleep_out;
 	atomic_t tail;			/* slots that were given out */
 	atomic_t rung;			/* the sleep word that was rung for last */
-	atomic_t deferred;		/* a source, plus 1, for which the poll rings; or 0 */
 
 	/* Towards the driver. */
 	const struct vbus_slot *slots_in;

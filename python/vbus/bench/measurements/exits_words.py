@@ -66,7 +66,9 @@ takes a random time for a read, with an average that gives this, so that disks d
 
 Doorbells remain where the bus sleeps: requests that find nobody awake ring, and a bus that is faster than its guest is
 asleep most of the time. (That one thread serves in place of two made no difference when it was tried; polling would
-make one, is paid in CPU time, and is not done here.)
+make one, is paid in CPU time, and is not done here.) Nor can the guest hold a doorbell back until its own poll comes by:
+drivers may spin until the device answers, as virtio_net does for its control queue, where no poll can come by, and then
+the doorbell never rings.
 
 In 2009, on the hardware of that time, tunnelling saved 11% of the interrupts of one network stream, and exits went from
 65,000 a second to 36,000.
