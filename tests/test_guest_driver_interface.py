@@ -264,7 +264,7 @@ class KernelSide:
     def disk(self, name: str) -> KernelDisk:
         """`/dev/vdX`."""
         disk = self._bound(name, "ls block")
-        self._vm.wait_for(f"test -b /dev/{disk}")
+        self._vm.wait_for(f"true 2>/dev/null </dev/{disk}")
         return KernelDisk(self._vm, disk)
 
     def network(self, name: str) -> KernelNetwork:

@@ -58,7 +58,10 @@ class Running:
 
     def driven(self) -> list[int]:
         """The addresses of the disks that the guest has, in order; of those that are on their way, none."""
-        said = self.vm.ask(f"for b in {DEVICES}/*/virtio*/block/vd*; do cat ${{b%/virtio*}}/address; done").output
+        said = self.vm.ask(
+            f"for b in {DEVICES}/*/virtio*/block/vd*; do "
+            "true 2>/dev/null </dev/${b##*/} && cat ${b%/virtio*}/address; done"
+        ).output
         return sorted(int(word) for word in said.split() if word.isdecimal())
 
 

@@ -92,12 +92,12 @@ class FunctionMachine(Machine):
         before = self._pci_functions()
         self._bus.plug(Blk(image), COMER)
         try:
-            self._guest.wait_for(
-                f"grep -qx {COMER} {DEVICES}/*/name && ls $(dirname $(grep -lx {COMER} "
-                f"{DEVICES}/*/name))/virtio*/block",
+            # It can be opened a little after it has a name.
+            disk = self._guest.wait_for(
+                f"grep -qx {COMER} {DEVICES}/*/name && b=$(ls $(dirname $(grep -lx {COMER} "
+                f"{DEVICES}/*/name))/virtio*/block) && true 2>/dev/null </dev/$b && echo $b",
                 seconds=SETTLE_SECONDS,
-            )
-            disk = self.block(COMER)
+            ).strip()
             here = self._guest.run(f"sha256sum </dev/{disk}", seconds=60).split()[0]
         finally:
             self._bus.unplug(COMER)
