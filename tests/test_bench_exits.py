@@ -46,11 +46,11 @@ def test_all_ways_do_the_same_work_and_are_counted_alike_on_both_sides(quick: tu
             assert values["doorbells"] > 0
             assert values["interrupts"] > 0
             # What one side says that it did is what the other side has heard of. (The guest begins to look when
-            # connections are there.)
+            # connections are there, and networks go on while it reads one counter after the other.)
             if row["variant"]["signal"] in SIGNALS and case[0] == "read":
                 assert values["doorbells"] == pytest.approx(values["guest_rung_to_device"])
                 assert values["bus_rung_to_driver"] == pytest.approx(values["guest_rung_to_driver"])
-            if row["variant"]["signal"] == "direct":
+            if row["variant"]["signal"] == "direct" and case[0] == "read":
                 assert values["guest_rung_to_device"] == pytest.approx(values["guest_signalled_to_device"])
 
 
