@@ -11,7 +11,7 @@ import pytest
 from command import vbus
 from vbus.bench import harness, report
 from vbus.bench.guest_machine import COUNTERS, Load
-from vbus.bench.guest_side import KINDS, PCI, SIGNALS
+from vbus.bench.guest_side import KINDS, PCI, SIGNALS, WINDOW
 from vbus.bench.measure import UnequalWorkError
 from vbus.bench.measurements import exits
 from vbus.bench.measurements.exits import Case, ExitsPlan
@@ -37,7 +37,8 @@ def test_all_ways_do_the_same_work_and_are_counted_alike_on_both_sides(quick: tu
     assert {("read", 2, 2, "full"), ("read", 2, 1, "50%"), ("ask", 1, 1, "full"), ("stream", 1, 1, "full")} <= cases
     for case in cases:
         rows = [row for row in result["rows"] if tuple(row["case"].values()) == case]
-        assert [row["variant"]["signal"] for row in rows] == list(KINDS)
+        copies = case == ("read", 2, 2, "full")
+        assert [row["variant"]["signal"] for row in rows] == [kind for kind in KINDS if copies or kind != WINDOW]
         assert len({json.dumps(row["work"]) for row in rows}) == 1
         for row in rows:
             values = row["median"]
@@ -45,11 +46,11 @@ def test_all_ways_do_the_same_work_and_are_counted_alike_on_both_sides(quick: tu
             assert values["doorbells"] > 0
             assert values["interrupts"] > 0
             # What one side says that it did is what the other side has heard of. (The guest begins to look when
-            # connections are there.)
+            # connections are there, and networks go on while it reads one counter after the other.)
             if row["variant"]["signal"] in SIGNALS and case[0] == "read":
                 assert values["doorbells"] == pytest.approx(values["guest_rung_to_device"])
                 assert values["bus_rung_to_driver"] == pytest.approx(values["guest_rung_to_driver"])
-            if row["variant"]["signal"] == "direct":
+            if row["variant"]["signal"] == "direct" and case[0] == "read":
                 assert values["guest_rung_to_device"] == pytest.approx(values["guest_signalled_to_device"])
 
 

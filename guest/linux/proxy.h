@@ -89,7 +89,6 @@ struct vbus_ring {
 	const __le32 *sleep_out;
 	atomic_t tail;			/* slots that were given out */
 	atomic_t rung;			/* the sleep word that was rung for last */
-	atomic_t deferred;		/* a source, plus 1, for which the poll rings; or 0 */
 
 	/* Towards the driver. */
 	const struct vbus_slot *slots_in;

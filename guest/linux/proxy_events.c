@@ -27,16 +27,9 @@
  * finds nothing. In between the softirqs run that the events started, so that all that becomes due
  * meanwhile costs no interrupt. Only then it sleeps.
  *
- * While it is awake, the poll also rings for producers, unless they are urgent: those that come
- * until then share a doorbell, as the answers of several devices start requests of several.
- *
- *	producer					poll
- *	deferred := its source				rings for whom it finds there, drains
- *	FENCE E						own sleep word := odd
- *	our consumer sleeps: takes itself back,		FENCE D
- *	and rings					rings for whom it finds there
- *
- * E meets D: either the producer sees that nobody will poll, or the last poll sees the producer.
+ * A producer rings itself, at once, and leaves that to no poll or other softirq. Drivers may spin
+ * until the device answers, as virtio_net does for its control queue, even where no softirq can
+ * run: the doorbell would never ring.
  */
 #include <linux/export.h>
 #include <linux/slab.h>
@@ -51,8 +44,6 @@
 /* Events of one interrupt, and of one poll. */
 #define IRQ_BUDGET	32
 #define POLL_BUDGET	64
-/* Priorities below this one ring at once: what is not urgent has this one, or a larger number. */
-#define FIRST_DEFERRED	4
 
 /* Towards the device. */
 
@@ -96,56 +87,12 @@ static bool send(struct vbus_events *events, struct vbus_ring *ring, struct vbus
 	return true;
 }
 
-/* Whether our own consumer of a ring is awake: then its poll comes, or is there. */
-static bool is_awake(const struct vbus_ring *ring)
-{
-	return !(READ_ONCE(ring->sleep) & 1);
-}
-
 /* Whether the consumer sleeps, and nobody has rung for this sleep yet. */
 static bool is_due(struct vbus_ring *ring)
 {
 	u32 sleep = le32_to_cpu(READ_ONCE(*ring->sleep_out));
 
 	return sleep & 1 && atomic_xchg(&ring->rung, sleep) != sleep;
-}
-
-/* Whether the poll rings in place of a producer, should it still be due. */
-static bool is_deferred(struct vbus_ring *ring, const struct vbus_queue *queue)
-{
-	if (ring->priority < FIRST_DEFERRED || !is_awake(ring))
-		return false;
-	if (!(le32_to_cpu(READ_ONCE(*ring->sleep_out)) & 1))
-		return true;	/* Nobody has to ring. */
-	atomic_set(&ring->deferred, queue->source + 1);
-	virt_mb();	/* E: deferred, before the look at our own sleep */
-	return is_awake(ring) || !atomic_xchg(&ring->deferred, 0);
-}
-
-/* Ring for those who left it to the poll. */
-static void ring_deferred(struct vbus_ring *ring)
-{
-	struct vbus_proxy *proxy = ring->proxy;
-	struct vbus_events *events = &proxy->events;
-	struct vbus_queue *queue;
-	u32 source;
-
-	if (!atomic_read(&ring->deferred))
-		return;
-	source = atomic_xchg(&ring->deferred, 0);
-	if (!source || !is_due(ring))
-		return;
-	rcu_read_lock();
-	queue = rcu_dereference(events->listeners[source - 1]);
-	if (queue) {
-		unsigned long flags;
-
-		spin_lock_irqsave(&queue->lock, flags);
-		count(&queue->rung, &events->stats_out[source - 1].rung);
-		spin_unlock_irqrestore(&queue->lock, flags);
-	}
-	rcu_read_unlock();
-	proxy->connector->ops->ring_events(proxy->connector, ring->priority);
 }
 
 /**
@@ -169,7 +116,7 @@ void vbus_queue_signal(struct vbus_queue *queue)
 		virt_mb();	/* A: the buffers, before the look at taken[] */
 		if (send(events, ring, queue)) {
 			virt_mb();	/* C: the event, before the look at the sleep word */
-			rings = !events->direct && !is_deferred(ring, queue) && is_due(ring);
+			rings = is_due(ring);
 		}
 		/* One notification, one doorbell. */
 		rings |= events->direct;
@@ -292,7 +239,7 @@ static void set_sleep(struct vbus_ring *ring, bool asleep)
 
 	spin_lock_irqsave(&ring->lock, flags);
 	if ((ring->sleep & 1) != asleep) {
-		WRITE_ONCE(ring->sleep, ring->sleep + 1);
+		ring->sleep++;
 		WRITE_ONCE(*ring->sleep_in, cpu_to_le32(ring->sleep));
 	}
 	spin_unlock_irqrestore(&ring->lock, flags);
@@ -315,11 +262,9 @@ static void poll(struct tasklet_struct *tasklet)
 
 	if (READ_ONCE(ring->proxy->broken))
 		return;
-	ring_deferred(ring);
 	if (!drain(ring->proxy, ring->priority, POLL_BUDGET)) {
 		set_sleep(ring, true);
-		virt_mb();	/* D: asleep, before the last looks */
-		ring_deferred(ring);
+		virt_mb();	/* D: asleep, before the last look */
 		if (!has_event(ring))
 			return;
 		set_sleep(ring, false);
