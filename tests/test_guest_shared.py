@@ -21,7 +21,7 @@ import pytest
 
 from command import out, vbus
 from conftest import wait_until
-from guests import BACKPORTS, Served, bus_modules, files_each_way, namespace, served
+from guests import BACKPORTS, Served, bus_modules, files_each_way, namespace, reads_again_and_again, served
 from qmp_server import QmpServer, backend, tree
 from vbus.shmem import ivshmem
 from vbus.virtio.features import ACCESS_PLATFORM, RING_PACKED
