@@ -147,7 +147,7 @@ def leftovers() -> type[Leftovers]:
     return Leftovers
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> bool:
+def wait_until(condition: Callable[[], object], timeout: float = 60.0) -> bool:
     """Wait until something is so; whether it came to be so in time."""
     deadline = time.monotonic() + timeout
     while not condition():

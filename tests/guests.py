@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from vbus.vm.options import VhostUserDevice, device_options, function_options
 
 MODULES = {"Net": ["virtio_net"], "Blk": ["virtio_blk"], "Rng": ["virtio_rng"], "Input": ["virtio_input", "evdev"]}
 """The guest's modules, by the class of the device."""
+READERS = itertools.count()
 BACKPORTS = os.environ.get("VBUS_GUEST_BACKPORTS") == "1"
 """Whether guests with these modules have the newer kernel of Debian's backports."""
 
@@ -106,11 +108,27 @@ def served(folder: Path, address: str, inside: Sequence[str]) -> Iterator[None]:
         server.wait(20)
 
 
+def reads_again_and_again(vm: Guest, disk: str) -> Callable[[], None]:
+    """A program in a guest reads a disk without an end. Call what is returned to end it: it waits for no disk that was.
+
+    To look for the program among the processes would not do: between two reads there is none.
+    """
+    mark = f"/tmp/reader{next(READERS)}"
+    read = f"dd if=/dev/{disk} of=/dev/null bs=64k iflag=direct || sleep 0.1"
+    vm.run(f"(until test -e {mark}.stop; do {read}; done; touch {mark}.over) >/dev/null 2>&1 &")
+
+    def end() -> None:
+        vm.run(f"touch {mark}.stop")
+        vm.wait_for(f"test -e {mark}.over", seconds=120)
+
+    return end
+
+
 def files_each_way(vm: Guest, folder: Path, size: int, here: str, there: str, inside: Sequence[str]) -> None:
     """A file goes over HTTP from the host, which has the address `here` inside, to the guest, and back; whole."""
     vm.run(f"ip addr add {there}/24 dev eth0 && ip link set eth0 up")
     with file_served(folder, size, here, inside) as digest:
-        vm.wait_for(f"wget -q -O /tmp/file http://{here}:8000/file", seconds=60)
+        vm.wait_for(f"wget -q -O /tmp/file http://{here}:8000/file", seconds=120)
         assert vm.run("sha256sum /tmp/file").split()[0] == digest
     vm.run("httpd -p 8000 -h /tmp")
     program = "import sys, urllib.request as r; sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read())"

@@ -202,8 +202,9 @@ def test_one_that_cannot_start_says_why() -> None:
 
 
 @NEEDS_DPDK
+@pytest.mark.timeout(400)
 def test_a_peer_serves_the_same_and_all_its_options_are_told(tmp_path: Path) -> None:
-    done = vbus("bench", "net", "--quick", "--peer", "--json", cwd=tmp_path, timeout=110)
+    done = vbus("bench", "net", "--quick", "--peer", "--json", cwd=tmp_path, timeout=380)
     assert done.returncode == 0, done.stderr.decode()
     [result] = json.loads(done.stdout)
     by = {(row["case"]["what"], row["variant"]["by"]) for row in result["rows"]}

@@ -57,7 +57,7 @@ def demo(folder: Path, *tools: str, options: Sequence[str] = (), path: str = "")
     """The lines of a demo that succeeds, with these tools alone on its PATH, or with a whole one; it left nothing."""
     with_tools(folder, *tools)
     env = {"PATH": path or str(folder / "bin"), "TMPDIR": str(folder / "tmp")}
-    done = vbus("demo", *options, cwd=folder, env=env, timeout=280)
+    done = vbus("demo", *options, cwd=folder, env=env, timeout=880)
     # What a guest is made of is fetched the first time.
     errors = [line for line in done.stderr.decode().splitlines() if not line.startswith("vbus: fetching ")]
     assert (done.returncode, errors) == (0, []), done.stdout.decode()
@@ -147,7 +147,7 @@ def test_who_is_stopped_leaves_nothing_behind(folder: Path) -> None:
         # Its network comes last of all.
         while not process.stdout.readline().startswith("containers "):
             assert process.poll() is None
-        assert wait_until(lambda: namespaces() != [], 20)
+        assert wait_until(lambda: namespaces() != [], 60)
         process.terminate()
         assert process.wait(30) != 0
     assert list((folder / "tmp").iterdir()) == []
@@ -176,7 +176,7 @@ def guest_table(lines: list[str], steps: Sequence[str] = GUEST_STEPS) -> dict[st
     return {device: (saw, counted) for device, saw, counted in rows}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(os.geteuid() != 0 or None in TOOLS.values(), reason="needs root, QEMU, e2fsprogs and iproute2")
 def test_the_whole_of_it_in_a_guest(folder: Path) -> None:
     lines = demo(folder, *TOOLS, options=["--vm"])
@@ -195,7 +195,7 @@ def test_the_whole_of_it_in_a_guest(folder: Path) -> None:
     assert not [name for name in os.listdir("/sys/class/net") if re.fullmatch(r"vb\d+", name)]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(os.geteuid() != 0 or None in TOOLS.values(), reason="needs root, QEMU, e2fsprogs and iproute2")
 def test_the_whole_bus_in_a_guest(folder: Path) -> None:
     # What builds modules is more than can be listed.
@@ -225,7 +225,7 @@ def test_without_what_builds_modules_there_is_the_other_demo(folder: Path) -> No
     assert f"replaced: {NO_QEMU}: drivers in this process stand in for a guest" in lines
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(None in (TOOLS[name] for name in GUEST_TOOLS), reason="needs QEMU and apt")
 def test_a_guest_without_the_host_s_tools(folder: Path) -> None:
     lines = demo(folder, *GUEST_TOOLS, options=["--vm"])

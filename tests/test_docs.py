@@ -128,19 +128,20 @@ def namespace() -> Iterator[str]:
     subprocess.run(["ip", "netns", "del", name], check=True, env=os.environ | {"PATH": PATH})
 
 
+@pytest.mark.timeout(300)
 def test_the_commands_of_channels() -> None:
     with tempfile.TemporaryDirectory(prefix="vbus-docs-") as folder:
-        said = run_page(Path(folder), "channels.md", timeout=90)
+        said = run_page(Path(folder), "channels.md", timeout=280)
     assert re.search(r"^bus +alarm +0 +65536 +- +1 ", said, re.MULTILINE)
     assert "1 driver heard it" in said
     assert re.search(r"bus: fire\n.*bus: all clear\n", said)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_commands_of_the_kvm_connector() -> None:
     with tempfile.TemporaryDirectory(prefix="vbus-docs-") as folder:
         shutil.copy(DOCS.parent / "examples" / "rng.py", folder)
-        said = run_page(Path(folder), "kvm-connector.md", timeout=280)
+        said = run_page(Path(folder), "kvm-connector.md", timeout=880)
     assert re.search(r"==> /sys/bus/vbus/devices/vbus0-2/name <==\ndisk0\n", said)
     assert re.search(r"==> /sys/bus/vbus/devices/vbus0-1/priority <==\n2\n", said)
     assert re.search(r"^00000000: ([0-9a-f]{4} ){8}", said, re.MULTILINE)
@@ -175,10 +176,11 @@ def commands(block: str, label: str = "") -> list[str]:
     os.geteuid() != 0 or not Path("/dev/net/tun").exists() or shutil.which("ip", path=PATH) is None,
     reason="namespaces and taps are root's",
 )
+@pytest.mark.timeout(300)
 def test_the_commands_of_containers(namespace: str) -> None:
     # A short path, for the socket in it.
     with tempfile.TemporaryDirectory(prefix="vbus-docs-") as folder:
-        said = run_page(Path(folder), "containers.md", timeout=90, inside=["ip", "netns", "exec", namespace])
+        said = run_page(Path(folder), "containers.md", timeout=280, inside=["ip", "netns", "exec", namespace])
     assert re.search(r"^eth0 ", said, re.MULTILINE)
     assert "3 packets transmitted, 3 received, 0% packet loss" in said
     assert re.search(r"carrier; .*\n0\n", said)

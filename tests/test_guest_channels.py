@@ -23,7 +23,7 @@ from vbus.connectors.ivshmem_peer import IvshmemPeer
 from vbus.devices import Rng
 from vbus.vm import Guest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 SIGNALS = ("tunnelled", "direct")
 CONCERNS = re.compile(r"BUG|WARNING|Oops|Call Trace|general protection|hung task|soft lockup|cannot create duplicate")
@@ -61,6 +61,8 @@ class Place:
         self._found = f"$(grep -lx {channel.name} {here.function(signal)}/vbus/*/name)"
         self.directory = self.vm.wait_for(f"f={self._found} && dirname $f").strip()
         self.node = f"/dev/vbus/{Path(self.directory).name}"
+        # It comes a little after its directory, and until then a shell would make a file of that name.
+        self.vm.wait_for(f"test -c {self.node}")
 
     def attribute(self, name: str) -> str:
         """What sysfs says."""
@@ -77,7 +79,7 @@ class Place:
         self.vm.run(f"(channel_steps {self.node} {words}; touch {said}.end) >{said} 2>&1 &")
 
         def result() -> list[str]:
-            self.vm.wait_for(f"test -e {said}.end", seconds=60)
+            self.vm.wait_for(f"test -e {said}.end", seconds=120)
             return self.vm.run(f"cat {said}").splitlines()
 
         return result
@@ -93,12 +95,12 @@ class Place:
 
     def end(self) -> ChannelEnd:
         """The bus's end, as soon as there is one."""
-        assert wait_until(lambda: self.ends, 30)
+        assert wait_until(lambda: self.ends, 120)
         return self.ends[0]
 
     def is_left(self) -> bool:
         """Whether the guest has left it."""
-        return wait_until(lambda: not self.ends, 30)
+        return wait_until(lambda: not self.ends, 120)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def opened(here: Running, signal: str) -> Iterator[Callable[..., Place]]:
     yield make
     for channel in channels:
         channel.close()
-    here.vm.wait_for('test -z "$(ls /sys/class/vbus)"', seconds=30)
+    here.vm.wait_for('test -z "$(ls /sys/class/vbus)"', seconds=120)
 
 
 def heard(channel: Channel) -> bytes:
@@ -277,7 +279,7 @@ def test_whoever_does_not_read_fills_only_its_window(opened: Callable[..., Place
     told = [place.channel.send(bytes(1000)) for _ in range(50)]
     assert sum(told) == 16
     assert end.missed == 34
-    assert wait_until(lambda: place.attribute("waiting") == "16", 30)
+    assert wait_until(lambda: place.attribute("waiting") == "16", 120)
     place.vm.run(f"touch {flags[0]}")
     place.vm.wait_for(f"test -e {flags[1]}")
     assert end.wait_writable(30)
@@ -320,7 +322,7 @@ def test_a_lane_that_is_full_is_waited_for(here: Running, signal: str, opened: C
     assert sum(counts) == 65536 // (4000 + 16)
     assert min(counts) <= 2
     assert [lines[4:] for lines in said] == [["OUT ", "4"]] * 6
-    assert wait_until(lambda: sizes == [[4000] * count + [4] for count in counts], 30)
+    assert wait_until(lambda: sizes == [[4000] * count + [4] for count in counts], 120)
     other.steps("say=still there")
     assert heard(other.channel) == b"still there"
 
@@ -341,7 +343,8 @@ def test_an_event_rings_for_its_priority(here: Running, signal: str, opened: Cal
     place.end().send(b"there")
     assert far() == ["there", "4"]
     assert heard(place.channel) == b"back"
-    assert interrupts() > before
+    # Another vector's handler may have read the event before this one is taken.
+    assert wait_until(lambda: interrupts() > before, 120)
     assert area.read_stats(source, to_device=True)[1] > sent
 
 
@@ -361,7 +364,7 @@ def test_files_that_are_open_at_once_share_an_end(here: Running, opened: Callabl
 
 def test_it_is_opened_and_left_again_and_again(here: Running, opened: Callable[..., Place]) -> None:
     place = opened("again")
-    here.vm.run(f"for i in $(seq 200); do printf $i >{place.node} || exit 1; done", seconds=60)
+    here.vm.run(f"for i in $(seq 200); do printf $i >{place.node} || exit 1; done", seconds=120)
     assert [heard(place.channel) for _ in range(200)] == [b"%d" % n for n in range(1, 201)]
     assert place.is_left()
     assert place.attribute("sent") == "200"
@@ -405,12 +408,12 @@ def test_channels_come_and_go(here: Running, signal: str, opened: Callable[..., 
     for round_ in range(5):
         place = opened(f"come{round_}", priority=round_)
         place.channel.close()
-        here.vm.wait_for(f"! test -e {place.node}", seconds=30)
+        here.vm.wait_for(f"! test -e {place.node}", seconds=120)
     # Two of a name, one after the other, are two.
     first = opened("same", priority=1)
     first.channel.close()
     second = opened("same", priority=6)
-    here.vm.wait_for(f'test "$(cat {second.directory}/priority)" = 6', seconds=30)
+    here.vm.wait_for(f'test "$(cat {second.directory}/priority)" = 6', seconds=120)
     assert second.steps("say=here") == ["4"]
     assert heard(second.channel) == b"here"
 
@@ -419,12 +422,12 @@ def test_hundreds_of_channels(here: Running, signal: str) -> None:
     channels = [here.bus.open_channel(f"many{n}", priority=n % 8) for n in range(300)]
     place = Place(here, signal, channels[299])
     directory = str(Path(place.directory).parent)
-    here.vm.wait_for(f"test $(ls {directory} | wc -l) = 300", seconds=60)
+    here.vm.wait_for(f"test $(ls {directory} | wc -l) = 300", seconds=120)
     assert place.steps("say=one of them") == ["11"]
     assert heard(channels[299]) == b"one of them"
     for channel in channels:
         channel.close()
-    here.vm.wait_for('test -z "$(ls /sys/class/vbus)"', seconds=60)
+    here.vm.wait_for('test -z "$(ls /sys/class/vbus)"', seconds=120)
 
 
 def test_a_channel_that_goes_while_it_is_open(here: Running, opened: Callable[..., Place]) -> None:
@@ -462,7 +465,7 @@ def test_a_session_that_ends_while_channels_are_open(here: Running, signal: str,
     waiting = place.begin("map=65536", "put=0,mine", f"made={flag}", "hear", "hear", "say=x", "get=0,4")
     here.vm.wait_for(f"test -e {flag}")
     place.end().send(b"last words")
-    assert wait_until(lambda: place.attribute("received") == "1", 30)
+    assert wait_until(lambda: place.attribute("received") == "1", 120)
     here.peer(signal).part("the test ends it")
     assert waiting() == ["0", "4", "0", "last words", "ENODEV", "ENODEV", "...."]
     # Whoever comes next has it again.
@@ -494,14 +497,14 @@ def test_modules_that_go_while_channels_are_open(here: Running) -> None:
     far = [place.begin("hear", f"until={flag}") for place, flag in zip(places, flags, strict=True)]
     for place in places:
         place.end()
-    here.vm.run("rmmod vbus_ivshmem virtio_vbus", seconds=60)
+    here.vm.run("rmmod vbus_ivshmem virtio_vbus", seconds=120)
     # The guest said so before it went.
     assert all(place.is_left() for place in places)
     assert here.vm.run("ls /dev/vbus 2>/dev/null | wc -l") == "0\n"
     assert here.vm.ask("rmmod vbus_proxy").status != 0
     here.vm.run(f"touch {' '.join(flags)}")
     assert [result() for result in far] == [["ENODEV", "0"]] * 2
-    here.vm.wait_for("rmmod vbus_proxy", seconds=30)
+    here.vm.wait_for("rmmod vbus_proxy", seconds=120)
     here.vm.run(
         "".join(f"insmod /modules/{name}.ko && " for name in ("vbus_proxy", "virtio_vbus", "vbus_ivshmem")) + "true"
     )

@@ -26,7 +26,7 @@ from vbus.bus import Bus
 from vbus.connectors import Ivshmem
 from vbus.vm import Guest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 DRIVERS = ("virtio_net", "virtio_blk", "virtio_console", "virtio_rng")
 TRANSPORT = "/sys/bus/vbus/drivers/virtio_vbus"

@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 
 from conftest import wait_until
-from guests import BACKPORTS, bus_modules, files_each_way, function_args, namespace
+from guests import BACKPORTS, bus_modules, files_each_way, function_args, namespace, reads_again_and_again
 from vbus.bus import Bus, Queue, Request
 from vbus.connectors import Ivshmem
 from vbus.devices import Blk, Console, Net, Rng
 from vbus.vm import Guest
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(os.geteuid() != 0, reason="making a tap takes CAP_NET_ADMIN: run as root"),
 ]
 
@@ -209,17 +209,28 @@ def test_entropy(here: Running) -> None:
     for way in ("to_device", "to_driver"):
         assert after[way]["sent"] > before[way]["sent"]
         assert after[way]["signalled"] >= after[way]["sent"] >= after[way]["rung"]
-        assert after[way]["sent"] == after[way]["taken"]
+    # The driver has asked for more by now; what was sent is taken a little later.
+    assert wait_until(
+        lambda: all(counted["sent"] == counted["taken"] for counted in here.counters("rng0").values()), 120
+    )
 
 
 def test_both_sides_count_the_same(here: Running) -> None:
     queues = here.bus.slot("rng0").queues
     owner = here.bus.slot("rng0").owner
     assert owner is not None
-    inward, outward = owner.counters(here.bus.slot("rng0"), queues[0])
-    counted = here.counters("rng0")
-    assert tuple(counted["to_device"].values())[:3] == inward
-    assert tuple(counted["to_driver"].values())[:3] == outward
+    slot = here.bus.slot("rng0")
+
+    def same() -> bool:
+        # The kernel asks for entropy when it likes, between these two as well.
+        sides = owner.counters(slot, queues[0])
+        counted = here.counters("rng0")
+        return all(
+            tuple(counted[way].values())[:3] == side
+            for way, side in zip(("to_device", "to_driver"), sides, strict=True)
+        )
+
+    assert wait_until(same, 120)
 
 
 def test_a_tree_is_copied_and_found_whole(here: Running) -> None:
@@ -241,7 +252,7 @@ def test_a_tree_is_copied_and_found_whole(here: Running) -> None:
 def test_a_disk_that_grows(here: Running) -> None:
     sectors = here.bus.get("disk0", Blk).capacity * 2
     here.bus.set("disk0", "capacity", str(sectors))
-    here.vm.wait_for(f"test $(cat /sys/block/{here.block('disk0')}/size) = {sectors}", seconds=20)
+    here.vm.wait_for(f"test $(cat /sys/block/{here.block('disk0')}/size) = {sectors}", seconds=120)
 
 
 def test_a_window_that_is_full_loses_nothing(here: Running) -> None:
@@ -256,7 +267,7 @@ def test_a_window_that_is_full_loses_nothing(here: Running) -> None:
             f"(for i in 0 1 2 3 4 5 6 7; do dd if=/tmp/whole of=/dev/{disk} bs=4M skip=$i seek=$i count=1 "
             "oflag=direct conv=notrunc & done; wait; touch /tmp/done) >/dev/null 2>&1 &"
         )
-        vm.wait_for(f"test $(cat {full}) -gt {before}", seconds=40)
+        vm.wait_for(f"test $(cat {full}) -gt {before}", seconds=120)
     finally:
         device.may_go_on.set()
     vm.wait_for("test -e /tmp/done")
@@ -305,8 +316,9 @@ def test_disks_come_and_go(here: Running) -> None:
         disk = plug(here)
         here.vm.run(f"dd if=/dev/urandom of=/dev/{disk} bs=64k count=8 conv=fsync")
         here.bus.unplug("hot0", surprise=number % 2 == 1)
-        assert wait_until(lambda: is_gone(here), 30)
-        assert here.vm.ask(f"test -e /sys/block/{disk}").status != 0
+        assert wait_until(lambda: is_gone(here), 120)
+        # The kernel takes the name away before it takes the driver off, and the disk with it.
+        here.vm.wait_for(f"! test -e /sys/block/{disk}", seconds=120)
 
 
 def test_a_disk_goes_by_surprise_while_it_works(here: Running) -> None:
@@ -320,11 +332,11 @@ def test_a_disk_goes_by_surprise_while_it_works(here: Running) -> None:
         )
         served = here.bus.get("hot0", Blk)
         before = served.reads
-        assert wait_until(lambda: served.reads > before + 20, 30)  # noqa: B023
+        assert wait_until(lambda: served.reads > before + 20, 120)  # noqa: B023
         here.bus.unplug("hot0", surprise=True)
-        assert wait_until(lambda: is_gone(here), 30)
+        assert wait_until(lambda: is_gone(here), 120)
         # Nobody waits for it.
-        here.vm.wait_for("! ps | grep -q '[d]d if'", seconds=30)
+        here.vm.wait_for("! ps | grep -q '[d]d if'", seconds=120)
 
 
 def test_a_disk_that_fails_and_is_bound_again(here: Running) -> None:
@@ -340,7 +352,7 @@ def test_a_disk_that_fails_and_is_bound_again(here: Running) -> None:
     disk = here.block("flaky0")
     here.vm.run(f"dd if=/dev/{disk} of=/dev/null bs=64k count=4 iflag=direct")
     here.bus.unplug("flaky0")
-    assert wait_until(lambda: is_gone(here, "flaky0"), 30)
+    assert wait_until(lambda: is_gone(here, "flaky0"), 120)
 
 
 def test_modules_are_unloaded_and_loaded_under_load(here: Running) -> None:
@@ -352,9 +364,9 @@ def test_modules_are_unloaded_and_loaded_under_load(here: Running) -> None:
     ):
         here.settled()
         disk = here.block("disk1")
-        vm.run(f"(while dd if=/dev/{disk} of=/dev/null bs=64k; do :; done) >/dev/null 2>&1 &")
-        vm.run("".join(f"rmmod {name} && " for name in gone) + "true", seconds=60)
-        vm.wait_for("! ps | grep -q '[d]d if'", seconds=30)
+        nobody_waits = reads_again_and_again(vm, disk)
+        vm.run("".join(f"rmmod {name} && " for name in gone) + "true", seconds=120)
+        nobody_waits()
         assert vm.run("ls /sys/bus/virtio/devices") == ""
         assert wait_until(lambda: all(here.bus.slot(name).status == 0 for name in TUNNELLED))
         vm.run("".join(f"insmod /modules/{name}.ko && " for name in back) + "true")
@@ -369,7 +381,8 @@ def test_a_session_that_the_bus_ends_is_followed_by_another(here: Running) -> No
     for _ in range(3):
         (peer,) = connector.peers
         peer.part("the test ends it")
-        assert wait_until(lambda: len(connector.peers) == 1 and connector.peers[0] is not peer, 30)  # noqa: B023
+        # Until the guest begins anew, it has the devices that were.
+        assert wait_until(lambda: any(new.greeted and new is not peer for new in connector.peers), 120)  # noqa: B023
         here.settled()
     here.vm.run(f"dd if=/dev/{here.block('disk1')} of=/dev/null bs=64k")
     # The other function heard nothing of it.
@@ -391,9 +404,9 @@ def test_a_guest_that_is_reset_starts_with_its_devices(here: Running) -> None:
 
 def test_the_bus_goes_and_the_guest_goes_on(here: Running) -> None:
     here.bus.disconnect("tunnelled")
-    here.vm.wait_for("test $(ls /sys/bus/vbus/devices | wc -l) = 1", seconds=30)
+    here.vm.wait_for("test $(ls /sys/bus/vbus/devices | wc -l) = 1", seconds=120)
     # The other function has its own.
     here.vm.run(f"dd if=/dev/{here.block('direct0')} of=/dev/null bs=64k count=16")
-    here.vm.run("rmmod vbus_ivshmem", seconds=60)
+    here.vm.run("rmmod vbus_ivshmem", seconds=120)
     assert [line for line in here.vm.run("dmesg").splitlines() if CONCERNS.search(line)] == []
     assert here.vm.errors == ""

@@ -76,7 +76,7 @@ TAP = f"vb{os.getpid() % 100000}m"
 HERE, THERE = "10.254.93.1", "10.254.93.2"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(os.geteuid() != 0, reason="making a tap takes CAP_NET_ADMIN: run as root")
 @pytest.mark.parametrize(
     ("machine", "packed"), [*((machine, False) for machine in CARRIED), ("q35", True)], ids=[*CARRIED, "q35 packed"]
@@ -96,7 +96,7 @@ def test_devices_work_in_a_stock_guest(machine: str, packed: bool, tmp_path: Pat
                 guest(bus, machine, packed=packed, cpus=CPUS) as vm,
             ):
                 vm.run(f"ip addr add {THERE}/24 dev eth0 && ip link set eth0 up")
-                vm.wait_for(f"wget -q -O /tmp/file http://{HERE}:8000/file", seconds=60)
+                vm.wait_for(f"wget -q -O /tmp/file http://{HERE}:8000/file", seconds=120)
                 assert vm.run("sha256sum </tmp/file").split()[0] == digest
                 assert bus.get("net0", Net).rx_bytes > 8 * MIB
                 if machine == "q35":
@@ -104,7 +104,7 @@ def test_devices_work_in_a_stock_guest(machine: str, packed: bool, tmp_path: Pat
                     vm.qmp("stop")
                     assert wait_until(lambda: not any(q.core.running for slot in bus.slots() for q in slot.queues))
                     vm.qmp("cont")
-                    vm.run(f"rm /tmp/file && wget -q -O /tmp/file http://{HERE}:8000/file", seconds=60)
+                    vm.run(f"rm /tmp/file && wget -q -O /tmp/file http://{HERE}:8000/file", seconds=120)
                     assert vm.run("sha256sum </tmp/file").split()[0] == digest
                 for device in (bus.slot(name).device for name in ("net0", "disk0") if name in CARRIED[machine]):
                     assert bool(device.negotiated >> features.RING_PACKED & 1) == packed
@@ -121,7 +121,8 @@ def test_devices_work_in_a_stock_guest(machine: str, packed: bool, tmp_path: Pat
                 if "disk1" in CARRIED[machine]:
                     # Which is which is up to the kernel.
                     assert sorted(vm.run("cat /sys/block/vd?/ro").split()) == ["0", "1"]
-                    vm.run("cat /dev/input/event0 >/tmp/keys & sleep 0.2")
+                    # It is open when this returns: what is typed before that is lost.
+                    vm.run("exec 3</dev/input/event0; cat <&3 >/tmp/keys &")
                     assert wait_until(lambda: bus.get("keys0", Input).type("a"))
                     # Down, report, up, report: 24 bytes each.
                     vm.wait_for("test $(wc -c </tmp/keys) = 96")

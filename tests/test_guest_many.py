@@ -21,7 +21,7 @@ from vbus.connectors import Ivshmem
 from vbus.devices import Blk, Rng
 from vbus.vm import Guest
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 MANY = int(os.environ.get("VBUS_MANY", "1000"))
 CYCLES = int(os.environ.get("VBUS_CYCLES", "1000"))
@@ -80,7 +80,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             cpus=2,
             backports=BACKPORTS,
         ) as vm:
-            vm.wait_for("test -e /dev/vda")
+            vm.wait_for("true 2>/dev/null </dev/vda")
             yield Running(vm, bus)
 
 
@@ -91,7 +91,7 @@ def test_a_thousand_devices(here: Running) -> None:
     here.vm.wait_for(f"test $(ls {DEVICES} | wc -l) = {MANY + 1}", seconds=120)
     # Each with its driver, and each driven.
     here.vm.wait_for(f"test $(ls -d {DEVICES}/*/virtio*/driver | wc -l) = {MANY + 1}", seconds=120)
-    assert wait_until(lambda: all(here.bus.slot(name).owner is not None for name in names), 60)
+    assert wait_until(lambda: all(here.bus.slot(name).owner is not None for name in names), 120)
     found = sorted(here.vm.run(f"cat {DEVICES}/*/name").split())
     assert found == sorted(["disk0", *names])
     # The last of them answers.
@@ -116,14 +116,14 @@ def test_disks_come_and_go_a_thousand_times_under_load(here: Running) -> None:
         if number % 100 == 50:
             # Once the guest has caught up, each can be read.
             numbers = sorted(slot.number for slot in bus.slots())
-            assert wait_until(lambda: here.driven() == numbers, 60)  # noqa: B023
+            assert wait_until(lambda: here.driven() == numbers, 120)  # noqa: B023
             for disk in vm.run(f"cd / && ls -d {DEVICES}/*/virtio*/block/vd*").split():
                 vm.run(f"dd if=/dev/{Path(disk).name} of=/dev/null bs=4k count=4 iflag=direct")
     for name in kept[-AT_ONCE:]:
         bus.unplug(name)
-    vm.wait_for(f"test $(ls {DEVICES} | wc -l) = 1", seconds=60)
-    assert wait_until(lambda: len(bus.slots()) == 1, 60)
-    deadline = time.monotonic() + 60
+    vm.wait_for(f"test $(ls {DEVICES} | wc -l) = 1", seconds=120)
+    assert wait_until(lambda: len(bus.slots()) == 1, 120)
+    deadline = time.monotonic() + 240
     while int(vm.run("cat /tmp/n")) < before + 5:
         assert vm.ask("cat /tmp/ended").status != 0, "the worker has ended"
         assert time.monotonic() < deadline

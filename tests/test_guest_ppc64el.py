@@ -18,7 +18,7 @@ from vbus.vm.build import MODULES, SOURCES, build
 from vbus.vm.options import monitor_options
 
 pytestmark = [
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("powerpc64le-linux-gnu-gcc") is None, reason="no cross compiler for ppc64el"),
     pytest.mark.skipif(shutil.which("qemu-system-ppc64") is None, reason="no qemu-system-ppc64 on this machine"),
 ]
@@ -47,7 +47,7 @@ def test_devices_are_driven_in_a_window_and_in_memory(make_bus: Callable[..., Bu
     ) as vm:
         for name, memory in (("copied0", "window"), ("shared0", "shared")):
             place = f"$(dirname $(grep -lx {name} /sys/bus/vbus/devices/*/name))"
-            path = vm.wait_for(f"d={place} && test -d $d/virtio*/block && realpath $d", seconds=90).strip()
+            path = vm.wait_for(f"d={place} && test -d $d/virtio*/block && realpath $d", seconds=120).strip()
             assert vm.run(f"cat $(dirname {path})/memory").strip() == memory
             disk = vm.wait_for(f"b=$(ls {path}/virtio*/block) && true 2>/dev/null </dev/$b && echo $b").strip()
             vm.run(f"dd if=/dev/urandom of=/tmp/x bs=64k count=32; dd if=/tmp/x of=/dev/{disk} bs=64k conv=fsync")
