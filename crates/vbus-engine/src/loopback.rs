@@ -284,7 +284,7 @@ impl Engine for Loopback {
 
     fn settle(&self, _timeout: Duration) -> bool {
         // Held for a batch: one that began before the queues were held is over.
-        drop(self.lock());
+        self.lock().rest();
         true
     }
 
@@ -292,6 +292,7 @@ impl Engine for Loopback {
         let mut state = self.lock();
         count(&self.counters.rx_dropped, state.backlog.take().1.len() as u64);
         state.receiver.reset();
+        state.rest();
         drop(state);
         self.outbox.forget();
     }
