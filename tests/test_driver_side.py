@@ -33,7 +33,7 @@ from models import (
 from vbus import msg
 from vbus.bus import Bus, Device
 from vbus.devices import Blk
-from vbus.errors import DriverError, NoSuchNameError, UsageError
+from vbus.errors import DriverError, NoSuchNameError, UsageError, Violation
 from vbus.virtio import Status, features
 
 
@@ -390,6 +390,35 @@ def test_a_device_that_raises_needs_a_reset_and_gets_one(attached: Attached, cap
     again = remote.driver("raises", EchoDriver)
     assert again.echo(b"fine again") == b"fine again"
     assert "DEVICE_NEEDS_RESET" not in next(row for row in bus.describe() if row["name"] == "raises")["status"]
+
+
+@pytest.mark.parametrize("what", ["breaks", "goes"])
+def test_what_a_device_finished_is_not_lost_with_it(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Its last message may overtake the notification of what it finished before."""
+    bus, remote = attached(echo=Echo())
+    slot = bus.slot("echo")
+    driver = remote.driver("echo", EchoDriver)
+    device, queue = driver.device, driver.queue(0)
+    looks, reap, reap_all = [False], queue.reap, device.reap
+
+    def looked() -> None:
+        looks[0] = True
+        reap_all()
+
+    # Notifications do not get through; messages do.
+    monkeypatch.setattr(queue, "reap", lambda: looks[0] and reap())
+    monkeypatch.setattr(device, "reap", looked)
+    finished = queue.submit([b"abc"], 3)
+    assert wait_until(lambda: slot.queues[0].core.counters[0] == 1 and slot.idle())
+    assert not finished.done()
+    if what == "breaks":
+        slot.violated(Violation("test-broke", "for a test"))
+    else:
+        bus.unplug("echo", surprise=True)
+    assert finished.result(30) == b"abc"
+    assert wait_until(lambda: device.needs_reset or not device.present)
 
 
 def test_a_buffer_that_is_too_small_is_the_drivers_violation(attached: Attached) -> None:

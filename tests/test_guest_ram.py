@@ -145,7 +145,8 @@ def test_a_backend_that_begins_somewhere_in_its_file(tmp_path: Path, ram: Path) 
 def test_what_qemu_says_otherwise_is_one_line(
     ram: Path, tmp_path: Path, change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest_monitor, "ASK_SECONDS", 0.5)
+    if None in change.values():
+        monkeypatch.setattr(guest_monitor, "ASK_SECONDS", 0.5)
     with QmpServer(tmp_path / "qmp", answers(**change)), pytest.raises(RamError) as error:
         find(ram, tmp_path / "qmp")
     assert said in str(error.value)
@@ -167,16 +168,19 @@ def test_what_is_not_there_is_said(tmp_path: Path, ram: Path) -> None:
 def test_one_question_at_a_time_and_the_last_one_counts(
     ram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest_monitor, "ASK_SECONDS", 0.3)
+    monkeypatch.setattr(guest_monitor, "ASK_SECONDS", 3)
     finder = Asker(ram, tmp_path / "qmp")
     heard: list[tuple[int, object]] = []
     with QmpServer(tmp_path / "qmp", answers(query_memdev=None)) as server:
         for number in range(20):
             finder.ask(lambda found, number=number: heard.append((number, found)))  # type: ignore[misc]
+            if number == 0:
+                assert wait_until(lambda: "query-memdev" in server.asked), "the first is under way, the others wait"
         assert wait_until(lambda: bool(heard) and heard[-1][0] == 19)
-        assert len(heard) == 2
+        assert [number for number, _ in heard] == [0, 19]
         assert all(isinstance(found, RamError) for _, found in heard)
         server.answers |= answers()
+        monkeypatch.undo()
         finder.ask(lambda found: heard.append((20, found)))
         assert wait_until(lambda: heard[-1][0] == 20)
     finder.close()
@@ -471,17 +475,16 @@ def test_qemu_that_does_not_answer_holds_nobody(
     served: tuple[Bus, Ivshmem], begin: Begin, qmp: QmpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus, connector = served
-    monkeypatch.setattr(guest_monitor, "ASK_SECONDS", 1.0)
+    monkeypatch.setattr(guest_monitor, "ASK_SECONDS", 5)
     qmp.answers["human-monitor-command"] = None
     session = begin()
     question = session.connector.ask(msg.RamRange(0), msg.RamRangeResponse)
-    began = time.monotonic()
     # Others are served, and so is this one.
     assert session.connector.call(msg.Ping(7), msg.PingResponse).data == 7
     assert bus.stat()
-    assert time.monotonic() - began < 1.0
-    with pytest.raises(DriverError, match=r"does not answer within 1 s"):
-        session.connector.answer_to(question, 10)
+    assert not question.future.done()
+    with pytest.raises(DriverError, match=r"does not answer within 5 s"):
+        session.connector.answer_to(question, 60)
     assert peer_row(connector)["memory"] == "window"
 
 
@@ -590,7 +593,7 @@ def test_what_a_guest_may_have_mapped_is_limited(served: tuple[Bus, Ivshmem], be
 
 
 def test_a_file_that_is_truncated_is_one_drivers_loss(
-    served: tuple[Bus, Ivshmem], begin: Begin, qmp: QmpServer, ram: Path
+    served: tuple[Bus, Ivshmem], begin: Begin, qmp: QmpServer, ram: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus, _ = served
     session = begin()
@@ -598,7 +601,8 @@ def test_a_file_that_is_truncated_is_one_drivers_loss(
     session.use()
     driver = session.drive().driver("echo", EchoDriver)
     assert driver.echo(b"x") == b"x"
-    # What this side has mapped of it would be gone as well.
+    # What this side has mapped of it is gone as well: a guest would not live to look at its ring once more.
+    monkeypatch.setattr(driver.device, "reap", lambda: None)
     with ram.open("r+b") as file, mmap.mmap(file.fileno(), SIZE) as kept:
         data = kept[12 * MIB :]
     os.truncate(ram, 8 * MIB)

@@ -233,7 +233,7 @@ def test_everything_comes_and_goes_and_nothing_is_lost(
                 assert time.monotonic() < deadline, said
                 time.sleep(0.05)
             pinged = subprocess.run(
-                [*_inside(namespaces[1:]), "ping", "-q", "-c", "2", "-i", "0.2", "-w", "5", "10.79.0.1"],
+                [*_inside(namespaces[1:]), "ping", "-q", "-c", "2", "-i", "0.2", "-w", "20", "10.79.0.1"],
                 capture_output=True,
                 text=True,
                 check=False,

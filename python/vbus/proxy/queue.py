@@ -30,7 +30,7 @@ class Answer(Protocol):
     """Where what becomes of a request goes: a future, or whatever else has these two. Neither may wait for the bus."""
 
     def set_result(self, result: bytes, /) -> None:
-        """The device has finished, and written these bytes. On the loop's thread, in the ring's order."""
+        """The device has finished, and written these bytes. In the ring's order."""
 
     def set_exception(self, exception: BaseException, /) -> None:
         """The request failed, with a DriverError. On any thread."""
@@ -48,6 +48,8 @@ class RemoteQueue:
         self._arena_lock = arena_lock
         self._ring = ring
         self._lock = threading.Lock()
+        # Futures are resolved in the ring's order, whichever threads find that they can be.
+        self._reaping = threading.Lock()
         self._pending: dict[int, tuple[Answer, int, int, int]] = {}
         self._waiting: deque[tuple[Answer, Sequence[Buffer], int]] = deque()
         self._error: DriverError | None = None
@@ -147,6 +149,10 @@ class RemoteQueue:
 
     def reap(self) -> bool:
         """Resolve what the device has finished, and add what waited for room. True when there may be more."""
+        with self._reaping:
+            return self._reap()
+
+    def _reap(self) -> bool:
         finished: list[tuple[Answer, bytes]] = []
         with self._lock:
             if self._error is not None:

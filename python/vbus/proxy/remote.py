@@ -23,7 +23,7 @@ from vbus.errors import DriverError, NoSuchNameError, UsageError
 from vbus.proxy.channels import ChannelInfo
 from vbus.proxy.connector import GuestConnector
 from vbus.proxy.driver import Driver
-from vbus.proxy.queue import RemoteQueue
+from vbus.proxy.queue import BATCH, RemoteQueue
 from vbus.virtio import Status, features
 
 D = TypeVar("D", bound=Driver)
@@ -200,6 +200,13 @@ class RemoteDevice:
         self.queues = []
         self.negotiated = 0
 
+    def reap(self) -> None:
+        """Resolve what the device has finished: its last message may have overtaken the notification of that."""
+        for remote_queue in self.queues:
+            # And nothing that is submitted meanwhile: this ends, whatever the device does.
+            for _ in range(remote_queue.outstanding // BATCH + 1):
+                remote_queue.reap()
+
     def broken(self, reason: str) -> None:
         """The device needs a reset, or lied: what is outstanding ends with EIO until a driver begins anew."""
         self.needs_reset = True
@@ -279,6 +286,7 @@ class Remote:
             device = self._devices.pop(number, None)
             self._changed.notify_all()
         if device is not None:
+            device.reap()
             device.gone(DriverError(errno.ENODEV, f"{device.name} was removed"))
         # Through the hooks, so that an arrival which is still being looked at comes first.
         self.connector.loop.hook(lambda: self._left(number, device))
@@ -306,6 +314,7 @@ class Remote:
         if device is None:
             return
         if event.status & Status.DEVICE_NEEDS_RESET:
+            device.reap()
             device.broken("it said so")
         driver = device.driver
         if driver is not None:

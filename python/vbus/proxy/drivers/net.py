@@ -513,7 +513,7 @@ class _Receiver:
         self._enough = max(1, self._count // 4)
         self._parts: list[bytes] = []
         self._missing = 0
-        # Both only grow. Of the first the lock's holder is the only writer, of the second the loop's thread.
+        # Both only grow. Of the first the lock's holder is the only writer, of the second whoever reaps the queue.
         self._posted = 0
         self._used = 0
         self._lock = threading.Lock()
