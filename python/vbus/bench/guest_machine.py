@@ -5,7 +5,8 @@
     Guest ──────────> Debian's kernel with vbus's modules: `run` has the program put load on devices of one kind
 
 Which device of the guest is which of the bus is learned once. Counters of the guest are read by the program itself,
-just before and just after the load; those of the bus around it, when nothing else is under way.
+just before and just after the load; those of the bus around it, when nothing else is under way. CPU time is that of the
+load alone: the program says on the console when it begins and when it ends, and waits until that was looked at.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import json
 import os
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,7 @@ class GuestMachine:
         `urgent`: the first network of each kind is, as `guest_side` has it.
         """
         self._urgent = urgent
+        self._loads = 0
         self._closing = contextlib.ExitStack()
         self._disks: dict[str, list[str]] = {}
         self._buses: dict[str, str] = {}
@@ -181,24 +184,41 @@ class GuestMachine:
             for counter, _, way in [name.partition("_")]
         ]
         # Of the guest's own scheduler nothing shall be measured.
-        command = " ".join(["/load", *(["-u"] if self._urgent else []), *counted, *self._words(kind, load)])
+        self._loads += 1
+        word = f"load {self._loads}"
+        watched = ["-w", f"'{self._vm.terminal}={word}'"]
+        urgent = ["-u"] if self._urgent else []
+        command = " ".join(["/load", *urgent, *watched, *counted, *self._words(kind, load)])
         if beside:
             others = [" ".join(["/load", *self._words(kind, other, last=True)]) for other in beside]
             started = "".join(f'{other} >/dev/null & p="$p $!"; ' for other in others)
             # None of them ends by itself.
             command = f"{started} sleep 0.5; {command}; s=$?; kill $p; wait; exit $s"
-        before, used = self._settled(), threads_of(self._vm.pid)
+        before = self._settled()
+        used: list[Mapping[str, int]] = []
+        # Not waited for when the load fails: then it has nothing to hear.
+        watcher = threading.Thread(target=self._watch, args=(word, used), name="watches a load", daemon=True)
+        watcher.start()
         began = time.monotonic()
         try:
             told: dict[str, Any] = json.loads(self._vm.run(command, seconds=RUN_SECONDS).splitlines()[0])
         except (GuestError, ValueError) as error:
             raise children.SideError(f"load in the guest: {error}") from None
         told["wall_seconds"] = time.monotonic() - began
+        watcher.join()
         after = self._settled()
-        told["qemu_seconds"] = (threads_of(self._vm.pid)["ran"] - used["ran"]) / 1e9
-        told["bus_seconds"] = after["cpu_seconds"] - before["cpu_seconds"]
-        told["bus"] = {key: after["kinds"][kind][key] - before["kinds"][kind][key] for key in after["kinds"][kind]}
+        for who in ("qemu", "bus"):
+            told[f"{who}_seconds"] = (used[1][who] - used[0][who]) / 1e9
+        told["bus"] = {key: after[kind][key] - before[kind][key] for key in after[kind]}
         return told
+
+    def _watch(self, word: str, used: list[Mapping[str, int]]) -> None:
+        """Look at what CPU time was used before a load and after it: what the program does around it is not of it."""
+        with contextlib.suppress(GuestError):
+            for when in ("begins", "ends"):
+                self._vm.hear(f"{word} {when}", seconds=RUN_SECONDS)
+                used.append({"qemu": threads_of(self._vm.pid)["ran"], "bus": threads_of(self._side.pid)["ran"]})
+                self._vm.type_keys(b"\n")
 
     def _words(self, kind: str, load: Load, *, last: bool = False) -> list[str]:
         """The program's words for a load, of the first devices of a kind, or of the last."""
@@ -223,7 +243,7 @@ class GuestMachine:
         while time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
             again: dict[str, Any] = self._side.ask("counters")
-            if again["kinds"] == last["kinds"]:
+            if again == last:
                 return again
             last = again
         raise children.SideError(f"the bus is not idle {SETTLE_SECONDS:g} seconds after its last request")

@@ -259,7 +259,7 @@ class Guest:
         guest ends, or is closed.
         """
         columns, lines = size
-        terminal = f"/dev/{self._machine.terminal}"
+        terminal = self.terminal
         # The agent waits for the command, and reads nothing meanwhile: the console is the shell's alone.
         command = (
             f"exec <{terminal} >{terminal} 2>&1; stty sane rows {lines} cols {columns}; cd /root; sh -i; "
@@ -286,6 +286,10 @@ class Guest:
                 return int(found[1])
             if ended:
                 raise GuestError("the guest has ended")
+
+    def hear(self, words: str, *, seconds: float = 60) -> None:
+        """Wait until the console says, or has said, a line. Raises GuestError when it does not in time, or cannot."""
+        self._await(re.compile(re.escape(words.encode()) + rb"\r?\n"), seconds, repr(words))
 
     def type_keys(self, keys: bytes) -> None:
         """Give the console what somebody typed. Nothing happens when the guest has ended."""
@@ -353,6 +357,11 @@ class Guest:
         """All that its console has said so far."""
         with self._answered:
             return self._said.decode(errors="replace")
+
+    @property
+    def terminal(self) -> str:
+        """The path of the console in the guest. While a command runs, nobody else reads from it."""
+        return f"/dev/{self._machine.terminal}"
 
     @property
     def pid(self) -> int:

@@ -12,7 +12,9 @@
  *
  * A thread for each disk or connection. What was done, how long it took and how many interrupts
  * came meanwhile is said in a line of JSON; with -c, too, by how much the numbers in the files have
- * grown that match. With -u, before all else, its threads go before those of other programs.
+ * grown that match. With -u, before all else, its threads go before those of other programs. With
+ * -w TERMINAL=WORD behind that, it says "WORD begins" and "WORD ends" on a terminal around the load,
+ * and goes on when it is typed something: for whoever watches from outside, and only wants the load.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -31,6 +33,7 @@
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -402,8 +405,27 @@ static void say_counts(const struct counts *before, const struct counts *after, 
 	printf("}");
 }
 
+/* Whoever watches from outside. */
+struct watch {
+	int terminal;
+	const char *word;
+};
+
+static void say(const struct watch *watch, const char *what)
+{
+	char typed;
+
+	if (!watch->word)
+		return;
+	dprintf(watch->terminal, "%s %s\n", watch->word, what);
+	tcdrain(watch->terminal);
+	if (read(watch->terminal, &typed, 1) != 1)
+		fail("the terminal");
+}
+
 /* Do a load and say what came of it. */
-static void run(void *(*what)(void *), struct job *jobs, int jobs_count, char **counted, int countings)
+static void run(void *(*what)(void *), struct job *jobs, int jobs_count, char **counted, int countings,
+		const struct watch *watch)
 {
 	static struct counts before, after;
 	uint64_t count = jobs->count * jobs_count, bytes = 0, wrong = 0, time;
@@ -419,6 +441,7 @@ static void run(void *(*what)(void *), struct job *jobs, int jobs_count, char **
 	/* They are all there soon: the making of connections shall not be counted. */
 	usleep(50000);
 	count_all(&before, counted, countings);
+	say(watch, "begins");
 	time = now();
 	pthread_barrier_wait(&all_are_there);
 	for (i = 0; i < jobs_count; i++) {
@@ -427,6 +450,7 @@ static void run(void *(*what)(void *), struct job *jobs, int jobs_count, char **
 		wrong += jobs[i].wrong;
 	}
 	time = now() - time;
+	say(watch, "ends");
 	count_all(&after, counted, countings);
 	qsort(took, count, sizeof(*took), by_size);
 	printf("{\"requests\": %lu, \"bytes\": %lu, \"wrong\": %lu, \"seconds\": %.6f, ", count, bytes, wrong, time / 1e9);
@@ -441,6 +465,7 @@ int main(int argc, char **argv)
 	char *counted[MAX_COUNTED];
 	uint64_t count, depth, seed = 0;
 	int i, each, countings = 0;
+	struct watch watch = {};
 	struct job *jobs;
 
 	if (argc == 2 && !strcmp(argv[1], "serve")) {
@@ -454,6 +479,17 @@ int main(int argc, char **argv)
 			fail("a real-time priority");
 		argc--;
 		argv++;
+	}
+	if (argc > 3 && !strcmp(argv[1], "-w") && strchr(argv[2], '=')) {
+		char *word = strchr(argv[2], '=');
+
+		*word++ = 0;
+		watch.word = word;
+		watch.terminal = open(argv[2], O_RDWR | O_NOCTTY);
+		if (watch.terminal < 0)
+			fail("%s", argv[2]);
+		argc -= 2;
+		argv += 2;
 	}
 	for (; argc > 3 && !strcmp(argv[1], "-c") && countings < MAX_COUNTED; argc -= 2, argv += 2)
 		counted[countings++] = argv[2];
@@ -493,6 +529,6 @@ int main(int argc, char **argv)
 		jobs[i].depth = depth;
 		jobs[i].seed = (seed + i + 1) * 0x9e3779b97f4a7c15ull;
 	}
-	run(what, jobs, argc * each, counted, countings);
+	run(what, jobs, argc * each, counted, countings, &watch);
 	return 0;
 }
