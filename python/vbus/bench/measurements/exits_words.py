@@ -66,10 +66,10 @@ takes a random time for a read, with an average that gives this, so that disks d
 
 Doorbells remain where the bus sleeps: requests that find nobody awake ring, and a bus that is faster than its guest is
 asleep most of the time. (That one thread serves in place of two made no difference when it was tried; polling would
-make one, is paid in CPU time, and is not done here.) So with sixteen disks doorbells stay above a quarter. It is not that a
-queue signals more often: what is sent to the device is, within 4%, what virtio-pci rings for, one a batch that a thread
-lays down. With the deepest queues that is one for sixteen reads already, and only batches of different disks can still
-share one; 46% of them find the bus asleep (three of ten at the depths of one and four).
+make one, is paid in CPU time, and is not done here.) So with sixteen disks doorbells stay above a quarter. It is not
+that a queue signals more often: what is sent to the device is, within 4%, what virtio-pci rings for, one a batch that a
+thread lays down. With the deepest queues that is one for sixteen reads already, and only batches of different disks can
+still share one; 46% of them find the bus asleep (three of ten at the depths of one and four).
 
 The guest cannot hold a doorbell back until its own poll comes by. Drivers may spin until the device answers, as
 virtio_net does for its control queue; where they do, no poll comes by, and the doorbell never rings.
