@@ -201,7 +201,8 @@ def test_a_shell_in_a_guest_of_a_running_bus(folder: Path) -> None:
             assert re.match(r"vbus: left out: rng0: rng0: uid \d+ pid \d+ has it", left_out[0])
             assert said == "vbus: bus some has no device for a guest: give it a connector of type vhost-user for one"
             # What looks like the agent's answer is none, and Control-C is the guest's.
-            person.types("echo '@answer 1 0 0'; sleep 1000\n")
+            # One process says it and sleeps: it has the terminal by then, and so gets the Control-C.
+            person.types("sh -c \"echo '@answer 1 0 0'; exec sleep 1000\"\n")
             person.reads("\n@answer 1 0 0\r?\n")
             person.types("\x03")
             person.types("exit 5\n")
