@@ -183,10 +183,10 @@ class GuestMachine:
             if kind in self._buses
             for counter, _, way in [name.partition("_")]
         ]
-        # Of the guest's own scheduler nothing shall be measured.
         self._loads += 1
         word = f"load {self._loads}"
         watched = ["-w", f"'{self._vm.terminal}={word}'"]
+        # Of the guest's own scheduler nothing shall be measured.
         urgent = ["-u"] if self._urgent else []
         command = " ".join(["/load", *urgent, *watched, *counted, *self._words(kind, load)])
         if beside:
@@ -206,6 +206,8 @@ class GuestMachine:
             raise children.SideError(f"load in the guest: {error}") from None
         told["wall_seconds"] = time.monotonic() - began
         watcher.join()
+        if len(used) != 2:
+            raise children.SideError("load in the guest: the console did not say when it began and ended")
         after = self._settled()
         for who in ("qemu", "bus"):
             told[f"{who}_seconds"] = (used[1][who] - used[0][who]) / 1e9
