@@ -94,14 +94,17 @@ static void ring(struct ivshmem *iv, unsigned int vector)
 	       iv->registers + REG_DOORBELL);
 }
 
-/* Look whether the session is over, if there is one. In any context. */
+/*
+ * Look whether the session is over, if there is one. In any context; and on any processor, since
+ * this one may be held by whoever waits for what does not come any more.
+ */
 static void look(struct ivshmem *iv, unsigned int ms)
 {
 	unsigned long flags;
 
 	spin_lock_irqsave(&iv->lock, flags);
 	if (iv->proxy)
-		mod_delayed_work(system_wq, &iv->watch, msecs_to_jiffies(ms));
+		mod_delayed_work(system_unbound_wq, &iv->watch, msecs_to_jiffies(ms));
 	spin_unlock_irqrestore(&iv->lock, flags);
 }
 
@@ -113,7 +116,9 @@ irqreturn_t ivshmem_link_interrupt(int irq, void *data)
 	wake_up(&iv->changed);
 	over = ivshmem_host_session(iv) != READ_ONCE(iv->session);
 	spin_lock(&iv->lock);
-	if (iv->proxy && !over)
+	if (iv->proxy && over)
+		vbus_proxy_lost_interrupt(iv->proxy);
+	else if (iv->proxy)
 		vbus_proxy_link_interrupt(iv->proxy);
 	spin_unlock(&iv->lock);
 	if (over)

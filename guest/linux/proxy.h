@@ -63,6 +63,7 @@ struct vbus_link {
 	struct vbus_in in;		/* @work's alone, as is @message */
 	struct vbus_msg *message;
 	wait_queue_head_t room;
+	struct workqueue_struct *queue;
 	struct work_struct work;
 	spinlock_t calls_lock;		/* guards @calls and @token */
 	struct list_head calls;
@@ -114,6 +115,7 @@ struct vbus_events {
 int vbus_events_init(struct vbus_proxy *proxy, const struct vbus_layout *layout);
 void vbus_events_stop(struct vbus_proxy *proxy);
 void vbus_events_interrupt(struct vbus_proxy *proxy, unsigned int priority);
+void vbus_events_lost(struct vbus_proxy *proxy);
 int vbus_queue_use(struct vbus_queue *queue);
 int vbus_queue_listen(struct vbus_queue *queue);
 void vbus_events_read_in(struct vbus_queue *queue, u64 *signalled, u64 *sent, u64 *rung);

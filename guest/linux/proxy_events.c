@@ -282,6 +282,22 @@ void vbus_events_interrupt(struct vbus_proxy *proxy, unsigned int priority)
 	tasklet_schedule(&ring->poll);
 }
 
+/* The bus is gone; in hard interrupt. */
+void vbus_events_lost(struct vbus_proxy *proxy)
+{
+	struct vbus_events *events = &proxy->events;
+	struct vbus_queue *queue;
+	unsigned int i;
+
+	rcu_read_lock();
+	for (i = 0; i < events->max_sources; i++) {
+		queue = rcu_dereference(events->listeners[i]);
+		if (queue && queue->lost)
+			queue->lost(queue);
+	}
+	rcu_read_unlock();
+}
+
 /* Opening and closing. */
 
 /* The first queue of a priority: from now on its doorbell is listened to. */

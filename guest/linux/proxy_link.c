@@ -309,7 +309,7 @@ static void link_work(struct work_struct *work)
 
 	for (count = 0; !READ_ONCE(link->lost) && !READ_ONCE(proxy->broken); count++) {
 		if (count == READ_BUDGET) {
-			queue_work(system_highpri_wq, &link->work);
+			queue_work(link->queue, &link->work);
 			break;
 		}
 		found = vbus_in_next(&link->in, link->message);
@@ -328,10 +328,17 @@ static void link_work(struct work_struct *work)
 void vbus_link_interrupt(struct vbus_proxy *proxy)
 {
 	wake_up(&proxy->link.room);
-	queue_work(system_highpri_wq, &proxy->link.work);
+	queue_work(proxy->link.queue, &proxy->link.work);
 }
 
 /* The beginning and the end. */
+
+static void free_link(struct vbus_link *link)
+{
+	if (link->queue)
+		destroy_workqueue(link->queue);
+	kfree(link->message);
+}
 
 int vbus_link_init(struct vbus_proxy *proxy, const struct vbus_layout *layout)
 {
@@ -345,7 +352,15 @@ int vbus_link_init(struct vbus_proxy *proxy, const struct vbus_layout *layout)
 	spin_lock_init(&link->calls_lock);
 	INIT_LIST_HEAD(&link->calls);
 	link->message = kmalloc(VBUS_MAX_MSG, GFP_KERNEL);
-	return link->message ? 0 : -ENOMEM;
+	/*
+	 * Not of this processor: it may be held by a driver that looks for an answer again and
+	 * again, whose device is said to be gone here.
+	 */
+	link->queue = alloc_workqueue("vbus%d-link", WQ_UNBOUND | WQ_HIGHPRI, 1, proxy->id);
+	if (link->message && link->queue)
+		return 0;
+	free_link(link);
+	return -ENOMEM;
 }
 
 /* The bus is gone: whoever waits for an answer, or for room, waits no more. */
@@ -380,5 +395,5 @@ void vbus_link_stop(struct vbus_proxy *proxy)
 {
 	vbus_link_lost(proxy);
 	cancel_work_sync(&proxy->link.work);
-	kfree(proxy->link.message);
+	free_link(&proxy->link);
 }

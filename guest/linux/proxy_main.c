@@ -522,6 +522,16 @@ void vbus_proxy_events_interrupt(struct vbus_proxy *proxy, unsigned int priority
 }
 EXPORT_SYMBOL_GPL(vbus_proxy_events_interrupt);
 
+/*
+ * The device's side is gone. In hard interrupt: a driver may look for an answer again and again,
+ * as virtio_net does for its control queue, on the only processor that there is.
+ */
+void vbus_proxy_lost_interrupt(struct vbus_proxy *proxy)
+{
+	vbus_events_lost(proxy);
+}
+EXPORT_SYMBOL_GPL(vbus_proxy_lost_interrupt);
+
 /* The device's side is gone: nobody waits for it any more. */
 void vbus_proxy_lost(struct vbus_proxy *proxy)
 {

@@ -83,7 +83,8 @@ int vbus_area_check(const void *area, size_t size, u32 *version, size_t *total);
  *	create		checks the area; from now on the proxy may be told of interrupts
  *	start		says HELLO and discovers; may fail
  *	lost		the device's side is gone, and touches no buffers any more; optional, from
- *			any process context
+ *			any process context. In hard interrupt, before it: lost_interrupt, so that
+ *			whoever waits for an answer in a loop lets go of the processor
  *	stop		unregisters devices and channels: orderly while the device's side answers
  *			(interrupts have to be told until here, and not any more from here on)
  *	destroy
@@ -92,6 +93,7 @@ struct vbus_proxy *vbus_proxy_create(struct vbus_connector *connector);
 int vbus_proxy_start(struct vbus_proxy *proxy);
 void vbus_proxy_link_interrupt(struct vbus_proxy *proxy);
 void vbus_proxy_events_interrupt(struct vbus_proxy *proxy, unsigned int priority);
+void vbus_proxy_lost_interrupt(struct vbus_proxy *proxy);
 void vbus_proxy_lost(struct vbus_proxy *proxy);
 void vbus_proxy_stop(struct vbus_proxy *proxy);
 void vbus_proxy_destroy(struct vbus_proxy *proxy);
@@ -103,6 +105,8 @@ void vbus_proxy_destroy(struct vbus_proxy *proxy);
  * @proxy: the bus
  * @device: whose it is; NULL: a lane
  * @heard: called, in hard or soft interrupt, when the device's side used buffers; set by the driver
+ * @lost: called, in hard interrupt, when the bus is gone: nobody may wait in a loop any more; NULL,
+ *   or set by the driver
  * @data: the driver's
  * @source: the event source, the same both ways
  * @generation: of the source; changes with every reset
@@ -122,6 +126,7 @@ struct vbus_queue {
 	struct vbus_proxy *proxy;
 	struct vbus_device *device;
 	void (*heard)(struct vbus_queue *queue);
+	void (*lost)(struct vbus_queue *queue);
 	void *data;
 	u32 source;
 	u32 generation;
@@ -140,9 +145,11 @@ struct vbus_queue {
 };
 
 /**
- * struct vbus_device_events - what a driver hears of a device; both may sleep
+ * struct vbus_device_events - what a driver hears of a device; both may sleep a little
  * @config_changed: config space or the status changed
- * @gone: the device is gone: nothing comes from it any more, and nothing may wait for it
+ * @gone: the device is gone: nothing comes from it any more, and nothing may wait for it. Must not
+ *   wait for processors to get on, as synchronize_rcu() does: others may have to hear the same of
+ *   their devices first, before they do
  */
 struct vbus_device_events {
 	void (*config_changed)(void *data, u32 status, u32 generation);

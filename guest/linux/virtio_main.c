@@ -279,9 +279,17 @@ static const struct virtio_config_ops vv_config_ops = {
 	.enable_vq_after_reset = vv_enable_vq_after_reset,
 };
 
+static void gone_work(struct work_struct *work)
+{
+	vv_end_requests(container_of(work, struct virtio_vbus_device, gone));
+}
+
 static void gone(void *data)
 {
-	vv_end_requests(data);
+	struct virtio_vbus_device *vv = data;
+
+	vv_break(vv);
+	queue_work(system_unbound_wq, &vv->gone);
 }
 
 /*
@@ -337,6 +345,15 @@ static void tell_changes(struct virtio_vbus_device *vv)
 	mutex_unlock(&vv->device->lock);
 }
 
+/* Nothing is heard of the device any more. Others may drive it: virtio has acknowledged it. */
+static void end(struct virtio_vbus_device *vv)
+{
+	vbus_device_ignore(vv->device);
+	set_status(vv, 0);
+	cancel_work_sync(&vv->failed);
+	cancel_work_sync(&vv->gone);
+}
+
 static int vv_probe(struct vbus_device *device)
 {
 	struct virtio_vbus_device *vv;
@@ -357,6 +374,7 @@ static int vv_probe(struct vbus_device *device)
 	vv->vdev.dev.release = vv_release;
 	mutex_init(&vv->queues_lock);
 	INIT_WORK(&vv->failed, failed_work);
+	INIT_WORK(&vv->gone, gone_work);
 	dev_set_drvdata(&device->dev, vv);
 	vbus_device_listen(device, &vv_events, vv);
 	err = register_virtio_device(&vv->vdev);
@@ -364,9 +382,7 @@ static int vv_probe(struct vbus_device *device)
 		tell_changes(vv);
 		return 0;
 	}
-	vbus_device_ignore(device);
-	set_status(vv, 0);
-	cancel_work_sync(&vv->failed);
+	end(vv);
 	put_device(&vv->vdev.dev);
 	return err;
 }
@@ -378,10 +394,7 @@ static void vv_remove(struct vbus_device *device)
 	get_device(&vv->vdev.dev);
 	/* The driver may wait for the device: it has to hear when that is gone. */
 	unregister_virtio_device(&vv->vdev);
-	vbus_device_ignore(device);
-	/* Others may drive it from now on: virtio has acknowledged it for its next driver. */
-	set_status(vv, 0);
-	cancel_work_sync(&vv->failed);
+	end(vv);
 	put_device(&vv->vdev.dev);
 }
 

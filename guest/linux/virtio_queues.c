@@ -35,6 +35,12 @@ static void heard(struct vbus_queue *queue)
 		vring_interrupt(0, vq);
 }
 
+/* The session is over; in hard interrupt. */
+static void lost(struct vbus_queue *queue)
+{
+	__virtqueue_break(queue->data);
+}
+
 /*
  * Callbacks are called in interrupts, or behind rcu_read_lock(). Expedited: a bus may go with a
  * thousand devices, one after the other.
@@ -99,6 +105,7 @@ static struct virtqueue *setup_queue(struct virtio_vbus_device *vv, u32 index,
 	if (!vq)
 		return ERR_PTR(-ENOMEM);
 	queue->heard = heard;
+	queue->lost = lost;
 	queue->data = vq;
 	err = vbus_queue_open(queue);
 	if (!err)
@@ -222,23 +229,32 @@ static void end_disk_requests(struct virtio_vbus_device *vv)
 		blk_mq_start_stopped_hw_queues(stopped, true);
 }
 
-/* Nobody waits for the device any more, which touches no buffers any more. */
+bool vv_break(struct virtio_vbus_device *vv)
+{
+	bool has_queues;
+
+	mutex_lock(&vv->queues_lock);
+	/* Before there is a queue, the list of queues may not be one yet. */
+	has_queues = vv->has_queues;
+	if (has_queues)
+		virtio_break_device(&vv->vdev);
+	mutex_unlock(&vv->queues_lock);
+	return has_queues;
+}
+
 void vv_end_requests(struct virtio_vbus_device *vv)
 {
-	mutex_lock(&vv->queues_lock);
+	if (!vv_break(vv))
+		return;
 	/*
-	 * Before there is a queue, nobody can be waiting, and the list of queues may not be one
-	 * yet.
+	 * Whoever uses a queue has its lock, and interrupts off: now nobody is in the middle of it.
+	 * Not with the lock of the queues held: somebody may hold a processor until another device
+	 * is broken, and whoever breaks that one may come here before.
 	 */
-	if (vv->has_queues) {
-		virtio_break_device(&vv->vdev);
-		/*
-		 * Whoever uses a queue has its lock, and interrupts off: now nobody is in the
-		 * middle of it.
-		 */
-		synchronize_rcu_expedited();
-		if (IS_ENABLED(CONFIG_BLOCK) && vv->vdev.id.device == VIRTIO_ID_BLOCK)
-			end_disk_requests(vv);
-	}
+	synchronize_rcu_expedited();
+	if (!IS_ENABLED(CONFIG_BLOCK) || vv->vdev.id.device != VIRTIO_ID_BLOCK)
+		return;
+	mutex_lock(&vv->queues_lock);
+	end_disk_requests(vv);
 	mutex_unlock(&vv->queues_lock);
 }

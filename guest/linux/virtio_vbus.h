@@ -21,6 +21,7 @@ struct virtio_vbus_device {
 	struct mutex queues_lock;	/* guards the queues against who breaks them, and: */
 	bool has_queues;		/* it has, or has had, some */
 	struct work_struct failed;
+	struct work_struct gone;
 };
 
 static inline struct virtio_vbus_device *to_vv(struct virtio_device *vdev)
@@ -46,7 +47,13 @@ void vv_synchronize_cbs(struct virtio_device *vdev);
 int vv_disable_vq_and_reset(struct virtqueue *vq);
 int vv_enable_vq_after_reset(struct virtqueue *vq);
 
-/* Nobody waits for the device any more, which touches no buffers any more. */
+/*
+ * Nothing is put into the queues any more, and whoever looks for an answer looks no longer. Waits
+ * for nobody. Whether there are queues.
+ */
+bool vv_break(struct virtio_vbus_device *vv);
+
+/* The same, and end what was not answered: the device touches no buffers any more. May wait. */
 void vv_end_requests(struct virtio_vbus_device *vv);
 
 #endif
