@@ -80,10 +80,10 @@ class Running:
         return self.vm.run(f"cat {self.path(name)}/{attribute}").strip()
 
     def block(self, name: str) -> str:
-        """The kernel's name of a disk, once it can be opened: that comes a little after its name."""
+        """The kernel's name of a disk, once it can be opened: its folder is there before it, and its file behind it."""
         return self.vm.wait_for(
             f"d=$(grep -lx {name} /sys/bus/vbus/devices/*/name) && b=$(ls $(dirname $d)/virtio*/block) && "
-            "true 2>/dev/null </dev/$b && echo $b"
+            "test -b /dev/$b && true 2>/dev/null </dev/$b && echo $b"
         ).strip()
 
     def counters(self, name: str) -> dict[str, dict[str, int]]:

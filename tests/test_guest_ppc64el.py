@@ -49,7 +49,9 @@ def test_devices_are_driven_in_a_window_and_in_memory(make_bus: Callable[..., Bu
             place = f"$(dirname $(grep -lx {name} /sys/bus/vbus/devices/*/name))"
             path = vm.wait_for(f"d={place} && test -d $d/virtio*/block && realpath $d", seconds=120).strip()
             assert vm.run(f"cat $(dirname {path})/memory").strip() == memory
-            disk = vm.wait_for(f"b=$(ls {path}/virtio*/block) && true 2>/dev/null </dev/$b && echo $b").strip()
+            disk = vm.wait_for(
+                f"b=$(ls {path}/virtio*/block) && test -b /dev/$b && true 2>/dev/null </dev/$b && echo $b"
+            ).strip()
             vm.run(f"dd if=/dev/urandom of=/tmp/x bs=64k count=32; dd if=/tmp/x of=/dev/{disk} bs=64k conv=fsync")
             vm.run(f"dd if=/dev/{disk} bs=64k count=32 iflag=direct | cmp - /tmp/x")
         assert len(vm.ask("head -c 64 /dev/hwrng").data) == 64

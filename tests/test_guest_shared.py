@@ -105,7 +105,9 @@ class Running:
     def block(self, name: str) -> str:
         """The kernel's name of a disk, once it can be opened."""
         path = self.path(name)
-        return self.vm.wait_for(f"b=$(ls {path}/virtio*/block) && true 2>/dev/null </dev/$b && echo $b").strip()
+        return self.vm.wait_for(
+            f"b=$(ls {path}/virtio*/block) && test -b /dev/$b && true 2>/dev/null </dev/$b && echo $b"
+        ).strip()
 
     def memory(self, name: str) -> str:
         """How a device's buffers are reached, as the guest has it."""

@@ -95,7 +95,7 @@ class FunctionMachine(Machine):
             # It can be opened a little after it has a name.
             disk = self._guest.wait_for(
                 f"grep -qx {COMER} {DEVICES}/*/name && b=$(ls $(dirname $(grep -lx {COMER} "
-                f"{DEVICES}/*/name))/virtio*/block) && true 2>/dev/null </dev/$b && echo $b",
+                f"{DEVICES}/*/name))/virtio*/block) && test -b /dev/$b && true 2>/dev/null </dev/$b && echo $b",
                 seconds=SETTLE_SECONDS,
             ).strip()
             here = self._guest.run(f"sha256sum </dev/{disk}", seconds=60).split()[0]
