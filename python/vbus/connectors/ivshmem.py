@@ -149,11 +149,20 @@ class Ivshmem(PeerHost):
                 if not self.admits(bus, who):
                     parts.close()
                     raise OSError(f"{label} is not a member of this bus any more")
-                self._machines.append(Machine(self, bus, label, bus.accounts_of(who), parts))
+                self._add_machine(Machine(self, bus, label, bus.accounts_of(who), parts))
                 stack.pop_all()
         except OSError as error:
             self._note(self.name, f"a machine cannot be gone on with: {error}")
             self.forget(kept.key)
+
+    def _add_machine(self, machine: Machine) -> None:
+        """As `add`."""
+        with self._peers_lock:
+            stopped = self._stopped
+            if not stopped:
+                self._machines.append(machine)
+        if stopped:
+            machine.part("the bus stopped", kept=True)
 
     def forget(self, key: bytes) -> None:
         """Have a machine kept no more."""
@@ -177,8 +186,8 @@ class Ivshmem(PeerHost):
         except OSError:
             machine.part("it does not take what it is told")
             raise
-        self._machines.append(machine)
-        if self.keeper is not None:
+        self._add_machine(machine)
+        if self.keeper is not None and not machine.gone:
             try:
                 self.keeper.keep(parts.kept(bus))
             except OSError as error:
@@ -393,6 +402,8 @@ class Machine:
     def _end_turn(self) -> bool:
         """Give everything back, once no device writes into the memory any more."""
         if self._peer is not None and not self._peer.is_over:
+            # One that was being made while the machine parted.
+            self._peer.part("the machine is gone")
             self.actor.mark_later(self._end_key, LOOK_AGAIN)
             return False
         self._tell_end()

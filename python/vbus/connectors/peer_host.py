@@ -36,7 +36,9 @@ class PeerHost(Connector):
         self._listener: socket.socket | None = None
         self._path: Path | None = None
         self._actor: Actor | None = None
+        self._stopped = False
         self._peers_lock = threading.Lock()
+        """Whoever comes while the connector stops is in its lists, or sees that it is stopped."""
 
     @abstractmethod
     def listen(self, bus: Bus, name: str) -> socket.socket:
@@ -60,6 +62,7 @@ class PeerHost(Connector):
         self._listener.listen(64)
         self._listener.setblocking(False)
         self.bus, self.name = bus, name
+        self._stopped = False
 
     def start(self) -> None:
         """Accept drivers."""
@@ -100,10 +103,13 @@ class PeerHost(Connector):
                 self._note(f"{self.name}", f"could not be greeted: {error}")
 
     def add(self, peer: MessagePeer) -> None:
-        """Know a peer, unless its turns have parted from it already."""
+        """Know a peer, unless its turns have parted from it already; part from it when the connector is stopped."""
         with self._peers_lock:
-            if not peer.parted:
+            stopped = self._stopped
+            if not stopped and not peer.parted:
                 self.peers.append(peer)
+        if stopped:
+            peer.part("the bus stopped")
 
     def has_place(self) -> bool:
         """Whether one more driver can be taken; those that never introduced themselves make room."""
@@ -168,7 +174,9 @@ class PeerHost(Connector):
             with contextlib.suppress(OSError):
                 self._path.unlink()
             self._path = None
-        closing = list(self.peers)
+        with self._peers_lock:
+            self._stopped = True
+            closing = list(self.peers)
         for peer in closing:
             peer.part("the bus stopped")
         deadline = time.monotonic() + 2
