@@ -88,12 +88,17 @@ def namespace() -> list[str]:
 class GuestMachine:
     """The guest and its bus, for a `with` block."""
 
-    def __init__(self, folder: Path, disks: int, nets: int, *, urgent: bool = False) -> None:
+    def __init__(
+        self, folder: Path, disks: int, nets: int, *, bulk: int | None = None, cpus: int = CPUS, append: str = ""
+    ) -> None:
         """Make a bus with so many disks and networks of each kind, and start a guest of it. UsageError, SideError.
 
-        `urgent`: the first network of each kind is, as `guest_side` has it.
+        `bulk`: the priority of all but the first network of each kind, as `guest_side` has it. `cpus`: of the guest.
+        `append`: words for its kernel.
         """
-        self._urgent = urgent
+        self._bulk = bulk
+        self._cpus = cpus
+        self._append = append
         self._loads = 0
         self._closing = contextlib.ExitStack()
         self._disks: dict[str, list[str]] = {}
@@ -121,7 +126,7 @@ class GuestMachine:
         within = namespace() if nets else []
         self._side = self._closing.enter_context(children.Child("vbus.bench.guest_side", within=within))
         memory = Path(self._closing.enter_context(tempfile.TemporaryDirectory(dir=IN_MEMORY, prefix="vbus-"))) / "ram"
-        devices = {"disks": disks, "nets": nets, "blocks": BLOCKS, "urgent": self._urgent}
+        devices = {"disks": disks, "nets": nets, "blocks": BLOCKS, "bulk": self._bulk}
         args = self._side.ask("serve", folder=str(folder), ram=str(memory), **devices)
         if nets:
             self._side.ask("answer", program=str(program))
@@ -132,8 +137,8 @@ class GuestMachine:
                 files={"load": program.read_bytes()},
                 memory=MEMORY,
                 memory_file=memory,
-                cpus=CPUS,
-                append=GUEST_OPTIONS,
+                cpus=self._cpus,
+                append=f"{GUEST_OPTIONS} {self._append}".rstrip(),
                 wait=False,
             )
         )
@@ -187,7 +192,7 @@ class GuestMachine:
         word = f"load {self._loads}"
         watched = ["-w", f"'{self._vm.terminal}={word}'"]
         # Of the guest's own scheduler nothing shall be measured.
-        urgent = ["-u"] if self._urgent else []
+        urgent = ["-u"] if self._bulk is not None else []
         command = " ".join(["/load", *urgent, *watched, *counted, *self._words(kind, load)])
         if beside:
             others = [" ".join(["/load", *self._words(kind, other, last=True)]) for other in beside]

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from vbus.bench import children
 from vbus.bench.paced_disk import Clock, NumberedDisk, PacedDisk
-from vbus.bench.work import LEAST_URGENT
 from vbus.bus import Bus
 from vbus.connectors import Ivshmem, VhostUser
 from vbus.devices import Net
@@ -66,30 +65,32 @@ class GuestSide:
         self._closing = contextlib.ExitStack()
         self._bus: Bus | None = None
         self._functions = 0
+        self._answers_first = False
         self._clock = Clock()
         self._closing.callback(self._clock.close)
 
-    def serve(self, folder: str, ram: str, disks: int, nets: int, blocks: int, urgent: bool = False) -> list[str]:
+    def serve(self, folder: str, ram: str, disks: int, nets: int, blocks: int, bulk: int | None = None) -> list[str]:
         """Serve so many disks and networks of each kind; QEMU's options for all of them. `ram`: its guest's memory.
 
-        With `urgent`, the first network of a kind is the most urgent, all other devices are the least urgent, and disks
-        are served natively and take no time of their own; and a channel, as urgent, answers what it is told.
+        With `bulk`, the first network of a kind is the most urgent, all other devices have that priority, and disks are
+        served natively and take no time of their own; and a channel, the most urgent, too, answers what it is told.
         """
         bus = Bus("bench", polling="notified")
         self._closing.callback(bus.stop)
         self._bus = bus
+        self._answers_first = bulk is not None
         words: list[str] = []
         for kind in KINDS:
             names = [disk_name(kind, number) for number in range(disks)]
             for number, name in enumerate(names):
-                if urgent:
-                    bus.plug(NumberedDisk(blocks), name, priority=LEAST_URGENT, mask=SPLIT)
+                if bulk is not None:
+                    bus.plug(NumberedDisk(blocks), name, priority=bulk, mask=SPLIT)
                 else:
                     bus.plug(PacedDisk(self._clock, blocks, number), name, mask=SPLIT)
             for number in range(nets):
                 name = net_name(kind, number)
                 names.append(name)
-                priority = (LEAST_URGENT if number else 0) if urgent else PRIORITY
+                priority = PRIORITY if bulk is None else bulk if number else 0
                 net = Net(f"tap:{_tap(kind, number)}", mac=mac_of(kind, number))
                 bus.plug(net, name, priority=priority, mask=SPLIT)
             if kind not in SIGNALS:
@@ -103,7 +104,7 @@ class GuestSide:
                 bus.connect(function, kind)
                 words += function_options(kind, socket, ivshmem.VECTORS)
         words += monitor_options(Path(folder) / "qmp")
-        if urgent:
+        if bulk is not None:
             bus.open_channel(CHANNEL, priority=0).on_event(lambda event: event.reply(event.data))
         bus.start()
         for kind in KINDS:
@@ -129,7 +130,9 @@ class GuestSide:
 
     def answer(self, program: str) -> None:
         """Start the other end of TCP."""
-        served = subprocess.Popen([program, "serve"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        # Of the host's own scheduler nothing shall be measured.
+        first = ["-u"] if self._answers_first else []
+        served = subprocess.Popen([program, *first, "serve"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         self._closing.callback(_end, served)
         assert served.stdout is not None
         if served.stdout.readline() != b"ready\n":

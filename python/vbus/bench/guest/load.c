@@ -8,11 +8,12 @@
  *	load [-c NAME=GLOB]... stream COUNT DEPTH ADDRESS...	COUNT times 64 KiB a connection
  *	load [-c NAME=GLOB]... tell COUNT 1 FILE...		COUNT events of 64 bytes to a channel, one
  *								at a time, that it sends back
- *	load serve						the other end of the last two
+ *	load serve						the other end of TCP
  *
  * A thread for each disk or connection. What was done, how long it took and how many interrupts
  * came meanwhile is said in a line of JSON; with -c, too, by how much the numbers in the files have
- * grown that match. With -u, before all else, its threads go before those of other programs. With
+ * grown that match. With -u, before all else, its threads go before those of other programs; of
+ * the other end's, those that answer, where that is permitted. With
  * -w TERMINAL=WORD behind that, it says "WORD begins" and "WORD ends" on a terminal around the load,
  * and goes on when it is typed something: for whoever watches from outside, and only wants the load.
  */
@@ -44,6 +45,9 @@
 #define MAX_DEPTH	256
 #define MAX_COUNTED	16
 #define MAX_LINES	512
+
+/* Whoever answers questions goes before whoever takes streams. */
+static int answers_first;
 
 /* From linux/fs.h, which does not go together with the C library's headers everywhere. */
 #define BLOCK_DEVICE_BYTES	_IOR(0x12, 114, size_t)
@@ -253,6 +257,14 @@ static void *stream(void *data)
 	return NULL;
 }
 
+/* This thread goes before those of other programs. */
+static int go_first(void)
+{
+	struct sched_param urgent = { .sched_priority = 50 };
+
+	return sched_setscheduler(0, SCHED_FIFO, &urgent);
+}
+
 static void *answer(void *data)
 {
 	char *chunk = room(CHUNK);
@@ -266,6 +278,8 @@ static void *answer(void *data)
 			came = read(fd, chunk, left < CHUNK ? left : CHUNK);
 		if (total && came > 0)
 			write_all(fd, &total, sizeof(total));
+		if (!total && answers_first)
+			go_first();
 		while (!total && read_all(fd, chunk, QUESTION))
 			write_all(fd, chunk, QUESTION);
 	}
@@ -468,18 +482,17 @@ int main(int argc, char **argv)
 	struct watch watch = {};
 	struct job *jobs;
 
+	if (argc > 2 && !strcmp(argv[1], "-u")) {
+		answers_first = 1;
+		argc--;
+		argv++;
+	}
 	if (argc == 2 && !strcmp(argv[1], "serve")) {
 		serve();
 		return 1;
 	}
-	if (argc > 2 && !strcmp(argv[1], "-u")) {
-		struct sched_param urgent = { .sched_priority = 50 };
-
-		if (sched_setscheduler(0, SCHED_FIFO, &urgent))
-			fail("a real-time priority");
-		argc--;
-		argv++;
-	}
+	if (answers_first && go_first())
+		fail("a real-time priority");
 	if (argc > 3 && !strcmp(argv[1], "-w") && strchr(argv[2], '=')) {
 		char *word = strchr(argv[2], '=');
 

@@ -190,7 +190,7 @@ class Exits(Measurement[ExitsPlan, Case, Variant]):
 
     def notes(self, result: Row) -> list[str]:
         """The accelerator, since counts depend on how fast the guest is; and what is missing."""
-        notes = [about_guest(result)]
+        notes = [about_guest(result["rows"][0]["work"], f"{guest_machine.CPUS} CPUs")]
         if not result["options"]["nets"]:
             notes.append("Networks are left out: a network namespace with a tap in it cannot be made here.")
         return notes
@@ -205,11 +205,10 @@ def _copies(plan: ExitsPlan, case: Case) -> bool:
     return case.work == "read" and case.devices == max(plan.disks) and case.offered == FULL
 
 
-def about_guest(result: Row) -> str:
-    """What the guest of a measurement is."""
-    row = result["rows"][0]["work"]
-    slow = ": emulated, so that it is slow beside the bus" if row["accelerator"] == "tcg" else ""
-    return f"The guest: Linux {row['guest_kernel']}, {guest_machine.CPUS} CPUs, accelerator {row['accelerator']}{slow}."
+def about_guest(work: Row, cpus: str) -> str:
+    """What the guest of a measurement is, by what one of its rows says."""
+    slow = ": emulated, so that it is slow beside the bus" if work["accelerator"] == "tcg" else ""
+    return f"The guest: Linux {work['guest_kernel']}, {cpus}, accelerator {work['accelerator']}{slow}."
 
 
 def sample_of(case: Case, kind: str, load: Load, told: Row, about: Mapping[str, Any]) -> Sample:
