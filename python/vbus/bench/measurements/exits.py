@@ -63,7 +63,7 @@ class ExitsPlan(Plan):
     connections: tuple[int, ...] = (1, 8)
     """Of each network, that ask and wait for an answer."""
     streams: int = 1
-    seconds: float = 0.4
+    seconds: float = 0.8
     """How long a run takes, about: all rows are measured in one go, while the machine is quiet."""
 
 

@@ -66,16 +66,16 @@ takes a random time for a read, with an average that gives this, so that disks d
 
 Doorbells remain where the bus sleeps: requests that find nobody awake ring, and a bus that is faster than its guest is
 asleep most of the time. (That one thread serves in place of two made no difference when it was tried; polling would
-make one, is paid in CPU time, and is not done here.) So with sixteen disks doorbells stay above a quarter. It is not
-that a queue signals more often: what is sent to the device is, within 4%, what virtio-pci rings for, one a batch that a
-thread lays down. With the deepest queues that is one for sixteen reads already, and only batches of different disks can
-still share one; 46% of them find the bus asleep (three of ten at the depths of one and four).
+make one, is paid in CPU time, and is not done here.) So with sixteen disks doorbells are near a quarter, and above it
+with the deepest queues. It is not that a queue signals more often: with sixteen reads of each disk under way, one
+notification is for sixteen of them already, on virtio-pci as well, and only batches of different disks can still share
+one.
 
 The guest cannot hold a doorbell back until its own poll comes by. Drivers may spin until the device answers, as
 virtio_net does for its control queue; where they do, no poll comes by, and the doorbell never rings.
 
 CPU time is that of the load alone, of QEMU, which here runs the guest's instructions, and of the bus. A way that saved
-signals by spinning would show in it: tunnelled, it is 0.65 to 1.09 times virtio-pci's.
+signals by spinning would show in it: tunnelled, it is 0.72 to 1.10 times virtio-pci's.
 
 In 2009, on the hardware of that time, tunnelling saved 11% of the interrupts of one network stream, and exits went from
 65,000 a second to 36,000.
